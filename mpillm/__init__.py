@@ -1,0 +1,28 @@
+"""mpillm: transformer language models as MPI programs, split and scheduled by solvers.
+
+Importing this package starts no MPI and imports no torch; the public names below are loaded on first use.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Config": "mpillm.config",
+    "Mesh": "mpillm.comm.mesh",
+    "Run": "mpillm.train.run",
+    "check_adjoint": "mpillm.autograd.adjoint",
+    "launch": "mpillm.comm.world",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'mpillm' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,367 @@
+"""The configuration of a run: frozen dataclasses, read from TOML, overridden from the command line, checked.
+
+``Config.load`` is the only way in for files; every error names the key, its value and what is allowed.
+Keys left out of ``[layout]`` (or ``"auto"``) are filled by :meth:`Config.resolve` for a rank count.
+"""
+
+import difflib
+import json
+import math
+import sys
+from dataclasses import field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mpillm.errors import ConfigError, DataError
+from mpillm.schedules.blocks import bounds
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+AXES = ("data", "pipeline", "tensor")
+SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Auto = Literal["auto"]
+Recompute = Literal["none", "selective", "full"]
+
+_section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@_section
+class Model:
+    """A Llama-shaped decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    ffn_size: Positive
+    vocab_size: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    max_seq_len: Positive = 2048
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                    "set model.head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs, make it even")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "every key/value head serves the same number of query heads"
+            )
+
+
+@_section
+class Data:
+    """Where the tokens are."""
+
+    path: str = "tokens.h5"
+    mask_documents: bool = False
+
+
+@_section
+class Train:
+    """What is optimised, for how long, in which arithmetic, and what is kept."""
+
+    run_dir: str = "run"
+    steps: Positive = 200
+    seq_len: Positive = 256
+    global_batch: Positive = 16
+    microbatch: Positive | None = None
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "adagrad"] = "adamw"
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
+    min_lr: NonNegative = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: NonNegative = 0.9
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Count = 0
+    weight_decay: NonNegative = 0.1
+    grad_clip: NonNegative = 1.0
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    numerics: Literal["fast", "exact"] = "fast"
+    exact_blocks: Positive = 8
+    seed: Count = 0
+    log_every: Positive = 1
+    eval_every: Count = 100
+    eval_batches: Count = 20
+    checkpoint_every: Count = 100
+    checkpoint_keep: Positive = 3
+    init_from: str = ""
+    trace: bool = False
+    checked: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self):
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must each be at least 0 and below 1")
+        if self.exact_blocks & (self.exact_blocks - 1):
+            raise ValueError(f"exact_blocks {self.exact_blocks} must be a power of two (1, 2, 4, 8, ...)")
+
+
+@_section
+class Layout:
+    """How the work is split over ranks; ``"auto"`` keys are filled for the rank count at hand."""
+
+    data: Union[Auto, Positive] = "auto"
+    pipeline: Union[Auto, Positive] = "auto"
+    tensor: Union[Auto, Positive] = "auto"
+    chunks: Union[Auto, Positive] = "auto"
+    order: tuple[Literal["data", "pipeline", "tensor"], ...] = AXES
+    stage_cuts: Union[Auto, tuple[Positive, ...]] = "auto"
+    schedule: str = "auto"
+    zero: Union[Auto, Literal[0, 1]] = "auto"
+    sequence_parallel: Union[Auto, bool] = "auto"
+    recompute: Union[Recompute, tuple[Recompute, ...]] = "none"
+    shares: Union[Auto, tuple[Positive, ...]] = "auto"
+
+    def __post_init__(self):
+        if sorted(self.order) != sorted(AXES):
+            raise ValueError(f"order {list(self.order)} must name each of {list(AXES)} once")
+
+    def sizes(self):
+        """Return the degree of each axis by name."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+
+@_section
+class Config:
+    """Everything a run is told. Build it with :meth:`load` or by keyword; change it with :meth:`with_values`."""
+
+    model: Model
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    layout: Layout = field(default_factory=Layout)
+
+    @classmethod
+    def load(cls, path, overrides=None):
+        """Read a TOML file, apply ``{"section.key": "value"}`` overrides, and check everything."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"configuration {path}: cannot be read ({error.strerror or error})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {path}: not valid TOML: {error}") from error
+        return cls.from_dict(values, overrides, source=path)
+
+    @classmethod
+    def from_dict(cls, values, overrides=None, source="configuration"):
+        """Build from nested dicts, as TOML gives them, plus dotted overrides."""
+        values = {name: dict(part) if isinstance(part, dict) else part for name, part in values.items()}
+        for key, text in (overrides or {}).items():
+            section, _, name = key.partition(".")
+            if not name or not isinstance(values.setdefault(section, {}), dict):
+                raise ConfigError(f"--{key}: an override names a section and a key, as in --train.steps 50")
+            values[section][name] = _parse_override(text)
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, source)) from None
+
+    def to_dict(self):
+        """Return nested dicts of plain values; what is unset is left out."""
+        return _plain(self)
+
+    def to_toml(self):
+        """Return the configuration as TOML text that :meth:`load` reads back equal."""
+        return tomli_w.dumps(self.to_dict())
+
+    def with_values(self, overrides):
+        """Return a copy with dotted overrides applied and checked."""
+        return type(self).from_dict(self.to_dict(), overrides)
+
+    def resolve(self, ranks):
+        """Fill every ``"auto"`` key of the layout for ``ranks`` ranks and check that the layout can run.
+
+        Local and identical on all ranks.
+
+        Raises
+        ------
+        ConfigError
+            When the degrees do not multiply to ``ranks``, or a limit of the model is crossed.
+        """
+        layout = _fill_layout(self, ranks)
+        microbatch = self.train.microbatch or _default_microbatch(self.train.global_batch, layout.data)
+        config = replace(self, layout=layout, train=replace(self.train, microbatch=microbatch))
+        _check_layout(config, ranks)
+        return config
+
+    def microbatch_bounds(self):
+        """Return for each data rank its list of global sample ranges ``(start, stop)`` within a batch, one a
+        microbatch, in the global order of microbatches."""
+        shares, size = self.layout.shares, self.train.microbatch
+        if shares == "auto":
+            total = math.ceil(self.train.global_batch / size)
+            cuts = [(i * size, min((i + 1) * size, self.train.global_batch)) for i in range(total)]
+            return [cuts[slice(*bounds(total, self.layout.data, rank))] for rank in range(self.layout.data)]
+        starts = [sum(shares[:rank]) for rank in range(len(shares))]
+        return [
+            [(s, min(s + size, start + share)) for s in range(start, start + share, size)]
+            for start, share in zip(starts, shares)
+        ]
+
+
+def _plain(value):
+    if is_dataclass(value):
+        parts = {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        return {name: part for name, part in parts.items() if part is not None}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parse_override(text):
+    """Read a command-line value as TOML would, else as a bare string."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error, source):
+    """Turn pydantic's report into one line per fault: key, value, what is allowed."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"] if not _is_union_tag(part))
+        shown = json.dumps(fault["input"], default=str)
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            line = f"{key}: unknown key{_suggest(key)}"
+        elif fault["type"] in ("missing", "missing_argument"):
+            line = f"{key}: required, but not given"
+        elif fault["type"] == "value_error":
+            line = f"{key}: {fault['ctx']['error']}"
+        else:
+            line = f"{key} = {shown}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        if line not in lines:
+            lines.append(line)
+    return f"{source}: " + "; ".join(lines)
+
+
+def _is_union_tag(part):
+    """Tell pydantic's names of union members from real keys."""
+    return isinstance(part, str) and ("[" in part or "(" in part or part in ("int", "str", "bool"))
+
+
+def _suggest(key):
+    section, _, name = key.rpartition(".")
+    owner = {"": Config, "model": Model, "data": Data, "train": Train, "layout": Layout}.get(section)
+    allowed = [item.name for item in fields(owner)] if owner else []
+    near = difflib.get_close_matches(name, allowed, n=1)
+    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(allowed)}"
+
+
+def _fill_layout(config, ranks):
+    """Replace every ``"auto"`` by a simple default: what is left of the ranks goes to data, then pipeline, tensor."""
+    layout = config.layout
+    sizes = layout.sizes()
+    left = ranks // max(1, math.prod(size for size in sizes.values() if size != "auto"))
+    batches = config.train.global_batch // (config.train.microbatch or 1)
+    limits = {"data": max(1, batches), "pipeline": config.model.num_layers, "tensor": config.model.num_heads}
+    for axis in AXES:
+        if sizes[axis] == "auto":
+            sizes[axis] = max(d for d in range(1, left + 1) if left % d == 0 and d <= limits[axis])
+            left //= sizes[axis]
+    chunks = 1 if layout.chunks == "auto" else layout.chunks
+    if layout.schedule == "interleaved" and layout.chunks == "auto" and sizes["pipeline"] > 1:
+        chunks = 2
+    schedule = layout.schedule
+    if schedule == "auto":
+        schedule = "interleaved" if chunks > 1 else "zb-h1" if sizes["pipeline"] > 1 else "1f1b"
+    return replace(
+        layout, **sizes, chunks=chunks, schedule=schedule,
+        zero=int(sizes["data"] > 1) if layout.zero == "auto" else layout.zero,
+        sequence_parallel=False if layout.sequence_parallel == "auto" else layout.sequence_parallel,
+    )
+
+
+def _default_microbatch(global_batch, data):
+    """Aim at four microbatches a data rank."""
+    return max(1, global_batch // (4 * data))
+
+
+def _check_layout(config, ranks):
+    model, train, layout = config.model, config.train, config.layout
+    d, p, t = layout.data, layout.pipeline, layout.tensor
+    if d * p * t != ranks:
+        raise ConfigError(
+            f"layout data={d} x pipeline={p} x tensor={t} needs {d * p * t} ranks, this launch has {ranks}: "
+            f"change the degrees or start {d * p * t} ranks (mpiexec -n {d * p * t})"
+        )
+    if layout.schedule not in SCHEDULE_NAMES and not Path(layout.schedule).is_file():
+        raise ConfigError(
+            f"layout.schedule = \"{layout.schedule}\": neither one of {', '.join(SCHEDULE_NAMES)} nor a file"
+        )
+    stages = p * layout.chunks
+    if stages > model.num_layers:
+        raise ConfigError(
+            f"layout.pipeline={p} x chunks={layout.chunks} makes {stages} stages, but the model has only "
+            f"{model.num_layers} layers: every stage needs one; use at most {model.num_layers // layout.chunks} "
+            "pipeline ranks"
+        )
+    if t > model.num_heads:
+        raise ConfigError(
+            f"layout.tensor={t} splits model.num_heads={model.num_heads}: every tensor rank needs a head; "
+            f"use tensor <= {model.num_heads}"
+        )
+    cuts = layout.stage_cuts
+    if cuts != "auto" and (len(cuts) != stages - 1 or list(cuts) != sorted(set(cuts))
+                           or (cuts and cuts[-1] >= model.num_layers)):
+        raise ConfigError(
+            f"layout.stage_cuts = {list(cuts)}: {stages} stages need {stages - 1} growing first layers "
+            f"between 1 and {model.num_layers - 1}"
+        )
+    if isinstance(layout.recompute, tuple) and len(layout.recompute) != model.num_layers:
+        raise ConfigError(
+            f"layout.recompute lists {len(layout.recompute)} modes for {model.num_layers} layers: give one a layer"
+        )
+    if layout.shares != "auto" and (len(layout.shares) != d or sum(layout.shares) != train.global_batch):
+        raise ConfigError(
+            f"layout.shares = {list(layout.shares)}: data={d} needs {d} shares that sum to "
+            f"train.global_batch={train.global_batch}"
+        )
+    if not all(config.microbatch_bounds()):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} in microbatches of {train.microbatch} gives fewer "
+            f"microbatches than layout.data={d}: every data rank needs one; lower train.microbatch or layout.data"
+        )
+    if train.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len={train.seq_len} exceeds model.max_seq_len={model.max_seq_len}: lower one or raise the other"
+        )
+    if train.numerics == "exact":
+        _check_exact(config)
+
+
+def _check_exact(config):
+    """``exact`` admits the layouts whose shards are unions of its blocks."""
+    blocks, layout = config.train.exact_blocks, config.layout
+    if blocks % layout.tensor:
+        raise ConfigError(
+            f"train.numerics=exact with exact_blocks={blocks}: layout.tensor={layout.tensor} must divide it; "
+            "use a power of two"
+        )
+    if layout.data & (layout.data - 1) or layout.shares != "auto":
+        raise ConfigError(
+            f"train.numerics=exact: layout.data={layout.data} must be a power of two with shares left out, "
+            "so that each rank's microbatches are one branch of the fixed sum"
+        )

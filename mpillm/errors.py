@@ -1,0 +1,85 @@
+"""What can go wrong, and how every rank learns of it.
+
+Three kinds (docs/sharp-bits.rst): errors every rank sees by itself are raised before the first message;
+errors of one rank at set-up, load or save go through :func:`agree`; inside a step a rank that fails ends
+the job (:func:`mpillm.comm.world.abort`), because its peers may already wait for it.
+"""
+
+OK, FAILURE, USAGE, VALIDATION, INPUT_OUTPUT, RESUME = 0, 1, 2, 17, 74, 85
+
+
+class MpillmError(Exception):
+    """Base of the errors that mpillm raises on purpose; ``exit_code`` is what the command line leaves with."""
+
+    exit_code = FAILURE
+
+
+class ConfigError(MpillmError, ValueError):
+    """A configuration that is wrong or cannot run."""
+
+    exit_code = USAGE
+
+
+class DataError(MpillmError, OSError):
+    """A file that is missing, unreadable, foreign or does not fit the run."""
+
+    exit_code = INPUT_OUTPUT
+
+
+class CheckpointError(DataError):
+    """A checkpoint that is incomplete, damaged, or of another model."""
+
+
+class LaunchError(MpillmError, RuntimeError):
+    """A launch that is not what its environment says, such as N processes that each think they are alone."""
+
+
+class ScheduleError(MpillmError, ValueError):
+    """A schedule that the checker refuses."""
+
+
+class ShapeError(MpillmError, ValueError):
+    """Tensors whose shapes or dtypes do not fit the operation."""
+
+
+class CollectiveError(MpillmError, RuntimeError):
+    """An error that every rank of a communicator raises, because at least one of them failed."""
+
+    def __init__(self, message, exit_code=FAILURE):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def agree(comm, error=None, action="set-up"):
+    """Raise on every rank if any rank failed.
+
+    Collective over ``comm``.
+
+    Parameters
+    ----------
+    comm : Comm
+        An mpi4py communicator or the one-rank stand-in.
+    error : Exception or None
+        What this rank caught, or ``None`` if it is fine.
+    action : str
+        What was being done, for the message.
+
+    Raises
+    ------
+    CollectiveError
+        On every rank, the same message on each, if ``error`` was given on any. A rank alone raises its own error.
+
+    Notes
+    -----
+    Cost: one allgather of a short string.
+    """
+    mine = None if error is None else (f"{type(error).__name__}: {error}", getattr(error, "exit_code", FAILURE))
+    reports = comm.allgather(mine)
+    failed = [rank for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    if comm.size == 1:
+        raise error
+    message, exit_code = reports[failed[0]]
+    where = f"on every rank of {comm.size}" if len(failed) == comm.size else f"on ranks {failed} of {comm.size}"
+    raise CollectiveError(f"{action}: failed {where}; first: rank {failed[0]}: {message}", exit_code) from error

@@ -1,0 +1,26 @@
+"""Block partitions: who owns which piece of ``n`` items.
+
+Block ``i`` of ``p`` starts at ``i * n // p``. Sizes differ by at most one, any ``n >= 0`` works (blocks may be
+empty), and partitions nest: the blocks of ``p`` are unions of the blocks of ``k * p``. The fixed binary tree of
+``numerics = "exact"`` rests on that: node ``i`` of level ``k`` owns block ``i`` of ``2**k``.
+"""
+
+
+def bounds(n, p, i):
+    """Return ``(start, stop)`` of block ``i`` of ``n`` items in ``p`` blocks."""
+    return i * n // p, (i + 1) * n // p
+
+
+def counts(n, p):
+    """Return the sizes of all ``p`` blocks of ``n`` items."""
+    return [(i + 1) * n // p - i * n // p for i in range(p)]
+
+
+def starts(n, p):
+    """Return the first item of each of ``p`` blocks of ``n`` items."""
+    return [i * n // p for i in range(p)]
+
+
+def align(n, multiple):
+    """Round ``n`` up to a multiple."""
+    return -(-n // multiple) * multiple
