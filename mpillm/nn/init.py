@@ -1,0 +1,37 @@
+"""Initial weights that depend on a parameter's name and global index, never on the layout.
+
+A parameter is cut into fixed tiles of its row-major order. Each tile is drawn by a counter-based generator (Philox,
+Salmon et al. 2011) keyed by the run's seed and the parameter's name and started at the tile's number; any rank can
+draw any range of any parameter by itself.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+TILE = 65536
+
+
+def initial_values(name, seed, start, stop, std):
+    """Return elements ``[start, stop)`` of the row-major order of parameter ``name`` as float64.
+
+    Local. ``std`` is the standard deviation around zero, or ``None`` for ones.
+    """
+    if std is None:
+        return np.ones(stop - start)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    key = int.from_bytes(digest[:16], "little")
+    first, last = start // TILE, -(-stop // TILE)
+    tiles = [np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, tile])).standard_normal(TILE)
+             for tile in range(first, last)]
+    values = np.concatenate(tiles) if tiles else np.empty(0)
+    return std * values[start - first * TILE:stop - first * TILE]
+
+
+def initialise(parameter, seed):
+    """Fill a sharded parameter with its part of the initial values. Local."""
+    shard = parameter.shard
+    values = initial_values(shard.name, seed, shard.start, shard.stop, shard.std)
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(values).view(parameter.shape))

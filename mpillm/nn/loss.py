@@ -1,0 +1,104 @@
+"""The output head and its loss, computed together over chunks of tokens and blocks of the vocabulary.
+
+The logits of a chunk are turned into their gradients where they lie and used at once for the gradients of input and
+weight, so that no rank ever holds the logits of more than one chunk of its own part of the vocabulary.
+Legend: T tokens, C tokens of a chunk, D width, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from mpillm.comm import collectives
+from mpillm.nn.linear import ColumnParallelLinear, products
+from mpillm.nn.split import gradient_of, later
+from mpillm.schedules.blocks import bounds
+from mpillm.schedules.tree import tree_sum
+
+CHUNK_BYTES = 8 << 20  # of float32 logits over the whole vocabulary: about what stays in a core's cache
+
+
+class VocabularyHead(nn.Module):
+    """The matrix from hidden states to logits, rows split over the tensor axis, with the cross-entropy behind it."""
+
+    def __init__(self, name, split, vocab_size, width, std=0.02):
+        super().__init__()
+        self.split, self.vocab_size = split, vocab_size
+        self.linear = ColumnParallelLinear(name, split, width, vocab_size, std=std)
+        self.blocks = split.owned_blocks(vocab_size)
+
+    @property
+    def weight(self):
+        """This rank's rows."""
+        return self.linear.weight
+
+    def loss(self, x_TD, targets_T, scale):
+        """Return ``scale`` times the sum over tokens of the cross-entropy, in float32 at least.
+
+        Collective over the tensor axis. ``x`` is varying (behind :meth:`TensorSplit.enter`); the loss is replicated.
+        """
+        return _HeadLoss.apply(x_TD, self.weight, self, targets_T, scale)
+
+    def logits(self, x_TD):
+        """Return the whole logits ``[T, V]`` on every rank, for sampling."""
+        parts = [products(x_TD, self.split, (self.linear, self.linear.rows(block)))[0] for block in self.blocks]
+        return collectives.allgather(torch.cat(parts, 1), self.split.group, 1, self.vocab_size)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, head, targets, scale):
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dw = torch.zeros_like(weight) if needs_grad else None
+        dx = torch.empty_like(x) if needs_grad else None
+        losses = []
+        chunks = max(1, -(-len(x) * head.vocab_size * 4 // CHUNK_BYTES))
+        for low, high in (bounds(len(x), chunks, i) for i in range(chunks)):
+            logits = [(x[low:high] @ _rows(weight, head, block).t()).to(wide) for block in head.blocks]
+            losses.append(_cross_entropy(logits, targets[low:high], head, scale))
+            if needs_grad:
+                slopes = [part.to(x.dtype) for part in logits]
+                dx[low:high] = tree_sum([slope @ _rows(weight, head, block)
+                                         for slope, block in zip(slopes, head.blocks)], torch.add)
+                for slope, block in zip(slopes, head.blocks):
+                    _rows(dw, head, block).addmm_(slope.t(), x[low:high])
+        ctx.head, ctx.gradients = head, (dx, dw)
+        return torch.stack(losses).sum() * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.gradients
+        ctx.gradients = None
+        ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head.weight, dw, grad))
+        return dx if grad == 1 else dx * grad, None, None, None, None
+
+
+def _cross_entropy(logits, targets_C, head, scale):
+    """Return the summed loss of a chunk and turn ``logits`` into ``scale`` times their gradients in place."""
+    group = head.split.group
+    tallest = torch.stack([part.amax(1) if part.shape[1] else part.new_full((len(part),), -torch.inf)
+                           for part in logits]).amax(0)
+    tallest = collectives.allreduce(tallest, group, op="max")
+    rows = torch.arange(len(targets_C), device=targets_C.device)
+    sums, picked, places = [], [], []
+    for part, (low, high) in zip(logits, head.blocks):
+        is_here = (targets_C >= low) & (targets_C < high)
+        places.append((rows[is_here], targets_C[is_here] - low))
+        own = part.new_zeros(len(part))
+        own[is_here] = part[places[-1]] - tallest[is_here]
+        picked.append(own)
+        part.sub_(tallest[:, None]).exp_()
+        sums.append(part.sum(1))
+    total, own = collectives.allreduce(torch.stack([tree_sum(sums, torch.add), tree_sum(picked, torch.add)]), group)
+    for part, place in zip(logits, places):
+        part.mul_((scale / total)[:, None])
+        part[place] -= scale
+    return (total.log() - own).sum()
+
+
+def _rows(tensor, head, block):
+    return tensor[slice(*head.linear.rows(block))]
+
+
+def _accumulate(weight, dw, scale):
+    gradient_of(weight).add_(dw if scale == 1 else dw * scale)

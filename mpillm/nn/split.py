@@ -1,0 +1,182 @@
+"""How the weights and activations of a layer are split over the tensor axis, and within a rank.
+
+Every weight is split by rows (dim 0; a weight that is split along its input is stored input-first), so that a shard
+is one contiguous range of the whole. ``numerics = "exact"`` splits further: the products of a layer are computed on
+``exact_blocks`` fixed blocks of rows, of which each rank holds one branch, and added along a fixed tree.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from mpillm.autograd.regions import allgather_to, copy_to, reduce_from, reduce_scatter_from
+from mpillm.comm.collectives import add_tree
+from mpillm.schedules.blocks import bounds, counts
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of which parameter a tensor is: elements ``[start, stop)`` of the row-major order of ``shape``.
+
+    ``is_partial_grad``: every tensor rank holds the whole, but sees only a part of its gradient.
+    ``std``: initial standard deviation; ``None`` for ones.
+    """
+
+    name: str
+    shape: tuple
+    start: int
+    stop: int
+    std: float | None = None
+    is_partial_grad: bool = False
+
+
+class WeightGradients:
+    """Where backward leaves the gradients of weights: computed at once, or kept until a ``W`` action asks for them."""
+
+    def __init__(self):
+        self._kept = None
+
+    def add(self, compute):
+        """Run ``compute``, which adds to ``.grad`` of some weight, now or when the kept ones are run."""
+        if self._kept is None:
+            compute()
+        else:
+            self._kept.append(compute)
+
+    def keep(self):
+        """From now on keep what is added."""
+        self._kept = []
+
+    def take(self):
+        """Return what was kept, as one function that computes it, and compute at once again."""
+        kept, self._kept = self._kept, None
+
+        def compute():
+            while kept:
+                kept.pop(0)()
+
+        return compute
+
+
+class TensorSplit:
+    """The tensor axis as the layers see it.
+
+    Parameters
+    ----------
+    group : Group
+        The ranks of the tensor axis.
+    sequence_parallel : bool
+        Whether activations between the parallel regions are sharded by tokens rather than replicated.
+    blocks : int, optional
+        Blocks of the fixed computation of ``exact``; by default one a rank.
+    dtype, device
+        Of the weights.
+    """
+
+    def __init__(self, group, sequence_parallel=False, blocks=None, dtype=torch.float32, device="cpu"):
+        self.group, self.rank, self.size = group, group.rank, group.size
+        self.sequence_parallel = sequence_parallel and group.size > 1
+        self.blocks = group.size if blocks is None else blocks
+        self.is_exact = blocks is not None
+        self.local_blocks = self.blocks // group.size
+        self.dtype, self.device = dtype, device
+        self.weight_gradients = WeightGradients()
+
+    def owned(self, units):
+        """Return the units ``(start, stop)`` of this rank."""
+        return bounds(units, self.size, self.rank)
+
+    def owned_blocks(self, units):
+        """Return the units ``(start, stop)`` of each of this rank's blocks."""
+        first = self.rank * self.local_blocks
+        return [bounds(units, self.blocks, first + i) for i in range(self.local_blocks)]
+
+    def parameter(self, name, shape, rows=None, std=None, is_partial_grad=False):
+        """Create rows ``(start, stop)`` (all, unless given) of a parameter of the whole ``shape``."""
+        low, high = (0, shape[0]) if rows is None else rows
+        width = shape[1] if len(shape) > 1 else 1
+        weight = nn.Parameter(torch.empty((high - low, *shape[1:]), dtype=self.dtype, device=self.device))
+        weight.shard = Shard(name, tuple(shape), low * width, high * width, std, is_partial_grad)
+        return weight
+
+    def tokens(self, total):
+        """Return how many of ``total`` tokens this rank holds between the parallel regions."""
+        return counts(total, self.size)[self.rank] if self.sequence_parallel else total
+
+    def spread(self, x_TD, total):
+        """Give every rank all ``total`` tokens of ``x`` for its own use; the gradients of all ranks are summed.
+
+        Collective over the tensor axis, in one direction or both.
+        """
+        return allgather_to(x_TD, self.group, 0, total) if self.sequence_parallel else copy_to(x_TD, self.group)
+
+    def collect(self, x_TD):
+        """Sum the ranks' partial ``x``, back to how activations lie between regions. The adjoint of :meth:`spread`."""
+        return reduce_scatter_from(x_TD, self.group) if self.sequence_parallel else reduce_from(x_TD, self.group)
+
+    def enter(self, x_TD, total):
+        """:meth:`spread` ``x`` and hand it to every block of this rank."""
+        x_TD = self.spread(x_TD, total)
+        return _FanOut.apply(x_TD, self.local_blocks) if self.local_blocks > 1 else (x_TD,)
+
+    def leave(self, parts):
+        """Add the partial results of this rank's blocks and :meth:`collect` them. The adjoint of :meth:`enter`."""
+        return self.collect(_FanIn.apply(*parts) if self.local_blocks > 1 else parts[0])
+
+    def token_blocks(self, x_TD, total):
+        """Cut rows that this rank holds of ``total`` tokens into the fixed blocks of a sum over tokens."""
+        if not self.is_exact:
+            return [x_TD]
+        if self.sequence_parallel:
+            cuts = [bounds(total, self.blocks, self.rank * self.local_blocks + i) for i in range(self.local_blocks)]
+        else:
+            cuts = [bounds(total, self.blocks, i) for i in range(self.blocks)]
+        offset = cuts[0][0]
+        return [x_TD[low - offset:high - offset] for low, high in cuts]
+
+
+class _FanOut(torch.autograd.Function):
+    """One tensor to several blocks; their gradients are added along the tree."""
+
+    @staticmethod
+    def forward(ctx, x, count):
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return add_tree(list(grads)), None
+
+
+class _FanIn(torch.autograd.Function):
+    """Partial results of several blocks, added along the tree; each block gets the gradient."""
+
+    @staticmethod
+    def forward(ctx, *parts):
+        ctx.count = len(parts)
+        return add_tree(list(parts))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad,) * ctx.count
+
+
+def gradient_of(weight, rows=None):
+    """Return ``weight.grad``, made of zeros if there is none yet, or some rows ``(start, stop)`` of it."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad if rows is None else weight.grad[slice(*rows)]
+
+
+def add_product(grad, left, right):
+    """Add ``left.T @ right`` to ``grad``, in one pass where the dtypes agree."""
+    if grad.dtype == left.dtype:
+        grad.addmm_(left.t(), right)
+    else:
+        grad.add_(left.t() @ right)
+
+
+def later(function, *arguments):
+    """Bind arguments, for :meth:`WeightGradients.add`."""
+    return partial(function, *arguments)

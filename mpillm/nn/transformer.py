@@ -1,0 +1,131 @@
+"""The transformer, one pipeline stage at a time.
+
+Legend: T tokens, D model, F feed-forward, V vocabulary. Activations between layers are ``[T, D]``, replicated over the
+tensor axis, or sharded by tokens with sequence parallelism (Korthikanti et al. 2022).
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mpillm.nn.attention import Attention
+from mpillm.nn.embedding import VocabularyEmbedding
+from mpillm.nn.linear import ColumnParallelLinear, RowParallelLinear, products
+from mpillm.nn.loss import VocabularyHead
+from mpillm.nn.norm import RMSNorm
+
+INITIAL_STD = 0.02
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): ``down(silu(gate x) * up x)``; each block of F maps the input to a partial output."""
+
+    def __init__(self, name, split, model, std):
+        super().__init__()
+        self.split, size = split, model.ffn_size
+        self.gate, self.up = (ColumnParallelLinear(f"{name}.{part}.weight", split, model.hidden_size, size)
+                              for part in ("gate", "up"))
+        self.down = RowParallelLinear(f"{name}.down.weight", split, model.hidden_size, size, std=std)
+        self.blocks = split.owned_blocks(size)
+
+    def forward(self, parts):
+        """Map each block's input ``[T, D]`` to its partial output ``[T, D]``."""
+        return [self._block(block, x_TD) for block, x_TD in zip(self.blocks, parts)]
+
+    def _block(self, block, x_TD):
+        rows = self.gate.rows(block)
+        gate_TF, up_TF = products(x_TD, self.split, (self.gate, rows), (self.up, rows))
+        return products(_SwiGLU.apply(gate_TF, up_TF), self.split, (self.down, rows))[0]
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up``, keeping only its two inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        return slope.mul_(up).mul_(dy), silu.mul_(dy)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a residual connection."""
+
+    def __init__(self, index, split, model, recompute="none"):
+        super().__init__()
+        name, std = f"layers.{index}", INITIAL_STD / math.sqrt(2 * model.num_layers)
+        self.split, self.is_recomputed = split, recompute == "full"
+        self.attention_norm = RMSNorm(f"{name}.attention_norm.weight", split, model.hidden_size, model.norm_eps)
+        self.attention = Attention(f"{name}.attention", split, model, std, recompute == "selective")
+        self.ffn_norm = RMSNorm(f"{name}.ffn_norm.weight", split, model.hidden_size, model.norm_eps)
+        self.ffn = FeedForward(f"{name}.ffn", split, model, std)
+
+    def forward(self, x_TD, batch):
+        """Map activations to activations, recomputing them in backward if asked."""
+        if self.is_recomputed and torch.is_grad_enabled():
+            return checkpoint(self._layer, x_TD, batch, use_reentrant=False, preserve_rng_state=False)
+        return self._layer(x_TD, batch)
+
+    def _layer(self, x_TD, batch):
+        split, total = self.split, batch.tokens
+        parts = split.enter(self.attention_norm(x_TD, total), total)
+        x_TD = x_TD + split.leave(self.attention(parts, batch))
+        parts = split.enter(self.ffn_norm(x_TD, total), total)
+        return x_TD + split.leave(self.ffn(parts))
+
+
+class TransformerStage(nn.Module):
+    """The layers ``[start, stop)`` of a model, with the embedding before the first and norm and head after the last.
+
+    Parameters
+    ----------
+    model : mpillm.config.Model
+        With ``vocab_size`` known.
+    split : TensorSplit
+    start, stop : int
+    recompute : str or sequence of str
+        ``"none"``, ``"selective"`` (the attention core is recomputed in backward) or ``"full"`` (whole layers), one
+        for all layers of the model or one each.
+    """
+
+    def __init__(self, model, split, start, stop, recompute="none"):
+        super().__init__()
+        modes = [recompute] * model.num_layers if isinstance(recompute, str) else recompute
+        self.model, self.split, self.start, self.stop = model, split, start, stop
+        self.is_first, self.is_last = start == 0, stop == model.num_layers
+        size, width = model.vocab_size, model.hidden_size
+        self.embedding = VocabularyEmbedding("embedding.weight", split, size, width, INITIAL_STD) if self.is_first else None
+        self.layers = nn.ModuleList(Layer(i, split, model, modes[i]) for i in range(start, stop))
+        self.norm = RMSNorm("norm.weight", split, width, model.norm_eps) if self.is_last else None
+        self.head = None
+        if self.is_last:
+            name = "embedding.weight" if model.tie_embeddings else "head.weight"
+            self.head = VocabularyHead(name, split, size, width, INITIAL_STD)
+
+    def forward(self, x, batch):
+        """Map tokens ``[T]`` (first stage) or activations to activations of this stage's last layer."""
+        if self.is_first:
+            x = self.split.collect(self.embedding(x))
+        for layer in self.layers:
+            x = layer(x, batch)
+        return x
+
+    def loss(self, x_TD, batch, targets_T, scale):
+        """Return ``scale`` times the summed cross-entropy of the last stage's activations; replicated."""
+        return self.head.loss(self._final(x_TD, batch), targets_T, scale)
+
+    def logits(self, x_TD, batch):
+        """Return the logits ``[T, V]`` of the last stage's activations on every tensor rank."""
+        return self.head.logits(self._final(x_TD, batch))
+
+    def _final(self, x_TD, batch):
+        return self.split.spread(self.norm(x_TD, batch.tokens), batch.tokens)
