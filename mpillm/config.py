@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from mpillm.errors import ConfigError, DataError
 from mpillm.schedules.blocks import bounds
+from mpillm.schedules.pipeline import SCHEDULES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +26,6 @@ else:
     import tomli as tomllib
 
 AXES = ("data", "pipeline", "tensor")
-SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -307,9 +307,9 @@ def _check_layout(config, ranks):
             f"layout data={d} x pipeline={p} x tensor={t} needs {d * p * t} ranks, this launch has {ranks}: "
             f"change the degrees or start {d * p * t} ranks (mpiexec -n {d * p * t})"
         )
-    if layout.schedule not in SCHEDULE_NAMES and not Path(layout.schedule).is_file():
+    if layout.schedule not in SCHEDULES and not Path(layout.schedule).is_file():
         raise ConfigError(
-            f"layout.schedule = \"{layout.schedule}\": neither one of {', '.join(SCHEDULE_NAMES)} nor a file"
+            f"layout.schedule = \"{layout.schedule}\": neither one of {', '.join(SCHEDULES)} nor a file"
         )
     stages = p * layout.chunks
     if stages > model.num_layers:

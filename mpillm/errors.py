@@ -67,7 +67,8 @@ def agree(comm, error=None, action="set-up"):
     Raises
     ------
     CollectiveError
-        On every rank, the same message on each, if ``error`` was given on any. A rank alone raises its own error.
+        On every rank, the same message on each, if ``error`` was given on some. If it is the same on all, each raises
+        its own.
 
     Notes
     -----
@@ -78,8 +79,9 @@ def agree(comm, error=None, action="set-up"):
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
         return
-    if comm.size == 1:
+    if all(report == reports[0] for report in reports):
         raise error
     message, exit_code = reports[failed[0]]
-    where = f"on every rank of {comm.size}" if len(failed) == comm.size else f"on ranks {failed} of {comm.size}"
-    raise CollectiveError(f"{action}: failed {where}; first: rank {failed[0]}: {message}", exit_code) from error
+    raise CollectiveError(
+        f"{action}: failed on ranks {failed} of {comm.size}; first: rank {failed[0]}: {message}", exit_code
+    ) from error

@@ -154,6 +154,23 @@ def iallgather(x, comm, dim=0, size=None):
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
+def allgather_blocks(x, comm):
+    """Fill flat ``x`` in place: every rank gives its own block and gets all others.
+
+    Collective over ``comm``: equal shapes and dtypes. The one function here that writes to its argument.
+    """
+    group = as_group(comm)
+    if group.size == 1:
+        return
+    own = counts(len(x), group.size)
+    group.record("allgather", (group.size - 1) * own[group.rank] * x.element_size())
+    host = staged(x)
+    lengths = [n * x.element_size() for n in own]
+    group.comm.Allgatherv(_in_place(), [as_bytes(host), lengths])
+    if x.is_cuda:
+        x.copy_(host)
+
+
 def bcast(x, comm, root=0):
     """Give every rank the ``x`` of ``root``.
 
@@ -309,6 +326,12 @@ def _gather_blocks(block, sizes, group):
     item = block.element_size()
     group.comm.Allgatherv(as_bytes(block), [as_bytes(whole), [n * item for n in sizes]])
     return whole
+
+
+def _in_place():
+    from mpi4py import MPI
+
+    return MPI.IN_PLACE
 
 
 def _mpi_op(op):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 TILE = 65536
+INITIAL_STD = 0.02
 
 
 def initial_values(name, seed, start, stop, std):
@@ -35,3 +36,27 @@ def initialise(parameter, seed):
     values = initial_values(shard.name, seed, shard.start, shard.stop, shard.std)
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(values).view(parameter.shape))
+
+
+def parameter_table(model):
+    """Return every parameter of a model: ``{name: (whole shape, initial standard deviation or None for ones)}``.
+
+    Local. Weights split along their input (``output``, ``down``) are stored input-first.
+    """
+    width, ffn, std = model.hidden_size, model.ffn_size, INITIAL_STD
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    out_std = std / (2 * model.num_layers) ** 0.5
+    shapes = {"embedding.weight": ((model.vocab_size, width), std)}
+    for i in range(model.num_layers):
+        layer = {
+            "attention_norm.weight": ((width,), None), "attention.query.weight": ((queries, width), std),
+            "attention.key.weight": ((keys, width), std), "attention.value.weight": ((keys, width), std),
+            "attention.output.weight": ((queries, width), out_std), "ffn_norm.weight": ((width,), None),
+            "ffn.gate.weight": ((ffn, width), std), "ffn.up.weight": ((ffn, width), std),
+            "ffn.down.weight": ((ffn, width), out_std),
+        }
+        shapes.update({f"layers.{i}.{name}": value for name, value in layer.items()})
+    shapes["norm.weight"] = ((width,), None)
+    if not model.tie_embeddings:
+        shapes["head.weight"] = ((model.vocab_size, width), std)
+    return shapes

@@ -95,7 +95,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (x,) = ctx.saved_tensors
-        ctx.weight_gradients.add(later(_accumulate, ctx.blocks, x, grads))
+        ctx.weight_gradients.add(later(_accumulate, ctx.blocks, x.detach(), grads))
         dx = None
         if ctx.needs_input_grad[0]:
             for (layer, rows), dy in zip(ctx.blocks, grads):

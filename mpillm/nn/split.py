@@ -163,10 +163,16 @@ class _FanIn(torch.autograd.Function):
 
 
 def gradient_of(weight, rows=None):
-    """Return ``weight.grad``, made of zeros if there is none yet, or some rows ``(start, stop)`` of it."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad if rows is None else weight.grad[slice(*rows)]
+    """Return where the gradient of ``weight`` is kept, or some rows ``(start, stop)`` of it.
+
+    That is ``main_grad`` where flat storage has set one, else ``grad``, made of zeros if there is none yet.
+    """
+    grad = getattr(weight, "main_grad", None)
+    if grad is None:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        grad = weight.grad
+    return grad if rows is None else grad[slice(*rows)]
 
 
 def add_product(grad, left, right):

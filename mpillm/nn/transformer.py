@@ -12,11 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mpillm.nn.attention import Attention
 from mpillm.nn.embedding import VocabularyEmbedding
+from mpillm.nn.init import INITIAL_STD
 from mpillm.nn.linear import ColumnParallelLinear, RowParallelLinear, products
 from mpillm.nn.loss import VocabularyHead
 from mpillm.nn.norm import RMSNorm
-
-INITIAL_STD = 0.02
 
 
 class FeedForward(nn.Module):

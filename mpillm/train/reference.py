@@ -7,7 +7,7 @@ independent computations.
 import torch
 import torch.nn.functional as F
 
-from mpillm.nn.init import initial_values
+from mpillm.nn.init import initial_values, parameter_table
 
 
 class Reference:
@@ -22,7 +22,7 @@ class Reference:
 
     def __init__(self, model, seed, dtype=torch.float64):
         self.model, self.parameters = model, {}
-        for name, (shape, std) in _shapes(model).items():
+        for name, (shape, std) in parameter_table(model).items():
             count = int(torch.Size(shape).numel())
             values = torch.from_numpy(initial_values(name, seed, 0, count, std)).view(shape)
             self.parameters[name] = values.to(dtype).requires_grad_()
@@ -62,24 +62,3 @@ class Reference:
         turn = torch.polar(torch.ones_like(angles), angles)
         turned = torch.complex(x_BHSN[..., :half].double(), x_BHSN[..., half:].double()) * turn
         return torch.cat((turned.real, turned.imag), -1).to(x_BHSN.dtype)
-
-
-def _shapes(model):
-    """Return ``{name: (whole shape, initial standard deviation or None for ones)}``."""
-    width, ffn, std = model.hidden_size, model.ffn_size, 0.02
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    out_std = std / (2 * model.num_layers) ** 0.5
-    shapes = {"embedding.weight": ((model.vocab_size, width), std)}
-    for i in range(model.num_layers):
-        layer = {
-            "attention_norm.weight": ((width,), None), "attention.query.weight": ((queries, width), std),
-            "attention.key.weight": ((keys, width), std), "attention.value.weight": ((keys, width), std),
-            "attention.output.weight": ((queries, width), out_std), "ffn_norm.weight": ((width,), None),
-            "ffn.gate.weight": ((ffn, width), std), "ffn.up.weight": ((ffn, width), std),
-            "ffn.down.weight": ((ffn, width), out_std),
-        }
-        shapes.update({f"layers.{i}.{name}": value for name, value in layer.items()})
-    shapes["norm.weight"] = ((width,), None)
-    if not model.tie_embeddings:
-        shapes["head.weight"] = ((model.vocab_size, width), std)
-    return shapes

@@ -1,0 +1,1 @@
+"""One file a command; `mpillm.__main__` loads the one that is called."""

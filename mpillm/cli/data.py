@@ -1,0 +1,115 @@
+"""``mpillm data``: text files to the HDF5 file of tokens that training reads."""
+
+import os
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from mpillm.errors import ConfigError, DataError
+from mpillm.train.text import ByteTokenizer, Documents, load_tokenizer, train_bpe, write_tokens
+
+DEFAULT_VOCAB_SIZE = 8192
+
+
+@click.command("data")
+@click.argument("files", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, help="The HDF5 file to write.")
+@click.option("--tokenizer", "name", default="bpe", show_default=True, metavar="bytes|bpe|FILE",
+              help="The bytes themselves; a byte-level BPE learned from the training documents; or a JSON "
+                   "file of the tokenizers library.")
+@click.option("--vocab-size", type=int, help=f"Tokens of the BPE; {DEFAULT_VOCAB_SIZE} if not given.")
+@click.option("--validation-fraction", "fraction", type=float, default=0.0, show_default=True,
+              help="Hold out about this part of the documents, chosen by a hash of their path (of a JSON "
+                   "line's text).")
+@click.option("--validation", "held_out", multiple=True, metavar="FILE",
+              help="Hold out this file; can be repeated.")
+def command(files, output, name, vocab_size, fraction, held_out):
+    """Turn text FILES into tokens.
+
+    A .jsonl file has a document a line under the key "text"; any other file is one document. @LIST stands
+    for the files that the lines of the file LIST name. Empty documents are left out.
+    """
+    files, held_out = _expand(files), _expand(held_out)
+    _check(files, held_out, output, name, vocab_size, fraction)
+    utf8 = name != "bytes"
+    train = Documents(files, low=fraction, utf8=utf8)
+    validation = Documents(held_out, utf8=utf8) if held_out else Documents(files, high=fraction, utf8=utf8)
+    _check_texts(train, validation, fraction or held_out)
+    size = sum(os.path.getsize(path) for path in files + held_out)
+    passes = 2 if name == "bpe" else 1
+    with tqdm(total=passes * size, desc="tokens", unit="B", unit_scale=True, disable=None) as bar:
+        tokenizer = _tokenizer(name, vocab_size, _shown(train, bar))
+        splits = write_tokens(output, _shown(train, bar), _shown(validation, bar), tokenizer)
+    click.echo(f"{output}: tokenizer {name}, vocabulary of {tokenizer.vocab_size:,}")
+    for label, split in zip(("train", "validation"), splits):
+        click.echo(
+            f"{label:10} {split.documents:>12,} documents {split.bytes:>16,} bytes {split.tokens:>16,} tokens"
+        )
+
+
+def _expand(names):
+    """Replace every ``@LIST`` by the paths on its lines."""
+    paths = []
+    for name in names:
+        if not name.startswith("@"):
+            paths.append(name)
+            continue
+        try:
+            lines = Path(name[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"list of files {name}: cannot be read ({error})") from error
+        paths += [line for line in lines if line.strip()]
+        if not any(map(str.strip, lines)):
+            raise DataError(f"list of files {name}: is empty: give it a path a line")
+    return tuple(paths)
+
+
+def _check(files, held_out, output, name, vocab_size, fraction):
+    """Refuse what cannot work before any text is read."""
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"--validation-fraction {fraction}: must be at least 0 and below 1")
+    if fraction and held_out:
+        raise ConfigError("--validation-fraction and --validation: both choose the held-out text, give one")
+    if vocab_size is not None and name != "bpe":
+        raise ConfigError(f"--vocab-size {vocab_size}: goes with --tokenizer bpe, this one is {name}")
+    if name not in ("bytes", "bpe") and not Path(name).exists():
+        raise ConfigError(f"--tokenizer {name}: neither bytes, bpe nor a file")
+    for path in files + held_out:
+        if not Path(path).is_file():
+            problem = "is a directory: name the files in it" if Path(path).is_dir() else "no such file"
+            raise DataError(f"text file {path}: {problem}")
+    twice = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in held_out}
+    if twice:
+        raise ConfigError(f"{min(twice)}: given both to train on and as --validation")
+    folder = Path(output).parent
+    if Path(output).is_dir() or not os.access(folder, os.W_OK):
+        problem = "is a directory" if Path(output).is_dir() else f"{folder} is no directory one can write to"
+        raise DataError(f"token file {output}: cannot be written: {problem}: choose another -o")
+
+
+def _check_texts(train, validation, wants_validation):
+    """Refuse splits without any text."""
+    if next(iter(train), None) is None:
+        why = f"--validation-fraction {train.low} holds out every document" if train.low else "all are empty"
+        raise DataError(f"no training text in {len(train.paths)} files: {why}")
+    if wants_validation and next(iter(validation), None) is None:
+        raise DataError(
+            f"no validation text: {len(validation.paths)} files give no held-out document, and documents are "
+            "never cut: raise --validation-fraction, or hold out files with --validation"
+        )
+
+
+def _tokenizer(name, vocab_size, texts):
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "bpe":
+        return train_bpe(texts, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
+    return load_tokenizer(name)
+
+
+def _shown(documents, bar):
+    """Yield the documents and move the bar on."""
+    for document in documents:
+        yield document
+        bar.update(len(document))

@@ -1,0 +1,129 @@
+"""Executes a checked pipeline schedule: receives posted ahead, sends left to overlap."""
+
+from collections import deque
+
+import torch
+
+from mpillm.comm.p2p import BACKWARD, FORWARD, irecv, isend, tag_of
+
+RECEIVES_AHEAD = 2
+
+
+class PipelineRunner:
+    """Runs a schedule's actions of this rank.
+
+    Parameters
+    ----------
+    stages : list of Stage
+        This rank's, in order.
+    group : Group
+        The pipeline axis.
+    trace : Trace
+        Where actions and waits are recorded.
+    microbatch_done : callable, optional
+        Called with ``(stage index, microbatch)`` once all its weight gradients are there.
+    """
+
+    def __init__(self, stages, group, trace, microbatch_done=None):
+        self.stages = {stage.index: stage for stage in stages}
+        self.group, self.trace = group, trace
+        self._microbatch_done = microbatch_done or (lambda stage, microbatch: None)
+
+    def run(self, schedule, work):
+        """Execute ``schedule`` on microbatches ``work``; return the losses by microbatch (last stage only).
+
+        Collective over the pipeline axis.
+
+        Parameters
+        ----------
+        schedule : PipelineSchedule
+            Checked before; without backward actions it evaluates.
+        work : list of Microbatch
+        """
+        step = _Step(self, schedule, work)
+        for action in schedule.actions[self.group.rank]:
+            step.execute(action)
+        step.finish()
+        return step.losses
+
+
+class _Step:
+    """One pass through a schedule: the messages in flight and the losses so far."""
+
+    def __init__(self, runner, schedule, work):
+        self.runner, self.schedule, self.work = runner, schedule, work
+        self.group, self.trace = runner.group, runner.trace
+        self.last = schedule.num_stages - 1
+        self.losses, self.local, self.sends, self.posted = {}, {}, [], {}
+        self.to_post = deque(filter(self._comes_from_elsewhere, map(self._input_of, schedule.actions[self.group.rank])))
+
+    def execute(self, action):
+        """Run one action: wait for its input, compute, send its output on."""
+        stage, microbatch = self.runner.stages[action.stage], action.microbatch
+        key = self._input_of(action)
+        x = self._receive(key, action) if key else None
+        with self.trace.span(action.kind, str(action)):
+            if action.kind == "F":
+                y = stage.forward(microbatch, x, self.work[microbatch])
+                if stage.is_last:
+                    self.losses[microbatch] = y
+                else:
+                    self._send((FORWARD, action.stage + 1, microbatch), y)
+            elif action.kind == "W":
+                stage.weight_gradients(microbatch)
+            else:
+                dx = stage.backward(microbatch, x, keep_weights=action.kind == "I")
+                if not stage.is_first:
+                    self._send((BACKWARD, action.stage - 1, microbatch), dx)
+            if action.kind in "BW":
+                self.runner._microbatch_done(action.stage, microbatch)
+        self.sends = [send for send in self.sends if not send.test()]
+
+    def finish(self):
+        """Wait until everything sent has left."""
+        with self.trace.span("wait", "sends"):
+            for send in self.sends:
+                send.wait()
+
+    def _input_of(self, action):
+        """Return the message an action needs, ``(kind, stage it is for, microbatch)``, or None."""
+        if action.kind == "F" and action.stage > 0:
+            return FORWARD, action.stage, action.microbatch
+        if action.kind in "BI" and action.stage < self.last:
+            return BACKWARD, action.stage, action.microbatch
+        return None
+
+    def _source(self, key):
+        kind, stage, _ = key
+        return self.schedule.rank_of(stage - 1 if kind == FORWARD else stage + 1)
+
+    def _comes_from_elsewhere(self, key):
+        return key is not None and self._source(key) != self.group.rank
+
+    def _tag(self, key):
+        kind, stage, microbatch = key
+        return tag_of(kind, stage, microbatch, self.schedule.num_microbatches)
+
+    def _send(self, key, x):
+        to = self.schedule.rank_of(key[1])
+        if to == self.group.rank:
+            self.local[key] = x
+        else:
+            self.sends.append(isend(x, self.group, to, self._tag(key)))
+
+    def _receive(self, key, action):
+        while self.to_post and len(self.posted) < RECEIVES_AHEAD:
+            self._post(self.to_post.popleft())
+        if key in self.local:
+            return self.local.pop(key)
+        with self.trace.span("wait", f"wait {action}"):
+            x = self.posted.pop(key).wait()
+        while self.to_post and len(self.posted) < RECEIVES_AHEAD:
+            self._post(self.to_post.popleft())
+        return x
+
+    def _post(self, key):
+        stage = self.runner.stages[key[1]]
+        like = next(stage.module.parameters())
+        shape = (stage.module.split.tokens(self.work[key[2]].batch.tokens), stage.module.model.hidden_size)
+        self.posted[key] = irecv(torch.Size(shape), like, self.group, self._source(key), self._tag(key))

@@ -1,0 +1,1 @@
+"""Pure: chooses. No MPI, no torch."""

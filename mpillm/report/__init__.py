@@ -1,0 +1,1 @@
+"""Records and draws what a run did."""

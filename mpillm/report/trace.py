@@ -1,0 +1,55 @@
+"""The trace of a rank: what it did when, as lines of JSON."""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+
+
+class Trace:
+    """Spans of time of one rank, written to ``rank-00000.jsonl``; records nothing without a folder.
+
+    The first line names the rank; each other line is ``{"step", "kind", "name", "start_s", "stop_s"}`` with times since
+    a moment that all ranks share (a barrier at the start). Kinds: ``F B I W`` the pipeline's actions, ``wait`` for a
+    message, ``reduce`` gradients, ``update`` weights, ``data``, ``evaluate``, ``save``.
+
+    Parameters
+    ----------
+    folder : Path or None
+    mesh : Mesh
+    """
+
+    def __init__(self, folder, mesh):
+        self.step, self._spans, self._file = 0, [], None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
+        mesh.world.comm.Barrier()
+        self._origin_s = time.perf_counter()
+        coords = {axis: mesh.coord(axis) for axis in ("data", "pipeline", "tensor")}
+        self._write({"rank": mesh.world.rank, "ranks": mesh.world.size, "coords": coords, "host": os.uname().nodename})
+
+    @contextmanager
+    def span(self, kind, name):
+        """Record how long the block takes."""
+        if self._file is None:
+            yield
+            return
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spans.append((kind, name, start, time.perf_counter()))
+
+    def end_step(self):
+        """Write the spans of the step. Call outside what is timed."""
+        for kind, name, start, stop in self._spans:
+            self._write({"step": self.step, "kind": kind, "name": name,
+                         "start_s": round(start - self._origin_s, 7), "stop_s": round(stop - self._origin_s, 7)})
+        self._spans.clear()
+        if self._file is not None:
+            self._file.flush()
+
+    def _write(self, record):
+        self._file.write(json.dumps(record) + "\n")

@@ -1,0 +1,224 @@
+"""The engine: a model, its optimiser and its schedule on this launch's ranks; a batch goes in, an update comes out."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mpillm.comm import collectives
+from mpillm.comm.mesh import Mesh
+from mpillm.errors import ConfigError
+from mpillm.nn.attention import Batch, rotary_tables
+from mpillm.nn.init import initialise
+from mpillm.nn.split import TensorSplit
+from mpillm.nn.transformer import TransformerStage
+from mpillm.pipeline import Microbatch, PipelineRunner, Stage
+from mpillm.planner.stages import default_cuts
+from mpillm.report.trace import Trace
+from mpillm.schedules.blocks import bounds
+from mpillm.schedules.check import check
+from mpillm.schedules.pipeline import SCHEDULES, PipelineSchedule, make_schedule
+from mpillm.train.gradients import GradientSync
+from mpillm.train.optimizers import ShardedOptimizer
+from mpillm.train.storage import Bucket, MicrobatchTree
+
+
+class Engine:
+    """Computes training steps and losses of one configuration on one communicator.
+
+    Collective over ``comm``, as are all methods. Reads and writes no files but the trace.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved for ``comm.size``, with ``model.vocab_size`` set.
+    comm : Comm
+    trace_folder : Path, optional
+    """
+
+    def __init__(self, config, comm, trace_folder=None):
+        layout, train = config.layout, config.train
+        self.config, self.is_exact = config, train.numerics == "exact"
+        self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if self.is_exact else "any")
+        self.device, self.dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
+        self.trace = Trace(trace_folder, self.mesh)
+        self.stages = self._make_stages()
+        self._make_storage()
+        self.runner = PipelineRunner(self.stages, self.mesh.group("pipeline"), self.trace,
+                                     self._microbatch_done if self.is_exact else None)
+        own = config.microbatch_bounds()
+        self.microbatches = own[self.mesh.coord("data")]
+        self.first_microbatch = sum(map(len, own[:self.mesh.coord("data")]))
+        self.num_microbatches = sum(map(len, own))
+        self.schedule = self._schedule(len(self.microbatches))
+
+    def train_step(self, samples, lr):
+        """Update the weights from one global batch.
+
+        Parameters
+        ----------
+        samples : callable
+            ``samples(start, stop)`` returns inputs, targets (int64 ``[n, seq_len]``) and documents (or None) of
+            positions of the batch.
+        lr : float
+
+        Returns
+        -------
+        (float, float)
+            Mean loss over the batch's tokens before the update, and the gradient norm before clipping; on all ranks.
+        """
+        train = self.config.train
+        for bucket in self.all_buckets:
+            bucket.grad.zero_()
+        with self.trace.span("data", "batch"):
+            scale = 1.0 / (train.global_batch * train.seq_len)
+            work = [self._microbatch(samples(*cut), scale) for cut in self.microbatches]
+        if self.is_exact:
+            self._trees = {index: MicrobatchTree(buckets, self.num_microbatches, self.first_microbatch,
+                                                 self.first_microbatch + len(work))
+                           for index, buckets in self.stage_buckets.items()}
+        losses = self.runner.run(self.schedule, work)
+        with self.trace.span("reduce", "gradients"):
+            if self.is_exact:
+                for tree in self._trees.values():
+                    tree.finish()
+            reduced = self.gradients.reduce()
+            norm = self.gradients.clip(reduced, train.grad_clip)
+            self.reduced = self.gradients.ranges(reduced)
+        with self.trace.span("update", "weights"):
+            self.optimizer.step(self.reduced, lr)
+            self.publish()
+        return self._sum_losses(losses, self.first_microbatch, self.num_microbatches), norm
+
+    def loss(self, samples, count):
+        """Return the summed loss over all tokens of ``count`` samples, without gradients; on all ranks."""
+        size, data = self.config.train.microbatch, self.mesh.group("data")
+        total = -(-count // size)
+        first, last = bounds(total, data.size, data.rank)
+        cuts = [(i * size, min((i + 1) * size, count)) for i in range(first, last)]
+        losses = {}
+        if cuts:
+            with torch.no_grad():
+                work = [self._microbatch(samples(*cut), 1.0) for cut in cuts]
+                losses = self.runner.run(self._forwards(len(cuts)), work)
+        return self._sum_losses(losses, first, total)
+
+    def publish(self):
+        """Give every data rank the updated weights."""
+        for bucket in self.buckets:
+            bucket.publish()
+
+    def gradient_ranges(self):
+        """Return ``{name: [(start, flat values)]}``: what this rank holds of the last step's clipped gradients."""
+        return _by_name((piece, self.reduced[bucket][piece.low:]) for bucket, piece in self.optimizer.entries)
+
+    def weight_ranges(self):
+        """Return ``{name: [(start, flat values)]}``: what this rank holds of the weights."""
+        parameters = [p for stage in self.stages for p in stage.module.parameters()]
+        return _by_name((p.shard, p.detach().reshape(-1)) for p in parameters)
+
+    def free(self):
+        """Release the communicators."""
+        self.mesh.free()
+
+    def _make_stages(self):
+        config, mesh = self.config, self.mesh
+        model, layout = config.model, config.layout
+        self.num_stages = layout.pipeline * layout.chunks
+        cuts = [0, *default_cuts(config), model.num_layers]
+        self.tables = rotary_tables(model.head_dim, range(config.train.seq_len), model.rope_theta, self.dtype, self.device)
+        stages = []
+        for index in range(mesh.coord("pipeline"), self.num_stages, layout.pipeline):
+            split = TensorSplit(mesh.group("tensor"), layout.sequence_parallel,
+                                config.train.exact_blocks if self.is_exact else None, self.dtype, self.device)
+            module = TransformerStage(model, split, cuts[index], cuts[index + 1], layout.recompute)
+            for parameter in module.parameters():
+                initialise(parameter, config.train.seed)
+            stages.append(Stage(index, self.num_stages, module))
+        return stages
+
+    def _make_storage(self):
+        """Move weights and gradients to flat storage, one bucket a stage and one for a matrix that two stages share."""
+        mesh, zero = self.mesh, self.config.layout.zero == 1
+        self.stage_buckets, tied = {}, [None, None]
+        for stage in self.stages:
+            module, own = stage.module, []
+            shared = []
+            if self.config.model.tie_embeddings:
+                shared = [layer.weight for layer in (module.embedding, module.head) if layer is not None]
+            others = [p for p in module.parameters() if not any(p is s for s in shared)]
+            own.append(Bucket(others, mesh, zero))
+            if shared and module.is_first:
+                tied[0] = Bucket([module.embedding.weight], mesh, zero)
+                own.append(tied[0])
+            if shared and module.is_last:
+                tied[1] = Bucket([module.head.weight], mesh, zero, is_counted=False, tied_to=tied[0])
+                own.append(tied[1])
+            self.stage_buckets[stage.index] = own
+        self.all_buckets = [bucket for own in self.stage_buckets.values() for bucket in own]
+        self.buckets = [bucket for bucket in self.all_buckets if bucket.tied_to is None]
+        self.gradients = GradientSync(mesh, self.config.model, self.buckets, tied, self.is_exact)
+        self.optimizer = ShardedOptimizer(self.config.train, self.buckets)
+
+    def _schedule(self, num_microbatches):
+        """Build, or read, and check the pipeline schedule of this data rank."""
+        layout = self.config.layout
+        if layout.schedule in SCHEDULES:
+            schedule = make_schedule(layout.schedule, layout.pipeline, num_microbatches, layout.chunks)
+        else:
+            schedule = PipelineSchedule.from_text(Path(layout.schedule).read_text(encoding="utf-8"))
+            found = (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches)
+            needed = (layout.pipeline, self.num_stages, num_microbatches)
+            if found != needed:
+                raise ConfigError(
+                    f"layout.schedule = {layout.schedule}: is for {found[0]} ranks, {found[1]} stages, {found[2]} "
+                    f"microbatches; this layout needs {needed[0]}, {needed[1]} and {needed[2]}"
+                )
+        check(schedule)
+        return schedule
+
+    def _forwards(self, num_microbatches):
+        """Return a schedule of forward actions alone."""
+        layout = self.config.layout
+        schedule = make_schedule("gpipe", layout.pipeline, num_microbatches, layout.chunks)
+        forwards = tuple(tuple(a for a in row if a.kind == "F") for row in schedule.actions)
+        return replace(schedule, name="forward", actions=forwards)
+
+    def _microbatch(self, samples, scale):
+        """Move samples to the device, with the mask of their documents."""
+        inputs, targets, documents = (None if part is None else torch.as_tensor(part, device=self.device)
+                                      for part in samples)
+        sequences, positions = inputs.shape
+        mask = None
+        if documents is not None:
+            causal = torch.ones(positions, positions, dtype=torch.bool, device=self.device).tril()
+            mask = ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
+        return Microbatch(inputs.reshape(-1), targets.reshape(-1), scale, Batch(sequences, positions, *self.tables, mask))
+
+    def _microbatch_done(self, stage, microbatch):
+        self._trees[stage].done(self.first_microbatch + microbatch)
+
+    def _sum_losses(self, losses, first, total):
+        """Add the microbatches' losses of all ranks in their global order."""
+        values = torch.zeros(total, dtype=torch.float64)
+        if self.mesh.coord("tensor") == 0:
+            for microbatch, loss in losses.items():
+                values[first + microbatch] = float(loss)
+        return float(collectives.allreduce(values, self.mesh.world).sum())
+
+
+def pick_device(name, comm):
+    """Return the device of this rank: GPUs are dealt out by the rank's place on its node."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    nodes = comm.allgather(os.uname().nodename)
+    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % torch.cuda.device_count())
+
+
+def _by_name(ranges):
+    """Gather flat values by the name of their parameter; a range is a shard or a piece."""
+    found = {}
+    for where, values in ranges:
+        found.setdefault(where.name, []).append((where.start, values[:where.stop - where.start]))
+    return found

@@ -1,0 +1,144 @@
+"""Flat storage: the parameters and gradients of a stage in flat buffers that are cut evenly over the data axis.
+
+Every parameter starts on a multiple of 16 elements, and so does every shard: fused optimisers then compute the same
+bits on a shard as on the whole.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mpillm.comm import collectives
+from mpillm.schedules.blocks import align, bounds
+from mpillm.schedules.tree import TreeAccumulator
+
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one parameter that this rank updates: elements ``[start, stop)`` of the whole parameter's row-major
+    order, at ``[low, high)`` of its bucket's shard (``high`` includes padding).
+
+    ``is_counted``: of all ranks that hold this range, this one counts it in norms and writes it to checkpoints.
+    """
+
+    name: str
+    shape: tuple
+    start: int
+    stop: int
+    low: int
+    high: int
+    is_counted: bool
+
+
+class Bucket:
+    """Parameters whose data and gradients lie in one flat buffer each; gradients are reduced over the data axis.
+
+    Parameters
+    ----------
+    parameters : list of Parameter
+        With ``.shard``. Their data move into the buffer; ``main_grad`` becomes a view of the gradient buffer.
+    mesh : Mesh
+    is_sharded : bool
+        Whether each data rank updates only its shard (``zero = 1``) or all (``zero = 0``).
+    is_counted : bool
+        Whether this rank is the one of its pipeline that answers for these parameters.
+    tied_to : Bucket, optional
+        A bucket of the same shape whose data these parameters use as well.
+    """
+
+    def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None):
+        self.parameters = sorted(parameters, key=lambda p: not p.shard.is_partial_grad)
+        self.mesh, self.group = mesh, mesh.group("data")
+        self.is_counted, self.tied_to = is_counted, tied_to
+        self.offsets, end = [], 0
+        for p in self.parameters:
+            self.offsets.append(end)
+            end = align(end + p.numel(), ALIGNMENT)
+        self.num_partial = sum(align(p.numel(), ALIGNMENT) for p in self.parameters if p.shard.is_partial_grad)
+        self.size = align(end, ALIGNMENT * self.group.size)
+        first = self.parameters[0]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        self.data = tied_to.data if tied_to else torch.zeros(self.size, dtype=first.dtype, device=first.device)
+        self.grad = torch.zeros(self.size, dtype=wide, device=first.device)
+        for p, offset in zip(self.parameters, self.offsets):
+            part = slice(offset, offset + p.numel())
+            if not tied_to:
+                self.data[part] = p.detach().reshape(-1)
+            p.data, p.main_grad = self.data[part].view(p.shape), self.grad[part].view(p.shape)
+        self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
+        self.is_sharded = is_sharded
+        self.master = None  # what the optimiser updates: a view of the data, or float32 masters of it
+        self.load_master()
+
+    def load_master(self):
+        """Take the data as they are for the optimiser to start from."""
+        shard = self.data[slice(*self.range)]
+        self.master = shard if self.data.dtype == self.grad.dtype else shard.to(self.grad.dtype)
+
+    def pieces(self):
+        """Return the pieces of parameters in this rank's range."""
+        low, high = self.range
+        is_counted = self.is_counted and (self.is_sharded or self.group.rank == 0)
+        found = []
+        for p, offset in zip(self.parameters, self.offsets):
+            start, stop = max(low, offset), min(high, offset + p.numel())
+            if start < stop:
+                shard, is_whole = p.shard, p.numel() == torch.Size(p.shard.shape).numel()
+                found.append(Piece(
+                    shard.name, shard.shape, shard.start + start - offset, shard.start + stop - offset, start - low,
+                    min(high, align(stop, ALIGNMENT)) - low,
+                    is_counted and not (is_whole and self.mesh.coord("tensor") > 0),
+                ))
+        return found
+
+    def sum_partial(self):
+        """Add up gradients of which each tensor rank saw a part. Collective over the tensor axis."""
+        if self.num_partial and self.mesh.size("tensor") > 1:
+            part = self.grad[:self.num_partial]
+            part.copy_(collectives.allreduce(part, self.mesh.group("tensor")))
+
+    def reduce(self, is_whole):
+        """Sum the gradient over the data axis; return this rank's range of it, or with ``is_whole`` all of it.
+
+        Collective over the data axis. Sharded or not, the sum has the same bits.
+        """
+        if self.group.size == 1:
+            return self.grad
+        block = collectives.reduce_scatter(self.grad, self.group)
+        if self.is_sharded and not is_whole:
+            return block
+        return self.grad.copy_(collectives.allgather(block, self.group, size=self.size))
+
+    def publish(self):
+        """Give every rank the updated parameters. Collective over the data axis."""
+        own = self.data[slice(*self.range)]
+        if self.data.dtype != self.grad.dtype:
+            own.copy_(self.master)
+        if self.is_sharded:
+            collectives.allgather_blocks(self.data, self.group)
+
+
+class MicrobatchTree:
+    """Sums the gradients of microbatches along the fixed tree, for ``numerics = "exact"``.
+
+    Each microbatch of a stage leaves its gradient in the stage's buckets; ``done`` takes it away, ``finish`` puts the
+    sum of all back.
+    """
+
+    def __init__(self, buckets, total, start, stop):
+        self.buckets = buckets
+        self.trees = [TreeAccumulator(total, start, stop, torch.Tensor.add_) for _ in buckets]
+
+    def done(self, microbatch):
+        """Take the gradient of global microbatch number ``microbatch``."""
+        for bucket, tree in zip(self.buckets, self.trees):
+            bucket.sum_partial()
+            tree.push(microbatch, bucket.grad.clone())
+            bucket.grad.zero_()
+
+    def finish(self):
+        """Put the sum over all microbatches into the gradient buffers."""
+        for bucket, tree in zip(self.buckets, self.trees):
+            bucket.grad.copy_(tree.value)

