@@ -1,1 +1,1 @@
-"""One file a command; `mpillm.__main__` loads the one that is called."""
+"""The commands, one file each: ``mpillm.cli.NAME.command`` is what ``mpillm NAME`` runs."""

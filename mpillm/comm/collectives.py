@@ -6,6 +6,8 @@ returns a new tensor; inputs are never changed. Half types travel as two bytes a
 Blocks of a dimension are those of :mod:`mpillm.schedules.blocks`: sizes need not divide, and may be zero.
 """
 
+import os
+
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES, as_array, as_bytes, host_empty, staged, unstaged
@@ -166,7 +168,7 @@ def allgather_blocks(x, comm):
     group.record("allgather", (group.size - 1) * own[group.rank] * x.element_size())
     host = staged(x)
     lengths = [n * x.element_size() for n in own]
-    group.comm.Allgatherv(_in_place(), [as_bytes(host), lengths])
+    finish(group.comm.Iallgatherv(_in_place(), [as_bytes(host), lengths]))
     if x.is_cuda:
         x.copy_(host)
 
@@ -294,10 +296,16 @@ class Pending:
     def wait(self):
         """Block until finished and return the result."""
         if self._request is not None:
-            self._request.Wait()
+            finish(self._request)
             self._request = None
         self._keep = ()
         return self._result if self._finish is None else self._finish()
+
+
+def finish(request):
+    """Wait for an MPI request, leaving the core to others meanwhile: ranks may outnumber cores."""
+    while not request.Test():
+        os.sched_yield()
 
 
 def add_tree(parts):
@@ -317,14 +325,14 @@ def _direct_reduce(flat, sizes, group):
     mine, item = sizes[group.rank], flat.element_size()
     received = torch.empty(group.size * mine, dtype=flat.dtype)
     send = [n * item for n in sizes]
-    group.comm.Alltoallv([as_bytes(flat), send], [as_bytes(received), [mine * item] * group.size])
+    finish(group.comm.Ialltoallv([as_bytes(flat), send], [as_bytes(received), [mine * item] * group.size]))
     return add_tree(list(received.view(group.size, mine)))
 
 
 def _gather_blocks(block, sizes, group):
     whole = torch.empty(sum(sizes), dtype=block.dtype)
     item = block.element_size()
-    group.comm.Allgatherv(as_bytes(block), [as_bytes(whole), [n * item for n in sizes]])
+    finish(group.comm.Iallgatherv(as_bytes(block), [as_bytes(whole), [n * item for n in sizes]]))
     return whole
 
 

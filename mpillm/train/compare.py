@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from mpillm.comm import collectives
+from mpillm.comm.group import as_group
 from mpillm.errors import ConfigError
 from mpillm.schedules.pipeline import SCHEDULES
+from mpillm.train.data import TokenFile, training_order
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import decays, learning_rate, make_optimizer
 from mpillm.train.reference import Reference
@@ -58,16 +61,27 @@ class ReferenceTrainer:
         return loss.item(), norm.item(), gradients, {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-def random_batches(config, count):
-    """Return ``count`` global batches of random tokens, for comparisons that need no text: ``(inputs, targets, documents)``."""
+def batches(config, count):
+    """Return the first ``count`` global batches ``(inputs, targets, documents)``; random tokens without a data file."""
+    train = config.train
+    if not Path(config.data.path).exists():
+        return _random_batches(config, count)
+    tokens = TokenFile(config.data.path, "train", train.seq_len, config.model.vocab_size)
+    orders = [training_order(tokens.num_samples, train.seed, step * train.global_batch, train.global_batch)
+              for step in range(count)]
+    return [(*tokens.samples(order), tokens.documents_of(order) if config.data.mask_documents else None)
+            for order in orders]
+
+
+def _random_batches(config, count):
     train, generator = config.train, np.random.default_rng(config.train.seed)
     shape = (train.global_batch, train.seq_len + 1)
-    batches = []
+    found = []
     for _ in range(count):
         tokens = generator.integers(0, config.model.vocab_size, shape)
         documents = np.sort(generator.integers(0, 3, (shape[0], train.seq_len))) if config.data.mask_documents else None
-        batches.append((tokens[:, :-1], tokens[:, 1:], documents))
-    return batches
+        found.append((tokens[:, :-1], tokens[:, 1:], documents))
+    return found
 
 
 def compare_layout(config, comm, batches, expected):
@@ -77,21 +91,26 @@ def compare_layout(config, comm, batches, expected):
     ranks may pass ``None`` entries). Returns a :class:`Difference`, equal on all ranks.
     """
     engine = Engine(config, comm)
-    found = []
+    group, names, errors, ranges = as_group(comm), [], [], {}
     for step, (batch, wanted) in enumerate(zip(batches, expected), 1):
         loss, norm = engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],
                                        learning_rate(config.train, step))
-        want = comm.bcast(wanted[:2] if wanted else None)
-        found += [(f"step {step}: loss", _relative(loss, want[0])),
-                  (f"step {step}: gradient norm", _relative(norm, want[1]))]
-        gradients, weights = wanted[2:] if wanted else ({}, {})
-        names = [*reversed(comm.bcast(list(weights)))]
-        for kind, tensors, own in (("gradient", gradients, engine.gradient_ranges()), ("weight", weights, engine.weight_ranges())):
-            for name in names:
-                found.append((f"step {step}: {kind} of {name}", _compare(tensors.get(name), own.get(name, []), comm)))
+        loss_wanted, norm_wanted, shapes = comm.bcast(wanted and (*wanted[:2], _shapes(wanted[3])))
+        names += [f"step {step}: loss", f"step {step}: gradient norm"]
+        errors += [_relative(loss, loss_wanted), _relative(norm, norm_wanted)]
+        for place, kind, own in ((2, "gradient", engine.gradient_ranges()), (3, "weight", engine.weight_ranges())):
+            for name, shape in reversed(shapes.items()):  # backward computes the last layer's first
+                tensor = wanted[place][name] if wanted else torch.empty(shape, dtype=torch.float64)
+                flat = collectives.bcast(tensor, group).reshape(-1)
+                names.append(f"step {step}: {kind} of {name}")
+                errors.append(_largest(flat, own.get(name, [])))
+                ranges[names[-1]] = [(start, start + len(values)) for start, values in own.get(name, [])], len(flat)
     engine.free()
-    beyond = [name for name, error in found if not error <= TOLERANCE]
-    return Difference(max(error for _, error in found), len(found), beyond[0] if beyond else None)
+    worst = np.max(comm.allgather(errors), axis=0)
+    for missing in _uncovered(comm.allgather(ranges)):
+        worst[names.index(missing)] = np.inf
+    beyond = [name for name, error in zip(names, worst) if not error <= TOLERANCE]
+    return Difference(float(worst.max()), len(names), beyond[0] if beyond else None)
 
 
 def all_layouts(config, ranks):
@@ -127,18 +146,24 @@ def _relative(value, wanted):
     return abs(value - wanted) / max(abs(wanted), 1e-300)
 
 
-def _compare(wanted, own, comm):
-    """Return max|a - b| / max|b| of a whole tensor against the ranges that all ranks hold of it."""
-    shape = comm.bcast(None if wanted is None else tuple(wanted.shape))
-    flat = torch.zeros(shape, dtype=torch.float64) if wanted is None else wanted
-    flat = collectives.bcast(flat, comm).reshape(-1)
-    covered = np.zeros(flat.numel(), bool)
-    error = 0.0
-    for start, values in own:
-        error = max(error, float((values - flat[start:start + len(values)]).abs().max()))
-        error = float("inf") if error != error else error
-        covered[start:start + len(values)] = True
-    seen = np.logical_or.reduce(comm.allgather(covered))
-    scale = float(flat.abs().max())
-    worst = max(comm.allgather(error)) / scale if scale else max(comm.allgather(error))
-    return worst if seen.all() else float("inf")
+def _largest(wanted, own):
+    """Return max|a - b| / max|b| over the ranges ``(start, values)`` that this rank holds; NaN counts as infinite."""
+    scale = float(wanted.abs().max()) or 1.0
+    differences = [float((values - wanted[start:start + len(values)]).abs().max()) for start, values in own]
+    return max([error if error == error else np.inf for error in differences], default=0.0) / scale
+
+
+def _uncovered(ranges):
+    """Yield the tensors that the ranges of all ranks together do not cover."""
+    for name, (_, size) in ranges[0].items():
+        end = 0
+        for start, stop in sorted(piece for part in ranges for piece in part[name][0]):
+            if start > end:
+                break
+            end = max(end, stop)
+        if end < size:
+            yield name
+
+
+def _shapes(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -1,0 +1,73 @@
+"""The command line: ``python -m mpillm COMMAND``, also installed as ``mpillm``."""
+
+import importlib
+import sys
+
+import click
+
+from mpillm import __version__
+from mpillm.errors import FAILURE, USAGE, MpillmError
+
+COMMANDS = {
+    "doctor": "say what this launch is: MPI library, ranks, nodes, threads, binding, GPU, HDF5 (under mpirun or srun)",
+    "data": "turn text or JSONL files into tokens",
+    "train": "train a model (under mpirun or srun)",
+    "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
+    "generate": "sample text from a run (under mpirun or srun)",
+    "bench": "measure, beside PyTorch when asked",
+    "convert": "Hugging Face Llama weights out of a run, or into a new one",
+    "report": "draw the pictures of a run",
+}
+UNDER_MPI = ("doctor", "train", "verify", "generate")
+
+
+class Commands(click.Group):
+    """Loads a command's module only when that command is asked for."""
+
+    def list_commands(self, context):
+        return list(COMMANDS)
+
+    def get_command(self, context, name):
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"mpillm.cli.{name}").command
+
+    def format_commands(self, context, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli():
+    """Train and run transformer language models as MPI programs."""
+
+
+def main():
+    """Run the command line; exit codes are those of :mod:`mpillm.errors`."""
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if name in UNDER_MPI and not {"-h", "--help"} & set(sys.argv):
+        from mpillm.comm.world import launch
+
+        launch(_run)
+    try:
+        raise SystemExit(_run())
+    except MpillmError as error:
+        sys.stderr.write(f"mpillm: error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+def _run():
+    """Run click's command; usage errors become mpillm's, so that one rank reports them for all."""
+    try:
+        return cli.main(standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        return FAILURE
+    except click.ClickException as error:
+        usage = MpillmError(error.format_message())
+        usage.exit_code = USAGE
+        raise usage from None
+
+
+if __name__ == "__main__":
+    main()

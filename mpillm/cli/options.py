@@ -1,0 +1,39 @@
+"""What several commands share: the configuration argument with its ``--section.key VALUE`` overrides."""
+
+import functools
+
+import click
+
+from mpillm.config import Config
+from mpillm.errors import ConfigError
+
+
+def with_config(function):
+    """Give a command a ``CONFIG`` argument and dotted overrides; it receives the loaded :class:`Config`."""
+
+    @click.argument("path", metavar="CONFIG", type=click.Path())
+    @click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
+    @functools.wraps(function)
+    def wrapped(path, rest, **options):
+        return function(Config.load(path, parse_overrides(rest)), **options)
+
+    return wrapped
+
+
+CONTEXT = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+def parse_overrides(words):
+    """Read ``--section.key VALUE`` and ``--section.key=VALUE`` words into a dict."""
+    overrides, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        key, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise ConfigError(f"{word}: unknown option; a key of the configuration is set as --section.key VALUE")
+        if not has_value:
+            if not words:
+                raise ConfigError(f"{word}: needs a value, as in {word} VALUE")
+            value = words.pop(0)
+        overrides[key] = value
+    return overrides

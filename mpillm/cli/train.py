@@ -1,0 +1,60 @@
+"""``mpillm train``: train a model, showing progress on rank 0."""
+
+import sys
+import time
+
+import click
+from tqdm import tqdm
+
+from mpillm.cli.options import CONTEXT, with_config
+
+LINE_EVERY_S = 5.0
+
+
+@click.command("train", context_settings=CONTEXT)
+@with_config
+@click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
+              help="go on from the newest checkpoint of the run directory, or start anew, or go on from PATH")
+def command(config, resume):
+    """Train the model of CONFIG; under mpirun or srun on all ranks."""
+    from mpillm.train.run import Run
+
+    run = Run(config, resume=resume)
+    show = Progress(run) if run.comm.rank == 0 else None
+    for metrics in run:
+        if show:
+            show.update(metrics)
+    if show:
+        show.close()
+    run.free()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line every few seconds."""
+
+    def __init__(self, run):
+        from mpillm.train.compare import describe
+
+        self.train, self.is_terminal, self.last_line_s = run.config.train, sys.stderr.isatty(), 0.0
+        start = f"going on from step {run.step_number}" if run.step_number else "starting"
+        click.echo(f"mpillm train: {run.comm.size} ranks, {run.threads} threads each, {describe(run.config.layout)}; "
+                   f"{start} in {run.folder}", err=True)
+        self.bar = tqdm(total=self.train.steps, initial=run.step_number, unit="step", disable=not self.is_terminal,
+                        dynamic_ncols=True)
+
+    def update(self, metrics):
+        """Show a step's metrics."""
+        text = f"loss {metrics['loss']:.4f} {metrics['tokens_per_s']:,.0f} tokens/s"
+        if "validation_loss" in metrics:
+            text += f" validation {metrics['validation_loss']:.4f} ({metrics['bits_per_byte']:.4f} bits/byte)"
+        self.bar.update(1)
+        if metrics["step"] % self.train.log_every == 0:
+            self.bar.set_postfix_str(text)
+        is_due = time.monotonic() - self.last_line_s >= LINE_EVERY_S or metrics["step"] == self.train.steps
+        if not self.is_terminal and (is_due or "validation_loss" in metrics):
+            click.echo(f"step {metrics['step']}/{self.train.steps} {text}", err=True)
+            self.last_line_s = time.monotonic()
+
+    def close(self):
+        """Leave the bar as it stands."""
+        self.bar.close()
