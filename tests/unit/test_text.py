@@ -25,6 +25,7 @@ from mpillm.train.text import (
     write_tokens,
 )
 
+ROOT = Path(__file__).parents[2]
 SOURCE = Path(text.__file__).read_text(encoding="utf-8")
 AWKWARD = "\n\n  tabs\t \r\n naïve — ελληνικά 漢字 🙂\u200d\x00\x85 \u00a0end <|endoftext|> </s>\n"
 
@@ -62,10 +63,12 @@ def test_bpe_training_repeats_in_another_process(bpe, tmp_path):
     (tmp_path / "source.txt").write_text(SOURCE, encoding="utf-8")
     (tmp_path / "awkward.txt").write_bytes(AWKWARD.encode())
     script = (
+        "import sys\n"
         "from mpillm.train.text import Documents, train_bpe\n"
-        "print(train_bpe(Documents(('source.txt', 'awkward.txt')), 400).to_json())"
+        "print(train_bpe(Documents(tuple(sys.argv[1:])), 400).to_json())"
     )
-    again = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    files = [str(tmp_path / "source.txt"), str(tmp_path / "awkward.txt")]
+    again = subprocess.run([sys.executable, "-c", script, *files], cwd=ROOT, check=True, capture_output=True)
     assert json.loads(again.stdout) == json.loads(bpe.to_json())
 
 

@@ -1,0 +1,132 @@
+"""Jobs of their own: started, waited for, and their memory sampled from outside."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpillm.errors import LaunchError, MpillmError
+
+SAMPLE_EVERY_S = 0.05
+_TAIL_LINES = 20
+_GRACE_S = 5.0
+# Without them every job gives each rank its share of the cores.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a finished job printed, and the peak memory of all its processes together if that was sampled."""
+
+    output: str
+    peak_bytes: int | None
+
+
+def mpiexec():
+    """Return the launcher beside this Python, else the one on PATH.
+
+    Raises
+    ------
+    LaunchError
+        If there is neither.
+    """
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise LaunchError(
+            f"no mpiexec beside {sys.executable} nor on PATH, and jobs of several ranks need one: install "
+            "mpillm[mpich], or load the module of an MPI library"
+        )
+    return found
+
+
+def run_job(command, samples_memory=False):
+    """Run a command to its end, each rank with its share of the cores as threads.
+
+    Local. Sampling takes processor time from the job (about 10 ms a GiB and sample), so a job is either timed or
+    sampled. If anything goes wrong here, the whole job is ended.
+
+    Parameters
+    ----------
+    command : sequence of str
+    samples_memory : bool
+        Keep the peak of :func:`tree_pss`, looked at every 50 ms.
+
+    Raises
+    ------
+    MpillmError
+        If the job fails, with the end of what it wrote to stderr.
+    """
+    environ = {name: value for name, value in os.environ.items() if name not in _THREAD_VARIABLES}
+    peak = 0
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        job = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                               start_new_session=True)
+        try:
+            while samples_memory and job.poll() is None:
+                peak = max(peak, tree_pss(job.pid))
+                time.sleep(SAMPLE_EVERY_S)
+            job.wait()
+        except BaseException:
+            _end(job)
+            raise
+        output, errors = (_read(stream) for stream in (out, err))
+    if job.returncode:
+        tail = "\n".join(errors.splitlines()[-_TAIL_LINES:])
+        raise MpillmError(f"job {' '.join(command)}: left with code {job.returncode}; the end of its stderr:\n{tail}")
+    return Job(output, peak or None)
+
+
+def tree_pss(pid):
+    """Return the summed proportional set size, in bytes, of a process and all below it.
+
+    Local; 0 where the kernel does not tell. A page that n processes share counts 1/n in each, so that nothing counts
+    twice. Source: proc_pid_smaps(5).
+    """
+    return sum(map(_pss, process_tree(pid)))
+
+
+def process_tree(root):
+    """Return the ids of a process and all below it."""
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            after_name = path.read_text(errors="replace").rpartition(")")[2]
+            children.setdefault(int(after_name.split()[1]), []).append(int(path.parent.name))
+    found, waiting = [], [root]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += children.get(found[-1], [])
+    return found
+
+
+def _pss(pid):
+    """Return the proportional set size of one process; 0 if it has just ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _end(job):
+    """End a job: its launcher first, which ends the ranks in order, then whoever is left."""
+    processes = process_tree(job.pid)
+    job.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        job.wait(_GRACE_S)
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.wait()
+
+
+def _read(stream):
+    stream.seek(0)
+    return stream.read().decode(errors="replace")

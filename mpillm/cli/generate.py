@@ -1,0 +1,72 @@
+"""``mpillm generate``: sample text from a run, written as it comes."""
+
+import os
+
+import click
+
+from mpillm.cli.options import CONTEXT, parse_overrides
+from mpillm.errors import ConfigError
+
+
+@click.command("generate", context_settings=CONTEXT)
+@click.argument("path", metavar="RUN", type=click.Path())
+@click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
+@click.option("--prompt", default="", metavar="TEXT", help="text to continue; without it, a new document")
+@click.option("--tokens", "count", default=200, show_default=True, type=click.IntRange(min=0),
+              help="how many tokens to add at most")
+@click.option("--temperature", default=1.0, show_default=True, help="0 always takes the likeliest token")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="of the random choices")
+def command(path, rest, prompt, count, temperature, seed):
+    """Continue a text with the newest weights of RUN; under mpirun or srun on all ranks.
+
+    The ranks share the heads (--layout.tensor) or the layers (--layout.pipeline), whatever the layout of training.
+    --train.dtype and --train.numerics override the run's.
+    """
+    from mpillm.generate import Generator
+
+    generator = Generator(path, overrides=parse_overrides(rest))
+    start, found = _encode(generator.tokenizer, prompt), 0
+    writer = Writer(generator.tokenizer) if generator.mesh.world.rank == 0 else None
+    if writer:
+        writer.add(start)
+    for token in generator.tokens(start, count, temperature, seed):
+        found += 1
+        if writer:
+            writer.add([token])
+    if writer:
+        writer.close()
+        limit = generator.config.model.max_seq_len
+        if found < count and len(start) + found == limit:
+            click.echo(f"mpillm generate: stopped at model.max_seq_len = {limit} tokens", err=True)
+    generator.free()
+
+
+class Writer:
+    """Writes the text of tokens as they come, each character as soon as all its bytes are there."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.tokens, self.written = tokenizer, [], 0
+
+    def add(self, tokens):
+        """Write what ``tokens`` add to the text."""
+        self.tokens += tokens
+        self._write(self._text().rstrip("\ufffd"))
+
+    def close(self):
+        """Write what is left, with a line end."""
+        self._write(self._text() + "\n")
+
+    def _text(self):
+        return self.tokenizer.decode(self.tokens).decode(errors="replace")
+
+    def _write(self, text):
+        click.echo(text[self.written:], nl=False)
+        self.written = max(self.written, len(text))
+
+
+def _encode(tokenizer, prompt):
+    """Return the tokens of a prompt; the command line may bring bytes that are no UTF-8."""
+    try:
+        return [int(token) for token in tokenizer.encode(os.fsencode(prompt))] or [tokenizer.end]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt: not UTF-8 ({error}), and the tokenizer of the run takes nothing else") from None
