@@ -11,6 +11,7 @@ from mpillm.errors import FAILURE, LaunchError, MpillmError
 # What a launcher says about the number of processes it started; the first one set counts. SLURM_NTASKS is not here:
 # batch shells have it too.
 _LAUNCH_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_LAUNCH_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _RENDEZVOUS_S = 3.0
 
 
@@ -104,7 +105,7 @@ def launch(main, comm=None):
     try:
         comm = comm_world() if comm is None else comm
     except LaunchError as error:
-        if int(os.environ.get("SLURM_PROCID", 0)) == 0:
+        if all(os.environ.get(name, "0") == "0" for name in _LAUNCH_RANK_VARIABLES):
             sys.stderr.write(f"mpillm: error: {error}\n")
         raise SystemExit(error.exit_code) from None
     try:

@@ -1,7 +1,7 @@
 """Pictures of a run: reads ``metrics.jsonl`` and ``trace/``; draws losses, a step's timeline, its shares.
 
-Reading and arithmetic come first. The functions ``draw_...`` import matplotlib, raise :class:`ConfigError` if it
-is missing, and make one figure each: 5 inches wide, to be read at 3.3 inches as well as over a page, in the
+Reading and arithmetic come first. The functions ``draw_...`` import matplotlib (:class:`ConfigError` if it is
+missing) and make one figure each: 5 inches wide, to be read at 3.3 inches as well as over a page, in the
 colours of Okabe and Ito (2008), which colour-blind people can tell apart.
 """
 
@@ -9,12 +9,13 @@ import functools
 import json
 from collections import namedtuple
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from mpillm.errors import ConfigError, DataError
+from mpillm.schedules.pipeline import KINDS as ACTIONS
+from mpillm.schedules.pipeline import Action
 
-ACTIONS = ("F", "B", "I", "W")
 KINDS = {  # kind: colour, legend
     "F": ("#0072B2", "F forward"), "B": ("#E69F00", "B backward"), "I": ("#009E73", "I input gradients"),
     "W": ("#CC79A7", "W weight gradients"), "wait": ("#E4E4E4", "wait"), "reduce": ("#F0E442", "reduce"),
@@ -123,7 +124,8 @@ def _sections(path):
             if "rank" in record:
                 sections.append(({key: record[key] for key in ("rank", "ranks", "coords")}, {}))
             else:
-                span = Span(*(record[field] for field in Span._fields))
+                times = float(record["start_s"]), float(record["stop_s"])
+                span = Span(record["kind"], record["name"], *times)
                 sections[-1][1].setdefault(record["step"], []).append(span)
         except (ValueError, KeyError, TypeError, IndexError):
             raise DataError(f"{where}: not a line of a trace: move the file away, or train anew") from None
@@ -132,12 +134,10 @@ def _sections(path):
 
 def _complete(steps):
     """Return ``{step: spans by rank}`` of the steps that every rank brought to its update."""
-    complete = {}
-    for number in sorted(set.intersection(*map(set, steps))):
-        spans = [_within_step(own[number]) for own in steps]
-        if all(any(span.kind == "update" for span in own) for own in spans):
-            complete[number] = spans
-    return complete
+    numbers = sorted(set.intersection(*map(set, steps)))
+    common = {number: [_within_step(own[number]) for own in steps] for number in numbers}
+    return {number: spans for number, spans in common.items()
+            if all("update" in {span.kind for span in own} for own in spans)}
 
 
 def _within_step(spans):
@@ -208,13 +208,13 @@ def _styled(draw):
     """Let ``draw`` use matplotlib, in the project's style."""
 
     @functools.wraps(draw)
-    def drawn(*arguments):
+    def drawn(*arguments, **options):
         try:
             import matplotlib
         except ImportError:
-            raise ConfigError("drawing needs matplotlib, which is missing: pip install mpillm[plot]") from None
+            raise ConfigError("drawing needs matplotlib, not found here: pip install mpillm[plot]") from None
         with matplotlib.rc_context(STYLE):
-            return draw(*arguments)
+            return draw(*arguments, **options)
 
     return drawn
 
@@ -233,24 +233,25 @@ def draw_loss(rows, restarts=()):
     evaluated = [row for row in rows if row["validation_loss"] is not None]
     panels = 2 if evaluated else 1
     figure = _figure(0.3 + 2.1 * panels)
-    top, *bottom = figure.subplots(panels, squeeze=False)[:, 0]
-    steps = _column(rows, "step")
-    top.plot(steps, _column(rows, "loss"), color=LIGHT_LINE, linewidth=0.7, label="training")
-    top.plot(steps, _column(rows, "loss_smoothed"), color=LINE, linewidth=1.4, label="training, running mean")
-    _mark(top, [step - 0.5 for step in restarts])
+    top, *bottom = figure.subplots(panels, squeeze=False).flat
+    steps, losses, means = ([row[key] for row in rows] for key in ("step", "loss", "loss_smoothed"))
+    if means != losses:
+        top.plot(steps, losses, color=LIGHT_LINE, linewidth=0.7, label="training, each step")
+    top.plot(steps, means, color=LINE, linewidth=1.4, label="training")
     top.set(xlabel="step", ylabel="loss (nats a token)")
     if evaluated:
-        places, losses = _column(evaluated, "step"), _column(evaluated, "validation_loss")
+        places, losses = ([row[key] for row in evaluated] for key in ("step", "validation_loss"))
         top.plot(places, losses, "o", color=POINT, markersize=3.5, label="validation")
         _draw_bits(bottom[0], evaluated)
         _mark(bottom[0], [before["minutes"] for before, row in pairwise(rows) if row["step"] in restarts])
+    _mark(top, [step - 0.5 for step in restarts])
     top.legend()
     return figure
 
 
 def _draw_bits(axes, evaluated):
     """Plot bits per byte over minutes and write the last value beside its point."""
-    minutes, bits = _column(evaluated, "minutes"), _column(evaluated, "bits_per_byte")
+    minutes, bits = ([row[key] for row in evaluated] for key in ("minutes", "bits_per_byte"))
     axes.plot(minutes, bits, "o-", color=POINT, markersize=3.5, linewidth=1.0)
     axes.annotate(f"{bits[-1]:.3f}", (minutes[-1], bits[-1]), (0, 6), textcoords="offset points",
                   ha="center", fontsize=8)
@@ -258,9 +259,9 @@ def _draw_bits(axes, evaluated):
 
 
 def _mark(axes, places):
-    """Mark restarts by upright lines, the first for the legend."""
-    for place, label in zip(places, chain(["restart"], repeat(None))):
-        axes.axvline(place, color=GREY, linewidth=0.9, linestyle=":", zorder=0, label=label)
+    """Mark restarts by upright lines."""
+    if places:
+        axes.vlines(places, 0, 1, GREY, ":", label="restart", lw=0.9, transform=axes.get_xaxis_transform())
 
 
 @_styled
@@ -284,10 +285,9 @@ def draw_timeline(launch, number):
     axes.set_xlim(0, (end - begin) * scale)
     share, idle = bubble(spans)
     axes.set_title(f"Step {number}: {_time(end - begin)}, bubble {100 * share:.1f} %", loc="left")
-    axes.set_title("idle", loc="right", fontsize=8, color=GREY)
-    for rank, part in enumerate(idle):
-        axes.annotate(f"{100 * part:.1f} %", (1, rank), (4, 0), xycoords=("axes fraction", "data"), va="center",
-                      fontsize=8, textcoords="offset points", color=GREY, annotation_clip=False)
+    for row, text in enumerate(["idle", *(f"{100 * part:.1f} %" for part in idle)], -1):
+        axes.annotate(text, (1, row), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                      va="center_baseline", fontsize=8, color=GREY, annotation_clip=False)
     figure.draw_without_rendering()
     points_per_s = axes.get_window_extent().width / figure.dpi * POINTS_PER_IN / (end - begin)
     for rank, own in enumerate(spans):
@@ -298,15 +298,15 @@ def draw_timeline(launch, number):
 
 def _draw_spans(axes, rank, spans, scale, points_per_s):
     """Draw a rank's row, ``scale`` units of the axis a second; number the microbatches whose box has room."""
-    stages = sorted({_stage(span) for span in spans if span.kind in ACTIONS})
+    actions = {span: Action.parse(span.name) for span in spans if span.kind in ACTIONS}
+    stages = sorted({action.stage for action in actions.values()})
     bars = {}
     for span in spans:
-        lighter = 0.6 * stages.index(_stage(span)) / len(stages) if span.kind in ACTIONS else 0
-        colour, width_s = _colour(span.kind, lighter), span.stop_s - span.start_s
+        action, width_s = actions.get(span), span.stop_s - span.start_s
+        colour = _colour(span.kind, 0.6 * stages.index(action.stage) / len(stages) if action else 0)
         bars.setdefault((span.kind, colour), []).append((span.start_s * scale, width_s * scale))
-        microbatch = span.name.rpartition(span.kind)[2] if span.kind in ACTIONS else ""
-        if microbatch and width_s * points_per_s > 4.6 * len(microbatch) + 1:
-            axes.text((span.start_s + width_s / 2) * scale, rank, microbatch, fontsize=7, ha="center",
+        if action and width_s * points_per_s > 4.6 * len(str(action.microbatch)) + 1:
+            axes.text((span.start_s + width_s / 2) * scale, rank, action.microbatch, fontsize=7, ha="center",
                       va="center_baseline", color=_ink(colour))
     for (kind, colour), places in bars.items():
         edge = min(0.5, min(width for _, width in places) / scale * points_per_s / 8)
@@ -329,7 +329,7 @@ def draw_step_time(launch, numbers):
     for rank, own in enumerate(shares):
         for kind, right in zip(own, accumulate(own.values())):
             colour, width, left = _colour(kind), 100 * own[kind], 100 * (right - own[kind])
-            axes.barh(rank, width, 0.84, left, facecolor=colour, linewidth=0.5, **_pattern(kind))
+            axes.barh(rank, width, 0.84, left, facecolor=colour, lw=min(0.5, width / 2), **_pattern(kind))
             if width >= 4:
                 box = {"boxstyle": "square,pad=0.1", "facecolor": colour, "linewidth": 0}
                 axes.text(left + width / 2, rank, f"{width:.0f}", fontsize=7, ha="center",
@@ -345,14 +345,15 @@ def _rank_figure(coords, kinds, xlabel):
     from matplotlib.patches import Patch
 
     row_in = min(ROW_IN, 10 / len(coords))
-    columns = 4 if len(kinds) in (4, 7, 8) else 5
+    columns = len(kinds) if len(kinds) <= 6 else 4 if len(kinds) <= 8 else 5
     figure = _figure(row_in * len(coords) + 0.85 + 0.2 * -(-len(kinds) // columns))
     axes = figure.subplots()
-    axes.set_yticks(range(len(coords)), _labels(coords), fontsize=min(8, 0.85 * row_in * POINTS_PER_IN))
+    labels, ylabel = _labels(coords)
+    axes.set_yticks(range(len(coords)), labels, fontsize=min(8, 0.85 * row_in * POINTS_PER_IN))
     axes.set_ylim(len(coords) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set(xlabel=xlabel, ylabel="rank")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     patches = [Patch(facecolor=_colour(kind), label=label, linewidth=0.5, **_pattern(kind))
                for kind, (_, label) in KINDS.items() if kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=columns, handlelength=1.2,
@@ -367,15 +368,13 @@ def _figure(height_in):
 
 
 def _labels(coords):
-    """Return the name of each rank, with its place in the mesh if that has more than one axis."""
+    """Return the labels of the ranks and of their axis, with places if the mesh has more than one axis."""
     axes = [axis for axis in coords[0] if len({own[axis] for own in coords}) > 1]
-    places = [" ".join(f"{axis[0]}{own[axis]}" for axis in axes) if len(axes) > 1 else "" for own in coords]
-    return [f"{rank}  {place}".rstrip() for rank, place in enumerate(places)]
-
-
-def _stage(span):
-    """Return the stage in the name of an action, 2 for ``2F0``."""
-    return int(span.name.partition(span.kind)[0])
+    if len(axes) < 2:
+        return list(range(len(coords))), "rank"
+    places = [" ".join(f"{axis[0]}{own[axis]}" for axis in axes) for own in coords]
+    names = ", ".join(f"{axis[0]} {axis}" for axis in axes)
+    return [f"{rank}  {place}" for rank, place in enumerate(places)], f"rank\n{names}"
 
 
 def _colour(kind, lighter=0.0):
@@ -395,10 +394,6 @@ def _pattern(kind):
     """Return the edge and hatch of a kind's boxes."""
     edge = LIGHT_GREY if kind in ("wait", "other") else "white"
     return {"edgecolor": edge, "hatch": "////" if kind == "wait" else None}
-
-
-def _column(rows, key):
-    return [row[key] for row in rows]
 
 
 def _time(seconds):

@@ -46,17 +46,17 @@ class ReferenceTrainer:
         self.steps = 0
 
     def step(self, inputs, targets, documents):
-        """Train one step; return the loss, the unclipped norm, and gradients and weights by name."""
+        """Train one step; return the loss, the gradient norm, the unclipped gradients and the weights by name."""
         self.steps += 1
         tensors = [None if part is None else torch.as_tensor(part) for part in (inputs, targets, documents)]
         weights = self.reference.parameters
         loss = self.reference.loss(*tensors)
         self.optimizer.zero_grad()
         loss.backward()
+        gradients = {name: weight.grad.clone() for name, weight in weights.items()}
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), self.train.grad_clip or float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, self.steps)
-        gradients = {name: weight.grad.clone() for name, weight in weights.items()}
         self.optimizer.step()
         return loss.item(), norm.item(), gradients, {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -96,15 +96,19 @@ def compare_layout(config, comm, batches, expected):
         loss, norm = engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],
                                        learning_rate(config.train, step))
         loss_wanted, norm_wanted, shapes = comm.bcast(wanted and (*wanted[:2], _shapes(wanted[3])))
-        names += [f"step {step}: loss", f"step {step}: gradient norm"]
-        errors += [_relative(loss, loss_wanted), _relative(norm, norm_wanted)]
-        for place, kind, own in ((2, "gradient", engine.gradient_ranges()), (3, "weight", engine.weight_ranges())):
+        names.append(f"step {step}: loss")
+        errors.append(_relative(loss, loss_wanted))
+        gradients = _unclipped(engine.gradient_ranges(), norm, config.train.grad_clip)
+        for place, kind, own in ((2, "gradient", gradients), (3, "weight", engine.weight_ranges())):
             for name, shape in reversed(shapes.items()):  # backward computes the last layer's first
                 tensor = wanted[place][name] if wanted else torch.empty(shape, dtype=torch.float64)
                 flat = collectives.bcast(tensor, group).reshape(-1)
                 names.append(f"step {step}: {kind} of {name}")
                 errors.append(_largest(flat, own.get(name, [])))
                 ranges[names[-1]] = [(start, start + len(values)) for start, values in own.get(name, [])], len(flat)
+            if kind == "gradient":
+                names.append(f"step {step}: gradient norm")
+                errors.append(_relative(norm, norm_wanted))
     engine.free()
     worst = np.max(comm.allgather(errors), axis=0)
     for missing in _uncovered(comm.allgather(ranges)):
@@ -140,6 +144,12 @@ def describe(layout):
     if layout.sequence_parallel:
         text += " sequence_parallel"
     return text + (f" recompute={layout.recompute}" if layout.recompute != "none" else "")
+
+
+def _unclipped(gradients, norm, limit):
+    """Undo the clipping: one wrong gradient makes the norm wrong, and through it all clipped gradients."""
+    scale = (norm + 1e-6) / limit if limit and norm > limit else 1.0
+    return {name: [(start, values * scale) for start, values in own] for name, own in gradients.items()}
 
 
 def _relative(value, wanted):

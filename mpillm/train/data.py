@@ -44,9 +44,10 @@ class TokenFile:
             self.tokens = _map(self.path, dataset)
         self.num_samples = (len(self.tokens) - 1) // seq_len
         if self.num_samples < 1:
+            remedy = ", or set train.eval_every = 0" if split == "validation" else ""
             raise DataError(
                 f"data.path = {path}: its {split} split has {len(self.tokens)} tokens, one sample needs "
-                f"train.seq_len + 1 = {seq_len + 1}: lower train.seq_len or add text"
+                f"train.seq_len + 1 = {seq_len + 1}: lower train.seq_len or add text{remedy}"
             )
         if vocab_size is not None and self.vocab_size > vocab_size:
             raise ConfigError(

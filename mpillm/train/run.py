@@ -15,6 +15,7 @@ from mpillm.train import checkpoint
 from mpillm.train.data import TokenFile, file_digest, training_order
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
+from mpillm.train.selftest import check_exact
 from mpillm.train.text import copy_tokenizer
 
 
@@ -52,6 +53,8 @@ class Run:
         self._together(self._make_folder if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
         self.threads = 1 if self.config.train.numerics == "exact" else set_threads(self.comm)
         torch.set_num_threads(self.threads)
+        if self.config.train.numerics == "exact":
+            self._together(lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None
         self.engine = Engine(self.config, self.comm, trace)
         self.step_number, self.samples_seen = 0, 0
@@ -82,8 +85,8 @@ class Run:
         step_s = time.perf_counter() - begin
         self.engine.trace.end_step()
         tokens = train.global_batch * train.seq_len
-        return {"step": self.step_number, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": self.step_number * tokens,
-                "step_s": step_s, "tokens_per_s": tokens / step_s}
+        return {"step": self.step_number, "loss": loss, "grad_norm": norm, "lr": lr,
+                "tokens": self.step_number * tokens, "step_s": step_s, "tokens_per_s": tokens / step_s}
 
     def evaluate(self):
         """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples."""
@@ -170,7 +173,9 @@ class Run:
                 "(their SHA-256 differ): give the same file, or start anew with train.init_from"
             )
         if saved["seed"] != train.seed:
-            raise CheckpointError(f"checkpoint {start.path}: of train.seed = {saved['seed']}, this run has {train.seed}")
+            raise CheckpointError(
+                f"checkpoint {start.path}: of train.seed = {saved['seed']}, this run has {train.seed}: set it back"
+            )
         self.engine.optimizer.restore(
             lambda kind, piece: start.read(piece.name, kind, piece.start, piece.stop), start.step)
         self.step_number, self.samples_seen = start.step, saved["data"]["samples_seen"]
@@ -187,8 +192,8 @@ class Run:
                      if saved.get(key) != value]
         if differing:
             raise CheckpointError(
-                f"checkpoint {source.path}: of another model: {', '.join(differing)}: use the configuration of that run, "
-                "or another train.run_dir"
+                f"checkpoint {source.path}: of another model: {', '.join(differing)}: use the configuration "
+                "of that run, or another train.run_dir"
             )
 
     def _make_folder(self):

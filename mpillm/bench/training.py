@@ -1,0 +1,254 @@
+"""Training jobs to compare: layouts of mpillm, each beside a peer that does the same work."""
+
+import json
+import math
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from mpillm.bench.launch import mpiexec, run_job
+from mpillm.config import AXES, Config
+from mpillm.errors import ConfigError
+from mpillm.train.data import TokenFile
+from mpillm.train.text import token_dtype
+
+PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
+_RANDOM_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout to measure: ``kind`` is ``"single"`` or the one axis that is split; ``config`` is resolved for it."""
+
+    kind: str
+    ranks: int
+    config: Config
+
+    @property
+    def layout(self):
+        """The layout as one word."""
+        return "single" if self.kind == "single" else f"{self.kind}={self.ranks}"
+
+    @property
+    def tokens(self):
+        """The tokens of a step."""
+        return self.config.train.global_batch * self.config.train.seq_len
+
+
+@dataclass(frozen=True)
+class Program:
+    """An implementation of a case: the job to start, and where it leaves its times."""
+
+    impl: str
+    case: Case
+    command: tuple
+    run_dir: Path | None = None
+
+    def run(self, samples_memory=False):
+        """Run the job; return the median time of its steps but the first, in seconds, and its peak memory.
+
+        Local: the job is one of its own.
+
+        Raises
+        ------
+        MpillmError
+            If the job fails.
+        """
+        job = run_job(self.command, samples_memory)
+        if self.run_dir is None:
+            return json.loads(job.output)["step_s"], job.peak_bytes
+        lines = (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        shutil.rmtree(self.run_dir)
+        return statistics.median(json.loads(line)["step_s"] for line in lines[1:]), job.peak_bytes
+
+
+def make_cases(config, names, default_ranks):
+    """Return the cases that ``names`` ask for: ``single``, an axis, or ``AXIS=RANKS``.
+
+    Local.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown or the model does not fit the layout.
+    """
+    cases = []
+    for name in names:
+        kind, _, number = name.partition("=")
+        ranks = 1 if kind == "single" else int(number) if number.isdigit() else default_ranks
+        is_known = name == "single" or (kind in AXES and (name == kind or number.isdigit()))
+        if not is_known or (kind in AXES and ranks < 2):
+            raise ConfigError(
+                f"--layouts {name} (--ranks {default_ranks}): give single, or {', '.join(AXES)}, each alone or with "
+                "its ranks as in data=2, of at least 2 ranks"
+            )
+        degrees = {f"layout.{axis}": ranks if axis == kind else 1 for axis in AXES}
+        cases.append(Case(kind, ranks, config.with_values(degrees).resolve(ranks)))
+    return cases
+
+
+def prepare(config, steps, folder):
+    """Return ``config`` set for timing: ``steps`` steps and no more than a step does, on random tokens if it has none.
+
+    Local.
+
+    Raises
+    ------
+    ConfigError
+        If the file of tokens is missing and the vocabulary is not said.
+    """
+    values = {"train.steps": steps, "train.eval_every": 0, "train.checkpoint_every": 0, "train.trace": False,
+              "train.init_from": ""}
+    if not Path(config.data.path).exists():
+        if config.model.vocab_size is None:
+            raise ConfigError(
+                f"data.path = {config.data.path}: no such file, and random tokens in its place need the vocabulary: "
+                "set model.vocab_size"
+            )
+        values["data.path"] = str(folder / "tokens.h5")
+        write_random_tokens(values["data.path"], config.model.vocab_size, _RANDOM_SAMPLES * config.train.seq_len + 1)
+    elif config.model.vocab_size is None:
+        values["model.vocab_size"] = TokenFile(config.data.path, "train", config.train.seq_len).vocab_size
+    return config.with_values(values)
+
+
+def write_random_tokens(path, vocab_size, count):
+    """Write a token file of one document of ``count`` random tokens in either split. Local."""
+    generator = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file.attrs["vocab_size"] = vocab_size
+        for split in ("train", "validation"):
+            group = file.create_group(split)
+            group["tokens"] = generator.integers(vocab_size, size=count).astype(token_dtype(vocab_size))
+            group["documents"] = np.zeros(1, np.uint64)
+            group.attrs["bytes"] = count
+
+
+def mpillm_program(case, folder):
+    """Return mpillm's own program of a case; its configuration is written into ``folder``."""
+    run_dir, path = folder / f"run-{case.layout}", folder / f"{case.layout}.toml"
+    path.write_text(case.config.with_values({"train.run_dir": str(run_dir)}).to_toml(), encoding="utf-8")
+    launcher = () if case.ranks == 1 else (mpiexec(), "-n", str(case.ranks))
+    command = (*launcher, sys.executable, "-m", "mpillm", "train", str(path), "--resume", "never")
+    return Program("mpillm", case, command, run_dir)
+
+
+def peer_program(case, folder):
+    """Return the peer of a case; the work is written into ``folder``.
+
+    Raises
+    ------
+    ConfigError
+        If the peer cannot do this work.
+    """
+    mode, path = PEER_MODES[case.kind], folder / f"{case.layout}.json"
+    path.write_text(json.dumps(peer_work(case)), encoding="utf-8")
+    return Program(mode, case, (sys.executable, "-m", "mpillm.bench.peer", mode, str(case.ranks), str(path)))
+
+
+def peer_work(case):
+    """Return the fields of :class:`mpillm.bench.peer.Work` for a case, or say what the peer cannot do. Local."""
+    model, train, ranks = case.config.model, case.config.train, case.ranks
+    unable = {
+        f"train.optimizer = {train.optimizer}: it has adamw": train.optimizer != "adamw",
+        f"train.dtype = {train.dtype}: it has float32": train.dtype != "float32",
+        f"train.device = {train.device}: it runs on cpu": train.device == "cuda",
+        "model.tie_embeddings": model.tie_embeddings,
+        "data.mask_documents": case.config.data.mask_documents,
+        "layout.shares": case.config.layout.shares != "auto",
+        f"train.global_batch = {train.global_batch} on {ranks} data ranks: they get equal parts":
+            case.kind == "data" and train.global_batch % ranks,
+        f"train.global_batch = {train.global_batch} in microbatches of {train.microbatch} for {ranks} stages: its "
+        "microbatches are equal and at least as many":
+            case.kind == "pipeline" and (train.global_batch % train.microbatch
+                                         or train.global_batch // train.microbatch < ranks),
+        f"model.num_heads = {model.num_heads}, num_kv_heads = {model.num_kv_heads}, ffn_size = {model.ffn_size} on "
+        f"{ranks} tensor ranks: all are multiples of them":
+            case.kind == "tensor" and any(size % ranks for size in (model.num_heads, model.num_kv_heads, model.ffn_size)),
+    }
+    faults = [text for text, is_fault in unable.items() if is_fault]
+    if faults:
+        raise ConfigError(f"--peers: the peer of {case.layout} cannot do {'; '.join(faults)}: leave out --peers")
+    return {
+        "vocab": model.vocab_size, "hidden": model.hidden_size, "layers": model.num_layers, "heads": model.num_heads,
+        "ffn": model.ffn_size, "kv_heads": model.num_kv_heads, "head_dim": model.head_dim,
+        "rope_theta": model.rope_theta, "norm_eps": model.norm_eps, "seq": train.seq_len, "batch": train.global_batch,
+        "micro": train.microbatch, "steps": train.steps, "lr": train.lr, "betas": train.betas, "eps": train.eps,
+        "weight_decay": train.weight_decay, "grad_clip": train.grad_clip,
+    }
+
+
+def measure(programs, pairs, report):
+    """Run every program ``pairs`` times for its time and before that once for its memory.
+
+    Local. ``programs`` lists for each case its program, with its peer behind it if it has one. A round runs all; the
+    order within a case turns from round to round, so that a machine that slows down slows both alike.
+
+    Parameters
+    ----------
+    programs : list of tuple of Program
+    pairs : int
+    report : callable
+        ``report(program, round, step_s)`` after each job; round 0 is that of the memory.
+
+    Returns
+    -------
+    times_s : dict of Program to list of float
+        One a round, step times.
+    peak_bytes : dict of Program to int or None
+    """
+    times_s = {program: [] for case in programs for program in case}
+    peak_bytes = {}
+    for number in range(pairs + 1):
+        for case in programs:
+            for program in case[::-1] if number % 2 == 0 else case:
+                step_s, peak = program.run(samples_memory=number == 0)
+                report(program, number, step_s)
+                if number == 0:
+                    peak_bytes[program] = peak
+                else:
+                    times_s[program].append(step_s)
+    return times_s, peak_bytes
+
+
+def median_interval(values):
+    """Return ``(median, low, high, coverage)``: the interval that holds the true median with probability ``coverage``.
+
+    Local. The narrowest pair of order statistics, as far from one end as from the other, that covers at least 95 %; with
+    fewer than six values smallest and largest, which cover less. No shape of the distribution is assumed. Source:
+    David and Nagaraja, Order Statistics (2003), 7.1.
+    """
+    ordered, n = sorted(values), len(values)
+    coverages = [1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n for k in range((n + 1) // 2)]
+    k = max((k for k, coverage in enumerate(coverages) if coverage >= 0.95), default=0)
+    return statistics.median(ordered), ordered[k], ordered[n - 1 - k], max(coverages[k], 0.0)
+
+
+def make_rows(programs, times_s, peak_bytes):
+    """Return the rows of the report as dicts: speeds relative to the peer and to mpillm on one rank are ratios of
+    tokens per second, above 1 where mpillm's program of the row is faster."""
+    single = next((case[0] for case in programs if case[0].case.kind == "single"), None)
+    rows = []
+    for own, *peers in programs:
+        for program in (own, *peers):
+            step_s = statistics.median(times_s[program])
+            row = {"impl": program.impl, "layout": program.case.layout, "ranks": program.case.ranks, "step_s": step_s,
+                   "tokens_per_s": program.case.tokens / step_s, "peak_bytes": peak_bytes[program],
+                   "pairs": len(times_s[program]), "jobs_step_s": times_s[program]}
+            if program is own:
+                others = {"peer": peers[0] if peers else None, "single": single if own is not single else None}
+                row |= {f"speed_over_{name}": _speed(times_s[own], times_s[other])
+                        for name, other in others.items() if other}
+            rows.append(row)
+    return rows
+
+
+def _speed(own_s, other_s):
+    """Compare round by round."""
+    names = ("median", "low", "high", "coverage")
+    return dict(zip(names, median_interval([other / own for own, other in zip(own_s, other_s)])))

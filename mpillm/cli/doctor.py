@@ -1,0 +1,121 @@
+"""``mpillm doctor``: what this launch is, and what is wrong with it."""
+
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+
+import click
+
+from mpillm import __version__
+from mpillm.errors import FAILURE, OK
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+def command(as_json):
+    """Say what this launch is; exit 0 if it is sound, 1 with a remedy for each fault if not."""
+    from mpillm.comm.world import comm_world
+
+    comm = comm_world()
+    ranks = comm.allgather(describe_rank(comm))
+    faults = find_faults(ranks)
+    if comm.rank == 0:
+        if as_json:
+            click.echo(json.dumps({"sound": not faults, "faults": faults, "ranks": ranks}, indent=1))
+        else:
+            click.echo(to_text(ranks, faults))
+    return FAILURE if faults else OK
+
+
+def describe_rank(comm):
+    """Return what this rank sees, as plain values. Local but for placing threads."""
+    import h5py
+    import mpi4py
+    import numpy
+    import torch
+
+    from mpillm.comm.single import SingleComm
+    from mpillm.comm.world import launched_size, set_threads
+
+    threads = set_threads(comm)
+    library, level = "none: one rank without MPI", "serialized"
+    if not isinstance(comm, SingleComm):
+        from mpi4py import MPI
+
+        library = MPI.Get_library_version().split("\n")[0].strip(" \0")
+        names = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized",
+                 MPI.THREAD_MULTIPLE: "multiple"}
+        level = names[MPI.Query_thread()]
+    variable, announced = launched_size()
+    return {
+        "rank": comm.rank, "size": comm.size, "node": os.uname().nodename, "launcher": variable or "none",
+        "launched": announced, "mpi": library, "thread_level": level, "cores": sorted(os.sched_getaffinity(0)),
+        "threads": threads, "threads_set_by_user": "OMP_NUM_THREADS" in os.environ, "cpu": platform.processor() or platform.machine(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "shm_free_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
+        "hdf5": h5py.version.hdf5_version, "hdf5_is_parallel": bool(h5py.get_config().mpi),
+        "versions": {"mpillm": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                     "mpi4py": mpi4py.__version__, "numpy": numpy.__version__, "h5py": h5py.__version__},
+    }
+
+
+def find_faults(ranks):
+    """Return a list of ``{"fault", "remedy"}`` for what all ranks reported."""
+    faults = []
+    for node in dict.fromkeys(rank["node"] for rank in ranks):
+        here = [rank for rank in ranks if rank["node"] == node]
+        cores = set().union(*(rank["cores"] for rank in here))
+        threads = sum(rank["threads"] for rank in here)
+        if threads > len(cores):
+            faults.append({
+                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {len(cores)} cores",
+                "remedy": "start fewer ranks a node, or set OMP_NUM_THREADS so that ranks x threads fits the cores",
+            })
+        crowded = [core for core, users in Counter(c for r in here if len(r["cores"]) == 1 for c in r["cores"]).items()
+                   if users > 1]
+        if crowded:
+            faults.append({
+                "fault": f"node {node}: several ranks are bound to core {crowded[0]} alone",
+                "remedy": "bind ranks to different cores: mpirun --bind-to core, srun --cpu-bind=cores -c CORES",
+            })
+    for key, what in (("mpi", "MPI libraries"), ("versions", "package versions")):
+        seen = {json.dumps(rank[key], sort_keys=True) for rank in ranks}
+        if len(seen) > 1:
+            faults.append({"fault": f"ranks use different {what}: {' / '.join(sorted(seen))}",
+                           "remedy": "start all ranks from one environment on a file system that all nodes share"})
+    if ranks[0]["thread_level"] not in ("serialized", "multiple"):
+        faults.append({"fault": f"MPI was started with thread level {ranks[0]['thread_level']}",
+                       "remedy": "let mpillm start MPI, or ask for MPI_THREAD_SERIALIZED"})
+    return faults
+
+
+def to_text(ranks, faults):
+    """Lay the report out for people."""
+    first, nodes = ranks[0], Counter(rank["node"] for rank in ranks)
+    lines = [
+        f"mpillm     {first['versions']['mpillm']}, Python {first['versions']['python']}, torch {first['versions']['torch']}, "
+        f"mpi4py {first['versions']['mpi4py']}",
+        f"MPI        {first['mpi']}, thread level {first['thread_level']}",
+        f"launch     {len(ranks)} ranks on {len(nodes)} nodes; launcher says {first['launched']} ({first['launcher']})",
+        f"HDF5       {first['hdf5']}, parallel: {'yes' if first['hdf5_is_parallel'] else 'no (not needed)'}",
+        f"GPUs       {', '.join(first['gpus']) or 'none'}",
+        f"/dev/shm   {first['shm_free_bytes'] / 2**30:.1f} GiB free",
+    ]
+    for rank in ranks:
+        lines.append(f"rank {rank['rank']:<5} node {rank['node']}, cores {_spans(rank['cores'])}, {rank['threads']} threads")
+    for fault in faults:
+        lines += [f"FAULT      {fault['fault']}", f"  remedy   {fault['remedy']}"]
+    return "\n".join([*lines, "not sound" if faults else "sound"])
+
+
+def _spans(cores):
+    """Write ``[0, 1, 2, 5]`` as ``0-2,5``."""
+    spans = []
+    for core in cores:
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)

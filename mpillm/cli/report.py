@@ -1,0 +1,130 @@
+"""``mpillm report``: the pictures of a run, each with its data as CSV beside it."""
+
+import csv
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import click
+import numpy as np
+
+from mpillm.errors import DataError
+from mpillm.report.figures import (
+    draw_loss,
+    draw_step_time,
+    draw_timeline,
+    read_metrics,
+    read_trace,
+    step_shares,
+)
+
+DOTS_PER_IN = 240
+
+
+@click.command("report")
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path),
+              help="Where the pictures go; RUN/figures if not given.")
+@click.option("--step", type=int, metavar="N", help="The timeline's step; the last complete if not given.")
+def command(run, output, step):
+    """Draw the pictures of the run directory RUN, as PNG and SVG with their data as CSV.
+
+    loss: training and validation loss over steps, bits per byte over minutes of training. Of a run that was
+    traced also timeline: what every rank did in one step; and step_time: how the steps' time is shared among
+    the kinds of work, on average without the first step.
+    """
+    output = output or run / "figures"
+    metrics, launches = read_metrics(_metrics_path(run)), read_trace(run / "trace")
+    launch, number = _choose(launches, step, run / "trace")
+    rows = loss_rows(metrics)
+    _save(output / "loss", draw_loss(rows, find_restarts(metrics, launches)), rows)
+    if launch is None:
+        click.echo(f"{run / 'trace'}: no complete step, so no timeline and step_time; set train.trace = true")
+        return
+    _save(output / "timeline", draw_timeline(launch, number), timeline_rows(launch.steps[number]))
+    numbers = list(launch.steps)[1:] or list(launch.steps)
+    shares, step_s = step_shares([launch.steps[number] for number in numbers])
+    _save(output / "step_time", draw_step_time(launch, numbers),
+          [{"rank": rank, "step_s": step_s, **own} for rank, own in enumerate(shares)])
+
+
+def loss_rows(metrics):
+    """Return one dict a step: its losses, their running mean, and the minutes of training up to its end.
+
+    Parameters
+    ----------
+    metrics : list of dict
+        Of :func:`mpillm.report.figures.read_metrics`.
+    """
+    minutes = accumulate(record["step_s"] / 60 for record in metrics)
+    means = running_mean([record["loss"] for record in metrics], len(metrics) // 50)
+    return [{"step": record["step"], "minutes": minute, "loss": record["loss"], "loss_smoothed": mean,
+             "validation_loss": record.get("validation_loss"), "bits_per_byte": record.get("bits_per_byte")}
+            for record, minute, mean in zip(metrics, minutes, means)]
+
+
+def running_mean(values, reach):
+    """Return the mean around each value over up to ``reach`` values either side, of those that are finite.
+
+    Near the start the window shrinks on both sides, because there a loss falls fast; at the end on one.
+    """
+    if reach == 0:
+        return list(values)
+    finite = np.isfinite(values)
+    sums, counts = (np.cumsum(np.append(0, part)) for part in (np.where(finite, values, 0.0), finite))
+    at = np.arange(len(values))
+    start, stop = at - np.minimum(at, reach), np.minimum(at + np.minimum(at, reach) + 1, len(values))
+    with np.errstate(invalid="ignore"):
+        return ((sums[stop] - sums[start]) / (counts[stop] - counts[start])).tolist()
+
+
+def find_restarts(metrics, launches):
+    """Return the steps before which the run was taken up again, as far as gaps and the trace tell."""
+    steps = [record["step"] for record in metrics]
+    gaps = {step for before, step in pairwise(steps) if step != before + 1}
+    begins = {min(launch.steps) for launch in launches}
+    return sorted(gaps | {step for step in begins if steps[0] < step <= steps[-1]})
+
+
+def timeline_rows(spans):
+    """Return one dict a span, with its rank and times since the first span of the step."""
+    begin = min(span.start_s for own in spans for span in own)
+    return [{"rank": rank, "kind": span.kind, "name": span.name, "start_s": round(span.start_s - begin, 7),
+             "stop_s": round(span.stop_s - begin, 7)} for rank, own in enumerate(spans) for span in own]
+
+
+def _metrics_path(run):
+    """Return the path of a run's metrics, or say why this is no run directory."""
+    if not run.is_dir():
+        problem = "not a directory" if run.exists() else "no such directory"
+        raise DataError(f"report {run}: {problem}: name the run_dir of a run")
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"report {run}: no metrics.jsonl in it: name a run directory that has trained a step")
+    return path
+
+
+def _choose(launches, step, folder):
+    """Return the launch and the number of the step to show; the newest launch that has it."""
+    if not launches and step is None:
+        return None, None
+    number = max(launches[-1].steps) if step is None else step
+    for launch in reversed(launches):
+        if number in launch.steps:
+            return launch, number
+    known = ", ".join(f"{min(launch.steps)} to {max(launch.steps)}" for launch in launches) or "none"
+    raise DataError(f"--step {step}: not a complete step of {folder}: there are {known}")
+
+
+def _save(path, figure, rows):
+    """Write a figure as PNG and SVG and its data as CSV, and say so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".svg"):
+            figure.savefig(path.with_suffix(suffix), dpi=DOTS_PER_IN)
+        with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}): choose another -o") from error
+    click.echo(f"{path}.png, .svg, .csv")

@@ -1,0 +1,106 @@
+"""Whether this machine's kernels keep the promise of ``numerics = "exact"``, tried on the model's own shapes.
+
+The promise rests on facts that hold for the kernels of a CPU type and torch build, or do not: products of equal shapes
+have equal bits wherever their operands lie; row-wise operations give a row the same bits whichever rows lie beside it;
+an optimiser gives a shard the same bits as the whole.
+"""
+
+import torch
+
+from mpillm.comm.group import Group
+from mpillm.comm.single import SingleComm
+from mpillm.errors import ConfigError
+from mpillm.nn.norm import RMSNorm
+from mpillm.nn.split import TensorSplit
+from mpillm.train.optimizers import make_optimizer
+from mpillm.train.storage import ALIGNMENT
+
+
+def check_exact(config):
+    """Refuse ``exact`` if kernels give different bits where it needs equal ones.
+
+    Local: every rank tries its own processor.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+
+    Raises
+    ------
+    ConfigError
+        On the rank whose kernels fail, naming the operation.
+    """
+    model, train = config.model, config.train
+    dtype, generator = getattr(torch, train.dtype), torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = draw(train.microbatch * train.seq_len, model.hidden_size)
+    for operation, one, other in (
+        *_products(x, [draw(-(-size // train.exact_blocks), model.hidden_size)
+                       for size in (model.ffn_size, model.num_heads * model.head_dim, model.vocab_size)]),
+        *_norm(x, draw(*x.shape), model.norm_eps),
+        ("a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)),
+        ("a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)),
+        ("the optimiser on a shard", *_optimizer(train, draw(8 * ALIGNMENT).float())),
+    ):
+        if not torch.equal(one, other):
+            raise ConfigError(
+                f"train.numerics = exact: {operation} in {train.dtype} does not repeat bit for bit on this processor "
+                f"with torch {torch.__version__}: use train.numerics = fast"
+            )
+
+
+def _products(x, weights):
+    """Yield products forward and backward, each twice: with operands here, and at odd addresses."""
+    for weight in weights:
+        y = x @ weight.t()
+        yield "a product", y, _moved(x) @ _moved(weight).t()
+        yield "a product backward", y @ weight, _moved(y) @ _moved(weight)
+        yield "a weight's gradient", y.t() @ x, _moved(y).t() @ _moved(x)
+
+
+def _norm(x, dy, eps):
+    """Yield a norm's output and input gradient, of some rows among all and alone."""
+    norm = RMSNorm("self-test", TensorSplit(Group(SingleComm()), dtype=x.dtype), x.shape[1], eps)
+    torch.nn.init.ones_(norm.weight)
+
+    def gradient(rows):
+        inputs = rows[0].clone().requires_grad_()
+        norm(inputs, len(inputs)).backward(rows[1])
+        return inputs.grad
+
+    part = _part(x)
+    yield "RMSNorm", norm(x, len(x)).detach()[part], norm(x[part], len(x[part])).detach()
+    yield "RMSNorm backward", gradient((x, dy))[part], gradient((x[part], dy[part]))
+
+
+def _optimizer(train, gradient):
+    """Return the weights after two steps on a whole and on its halves."""
+
+    def updated(parts):
+        weights = [torch.nn.Parameter(torch.ones_like(part)) for part in parts]
+        optimizer = make_optimizer(train, weights)
+        for _ in range(2):
+            for weight, part in zip(weights, parts):
+                weight.grad = part.clone()
+            optimizer.step()
+        return torch.cat([weight.detach() for weight in weights])
+
+    return updated([gradient]), updated(list(gradient.chunk(2)))
+
+
+def _by_rows(function, x):
+    return function(x)[_part(x)], function(x[_part(x)].clone())
+
+
+def _part(x):
+    return slice(len(x) // 3, max(len(x) // 3 + 1, 2 * len(x) // 3))
+
+
+def _moved(x):
+    """Copy to memory of another alignment."""
+    room = torch.empty(x.numel() + 3, dtype=x.dtype)
+    return room[3:].copy_(x.reshape(-1)).view(x.shape)

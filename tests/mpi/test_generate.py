@@ -1,0 +1,269 @@
+"""Sampled tokens on every layout, held against the serial reference that computes the whole row each time."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_all
+from mpi4py import MPI
+
+from mpillm.cli import generate as cli
+from mpillm.comm.single import SingleComm
+from mpillm.config import Config, Model
+from mpillm.errors import CheckpointError, ConfigError, DataError
+from mpillm.generate import Generator, choose
+from mpillm.nn.attention import KeyValueCache
+from mpillm.nn.init import initial_values, parameter_table
+from mpillm.train import checkpoint
+from mpillm.train.reference import Reference
+from mpillm.train.text import ByteTokenizer
+
+pytestmark = pytest.mark.mpi
+
+MODELS = {
+    "grouped": {"num_kv_heads": 2},
+    "uneven-tied": {"num_heads": 5, "num_kv_heads": 1, "head_dim": 6, "ffn_size": 31, "tie_embeddings": True},
+}
+PROMPT, COUNT = list(b"def f(x"), 14
+END = ByteTokenizer.end
+
+
+def make_model(**changes):
+    return Model(**{"vocab_size": 257, "hidden_size": 24, "num_layers": 4, "num_heads": 4, "ffn_size": 40,
+                    "max_seq_len": 32, **changes})
+
+
+def make_run(path, model, **train):
+    """Write a run whose weights are large enough for choices that differ; return its whole weights."""
+    values = {name: initial_values(name, 3, 0, int(np.prod(shape)), std and 6 * std)
+              for name, (shape, std) in parameter_table(model).items()}
+    shards = [(name, parameter_table(model)[name][0], 0, {"weight": flat}) for name, flat in values.items()]
+    checkpoint.save(path / "checkpoints", 1, shards, {"model": asdict(model)}, SingleComm())
+    config = {"model": asdict(model), "train": {"run_dir": str(path), "seq_len": 16, "dtype": "float64", **train}}
+    (path / "config.toml").write_text(Config.from_dict(config).to_toml(), encoding="utf-8")
+    (path / "tokenizer.json").write_text(ByteTokenizer().to_json(), encoding="utf-8")
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request):
+    return make_model(**request.param)
+
+
+@pytest.fixture
+def run(comm, comm_path, model):
+    """Return the path of a float64 run that all ranks of ``comm`` see."""
+    if comm.rank == 0:
+        make_run(comm_path, model)
+    comm.Barrier()
+    return comm_path
+
+
+def oracle(run, model, prompt, count, temperature, seed):
+    """Return the tokens that the serial reference gives, without a cache, in float64."""
+    source, reference, row = checkpoint.Checkpoint(run), Reference(model, 0), list(prompt)
+    with torch.no_grad():
+        for name, weight in reference.parameters.items():
+            weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
+        while len(row) < len(prompt) + count:
+            logits = reference.logits(torch.tensor([row]))[0, -1].numpy()
+            if temperature == 0:
+                token = int(np.argmax(logits))
+            else:
+                odds = np.exp(logits / temperature)
+                number = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, len(row)])).random()
+                token = next(i for i in range(len(odds)) if odds[:i + 1].sum() > number * odds.sum())
+            if token == END:
+                break
+            row.append(token)
+    return row[len(prompt):]
+
+
+def layouts(ranks, model):
+    """Return every split of the ranks over pipeline and tensor that the model can take."""
+    return [{"layout.pipeline": p, "layout.tensor": ranks // p} for p in range(1, ranks + 1)
+            if ranks % p == 0 and p <= model.num_layers and ranks // p <= model.num_heads]
+
+
+@pytest.mark.parametrize("temperature,seed", [(0, 0), (0.7, 11)], ids=["greedy", "sampled"])
+def test_same_tokens_on_every_layout(comm, run, model, temperature, seed):
+    wanted = oracle(run, model, PROMPT, COUNT, temperature, seed)
+    assert len(wanted) == COUNT and len(set(wanted)) > 5
+    for overrides in [{}, *layouts(comm.size, model)]:
+        generator = Generator(run, comm, overrides)
+        found = list(generator.tokens(PROMPT, COUNT, temperature, seed))
+        generator.free()
+        assert_all(found == wanted, f"{overrides}: {found}, not {wanted}", comm)
+
+
+def test_seeds_and_temperatures_matter(comm, run):
+    generator = Generator(run, comm)
+    rows = [list(generator.tokens(PROMPT, 8, *how)) for how in [(0.7, 1), (0.7, 2), (5.0, 1), (0.7, 1), (1e-6, 1), (0,)]]
+    generator.free()
+    assert_all(rows[0] == rows[3] and rows[4] == rows[5] and len({*map(tuple, rows)}) == 4, rows, comm)
+
+
+def test_cache_equals_the_whole_row(comm, run, model):
+    """Feed a row in parts of 5, 1, 1 and 3 tokens and as a whole."""
+    row = list(np.random.default_rng(0).integers(0, 257, 10))
+    for overrides in layouts(comm.size, model):
+        generator, cache = Generator(run, comm, overrides), KeyValueCache()
+        whole = [generator.next_logits(row[:stop], 0, KeyValueCache()) for stop in (5, 6, 7, 10)]
+        parts = [generator.next_logits(row[start:stop], start, cache)
+                 for start, stop in ((0, 5), (5, 6), (6, 7), (7, 10))]
+        assert_all(all((a is None) == (not generator.stage.is_last) for a in whole), "who has logits", comm)
+        differences = [np.abs(a - b).max() / np.abs(a).max() for a, b in zip(whole, parts) if a is not None]
+        assert_all(max(differences, default=0) < 1e-12, f"{overrides}: {differences}", comm)
+        generator.free()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_has_the_same_bits_on_every_layout(comm, run, model, dtype):
+    if comm.size == 3:
+        pytest.skip("8 blocks do not go evenly over 3 ranks")
+    exact = {"train.numerics": "exact", "train.dtype": dtype}
+    alone, rows = Generator(run, SingleComm(), exact), []
+    cache, wanted = KeyValueCache(), []
+    for start, part in ((0, PROMPT), (len(PROMPT), [3]), (len(PROMPT) + 1, [200])):
+        wanted.append(alone.next_logits(part, start, cache))
+    wanted_tokens = list(alone.tokens(PROMPT, COUNT, 1.0, 5))
+    for overrides in layouts(comm.size, model):
+        generator, cache = Generator(run, comm, exact | overrides), KeyValueCache()
+        for want, (start, part) in zip(wanted, ((0, PROMPT), (len(PROMPT), [3]), (len(PROMPT) + 1, [200]))):
+            logits = generator.next_logits(part, start, cache)
+            assert_all(logits is None or logits.tobytes() == want.tobytes(), f"{overrides}: {start}", comm)
+        assert_all(list(generator.tokens(PROMPT, COUNT, 1.0, 5)) == wanted_tokens, f"{overrides}", comm)
+        generator.free()
+
+
+def test_no_rank_holds_a_whole_sharded_weight(comm, run, model):
+    generator = Generator(run, comm, {"layout.tensor": comm.size, "layout.pipeline": 1})
+    held = {p.shard.name: p.numel() for p in generator.stage.parameters()}
+    generator.free()
+    for name, (shape, _) in parameter_table(model).items():
+        is_kept_whole = "norm" in name or (model.num_kv_heads < comm.size and name.endswith(("key.weight", "value.weight")))
+        total = sum(comm.allgather(held[name]))
+        assert_all(total == np.prod(shape) * (comm.size if is_kept_whole else 1), name, comm)
+
+
+def test_stops(comm, run, model):
+    generator = Generator(run, comm)
+    greedy = list(generator.tokens(PROMPT, COUNT, 0))
+    full = list(generator.tokens(PROMPT, 1000, 0))
+    nothing = [list(generator.tokens(PROMPT, 0)), list(generator.tokens(PROMPT * 10, 5)) if model.max_seq_len > 70 else [],
+               list(generator.tokens([65] * model.max_seq_len, 5))]
+    new_document = [list(generator.tokens(prompt, 5, 0)) for prompt in ([], [END])]
+    generator.tokenizer.end = greedy[4]
+    ended = list(generator.tokens(PROMPT, COUNT, 0))
+    generator.free()
+    assert_all(len(full) == model.max_seq_len - len(PROMPT) and full[:COUNT] == greedy, full, comm)
+    assert_all(not any(nothing), nothing, comm)
+    assert_all(new_document[0] == new_document[1] and len(new_document[0]) == 5, new_document, comm)
+    assert_all(ended == greedy[:greedy.index(greedy[4])], ended, comm)
+
+
+@pytest.mark.parametrize("prompt,temperature,message", [
+    ([65] * 33, 1.0, "prompt has 33 tokens.*max_seq_len = 32"), ([5, 257], 1.0, "5 to 257.*0 to 256"),
+    ([-1], 1.0, "tokens from -1"), ([5], -0.5, "temperature -0.5"), ([5], float("nan"), "temperature nan"),
+    ([5], float("inf"), "temperature inf"),
+])
+def test_what_cannot_be_continued(comm, run, prompt, temperature, message):
+    generator = Generator(run, comm)
+    with pytest.raises(ConfigError, match=message):
+        list(generator.tokens(prompt, 3, temperature))
+    generator.free()
+
+
+@pytest.mark.parametrize("overrides,message", [
+    ({"layout.data": 2}, "data = 2.*cannot share"), ({"layout.zero": 1}, "--layout.zero: generation takes only"),
+    ({"model.num_heads": 2}, "--model.num_heads"), ({"layout.tensor": 7}, "needs 7 ranks"),
+    ({"layout.pipeline": 9}, "needs 9 ranks"), ({"train.dtype": "int8"}, "train.dtype"),
+])
+def test_overrides_that_cannot_be(comm, run, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        Generator(run, comm, overrides)
+
+
+def test_default_layout(comm, comm_path):
+    """Tensor ranks as far as there are heads, and in exact numerics blocks; pipeline ranks for what is left."""
+    if comm.rank == 0:
+        make_run(comm_path, make_model(num_heads=3, num_kv_heads=3))
+    comm.Barrier()
+    for overrides, wanted in [
+        ({}, {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}),
+        ({"train.numerics": "exact"}, {1: (1, 1), 2: (1, 2), 3: (3, 1), 4: (2, 2)}),
+        ({"layout.pipeline": comm.size}, {size: (size, 1) for size in range(1, 5)}),
+    ]:
+        generator = Generator(comm_path, comm, overrides)
+        layout = generator.config.layout
+        generator.free()
+        assert (layout.pipeline, layout.tensor) == wanted[comm.size]
+
+
+def test_missing_files(comm, comm_path):
+    with pytest.raises(CheckpointError, match="complete"):
+        Generator(comm_path, comm)
+    if comm.rank == 0:
+        make_run(comm_path, make_model())
+    comm.Barrier()
+    for name in ("tokenizer.json", "config.toml"):
+        if comm.rank == 0:
+            (comm_path / name).unlink()
+        comm.Barrier()
+        with pytest.raises(DataError, match=name):
+            Generator(comm_path, comm)
+
+
+def test_weights_that_are_not_finite(comm, comm_path):
+    if comm.rank == 0:
+        make_run(comm_path, make_model())
+        model = make_model()
+        shards = [(name, shape, 0, {"weight": np.full(np.prod(shape), np.nan)})
+                  for name, (shape, _) in parameter_table(model).items()]
+        checkpoint.save(comm_path / "checkpoints", 2, shards, {"model": asdict(model)}, SingleComm())
+    comm.Barrier()
+    for temperature in (0, 1.0):
+        generator = Generator(comm_path, comm)
+        with pytest.raises(CheckpointError, match="not finite"):
+            list(generator.tokens(PROMPT, 3, temperature))
+        generator.free()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_choices_follow_the_odds(temperature):
+    logits = np.log([0.5, 0.25, 0.125, 0.125])
+    counts = np.bincount([choose(logits, temperature, 7, position) for position in range(4000)], minlength=4)
+    odds = np.exp(logits / temperature)
+    assert np.abs(counts / 4000 - odds / odds.sum()).max() < 0.03
+    assert choose(np.array([0.0, -1e300, 3.0]), 1e-300, 0, 0) == 2
+
+
+def test_command(tmp_path_factory, capfd):
+    """Run the command on the whole launch: rank 0 writes prompt and continuation, others nothing."""
+    path = MPI.COMM_WORLD.bcast(tmp_path_factory.mktemp("run") if MPI.COMM_WORLD.rank == 0 else None)
+    if MPI.COMM_WORLD.rank == 0:
+        make_run(path, make_model())
+    MPI.COMM_WORLD.Barrier()
+    wanted = bytes(PROMPT + oracle(path, make_model(), PROMPT, 1000, 0.7, 4)[:25]).decode(errors="replace") + "\n"
+    cli.command.main([str(path), "--prompt", bytes(PROMPT).decode(), "--tokens", "1000", "--temperature", "0.7",
+                      "--seed", "4", "--layout.order", '["tensor", "pipeline", "data"]'], standalone_mode=False)
+    out, err = capfd.readouterr()
+    is_first = MPI.COMM_WORLD.rank == 0
+    assert_all(out == (wanted if is_first else ""), repr(out), MPI.COMM_WORLD)
+    assert_all(("stopped at model.max_seq_len = 32" in err) == is_first, repr(err), MPI.COMM_WORLD)
+
+
+def test_text_is_written_by_whole_characters(capsys):
+    writer, seen = cli.Writer(ByteTokenizer()), []
+    for byte in "aé漢".encode() + b"\xff!" + "🙂".encode()[:2]:
+        writer.add([byte])
+        seen.append(capsys.readouterr().out)
+    writer.close()
+    assert seen == ["a", "", "é", "", "", "漢", "", "\ufffd!", "", ""]
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
+def test_prompt_that_is_not_utf8():
+    tokenizer = ByteTokenizer()
+    assert cli._encode(tokenizer, "a\udcff") == [97, 255]
+    assert cli._encode(tokenizer, "") == [END]

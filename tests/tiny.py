@@ -1,0 +1,77 @@
+"""The small model that tests train, with sizes that nothing divides, and its token file."""
+
+import itertools
+from dataclasses import replace
+
+import h5py
+import numpy as np
+
+from mpillm.config import Config
+from mpillm.train import compare
+
+MODEL = {"hidden_size": 40, "num_layers": 7, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}
+TRAIN = {
+    "steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "lr": 1e-2, "warmup_steps": 2, "grad_clip": 0.5,
+    "dtype": "float64", "eval_every": 0, "checkpoint_every": 0,
+}
+# More key/value heads than tensor ranks; fewer; and groups that straddle two ranks' query heads.
+GROUPED = {
+    "own": {},
+    "shared": {"model.num_kv_heads": 1},
+    "straddling": {"model.num_heads": 6, "model.num_kv_heads": 3, "model.head_dim": 8},
+}
+
+
+def tiny(overrides=None, ranks=None):
+    """Return the small configuration with dotted overrides, resolved if a rank count is given."""
+    config = Config.from_dict({"model": MODEL, "train": TRAIN, "data": {"path": "no such file"}}, overrides)
+    return config if ranks is None else config.resolve(ranks)
+
+
+def reference_steps(config, steps, comm):
+    """Return the batches and, on rank 0, what the serial reference makes of them."""
+    batches = compare.batches(config, steps)
+    reference = compare.ReferenceTrainer(config) if comm.rank == 0 else None
+    return batches, [reference.step(*batch) if reference else None for batch in batches]
+
+
+def representative(layouts):
+    """Choose few layouts in which every choice of degrees meets every other setting it can have."""
+    left, kept, met = list(layouts), [], set()
+    wanted = set().union(*map(_pairs_of_degrees, left))
+    while not wanted <= met:
+        kept.append(max(left, key=lambda config: (len(_pairs_of_degrees(config) - met), len(_pairs(config) - met))))
+        left.remove(kept[-1])
+        met |= _pairs(kept[-1])
+    return kept
+
+
+def _pairs(config):
+    layout = config.layout
+    settings = {"degrees": (layout.data, layout.pipeline, layout.tensor), "schedule": layout.schedule,
+                "zero": layout.zero, "sequence_parallel": layout.sequence_parallel, "recompute": layout.recompute}
+    return set(itertools.combinations(settings.items(), 2))
+
+
+def _pairs_of_degrees(config):
+    return {pair for pair in _pairs(config) if pair[0][0] == "degrees"}
+
+
+def with_layout(config, **layout):
+    """Return a configuration with some layout keys replaced, not resolved."""
+    return replace(config, layout=replace(config.layout, **layout))
+
+
+def write_token_file(path, tokens=600, validation=200, vocab_size=257, seed=0, largest=None):
+    """Write a token file by h5py alone: random tokens up to ``largest``, in documents of uneven length."""
+    generator = np.random.default_rng(seed)
+    with h5py.File(path, "w") as file:
+        file.attrs.update(tokenizer="bytes", vocab_size=vocab_size, end=vocab_size - 1)
+        file["tokenizer"] = '{"mpillm_tokenizer": "bytes"}'
+        for split, count in (("train", tokens), ("validation", validation)):
+            group = file.create_group(split)
+            limit = vocab_size if largest is None else largest + 1
+            group["tokens"] = generator.integers(0, limit, count).astype(np.uint16)
+            group["documents"] = np.arange(0, count, 17, dtype=np.uint64)
+            group.attrs["bytes"] = 3 * count
+    return path

@@ -1,0 +1,209 @@
+"""The bench: memory seen from outside, statistics, the peer against the serial reference, and the command as a whole."""
+
+import itertools
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import run_mpi
+
+from mpillm.bench import launch, peer, training
+from mpillm.cli.bench import command
+from mpillm.config import Config
+from mpillm.errors import ConfigError, LaunchError, MpillmError
+from mpillm.train.reference import Reference
+
+MIB = 1 << 20
+TINY = {
+    "model": {"vocab_size": 29, "hidden_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 40},
+    "train": {"seq_len": 8, "global_batch": 4, "microbatch": 2},
+    "data": {"path": "missing.h5"},
+}
+HOLD = "import os, time; block = b'x' * ({} << 20); {}; time.sleep(0.4); os._exit(0)"
+SECOND_PROCESS = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {!r}])"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(Config.from_dict(TINY).to_toml())
+    return path
+
+
+def peak(mebibytes, then="pass"):
+    script = HOLD.format(mebibytes, then)
+    return launch.run_job([sys.executable, "-c", script], samples_memory=True).peak_bytes
+
+
+def test_the_peak_of_a_job_is_what_it_allocates():
+    assert peak(64) - peak(0) == pytest.approx(64 * MIB, rel=0.05)
+
+
+def test_the_peak_counts_processes_below_and_shared_pages_once():
+    child = HOLD.format(48, "pass")
+    own_pages = peak(0, SECOND_PROCESS.format(child)) - peak(0, SECOND_PROCESS.format(HOLD.format(0, "pass")))
+    assert own_pages == pytest.approx(48 * MIB, rel=0.08)
+    shared_pages = peak(64, "os.fork()") - peak(0, "os.fork()")
+    assert shared_pages == pytest.approx(64 * MIB, rel=0.08)
+
+
+def test_a_job_that_fails_shows_the_end_of_its_stderr():
+    script = "import sys; [print(i, file=sys.stderr) for i in range(100)]; sys.exit('broken on purpose')"
+    with pytest.raises(MpillmError, match="left with code 1") as error:
+        launch.run_job([sys.executable, "-c", script])
+    assert str(error.value).endswith("\n98\n99\nbroken on purpose") and "\n50\n" not in str(error.value)
+    assert error.value.exit_code == 1
+
+
+def test_an_interrupted_job_leaves_no_process(monkeypatch):
+    seen = []
+
+    def interrupt(pid):
+        if len(launch.process_tree(pid)) < 2:
+            return 0
+        seen.extend(launch.process_tree(pid))
+        raise KeyboardInterrupt
+
+    script = SECOND_PROCESS.format("import time; time.sleep(60)") + "; child.wait()"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(launch, "tree_pss", interrupt)
+        launch.run_job([sys.executable, "-c", script], samples_memory=True)
+    assert len(seen) == 2
+    deadline = time.monotonic() + 10
+    while any(launch.tree_pss(pid) for pid in seen) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(launch.tree_pss(pid) for pid in seen)
+
+
+@pytest.mark.parametrize("n, first, last", [(6, 1, 6), (10, 2, 9), (15, 4, 12), (25, 8, 18), (50, 18, 33)])
+def test_median_interval_has_the_ranks_of_the_published_table(n, first, last):
+    median, low, high, coverage = training.median_interval([10.0 * i for i in range(n, 0, -1)])
+    assert (median, low, high) == (5.0 * (n + 1), 10.0 * first, 10.0 * last)
+    assert coverage >= 0.95
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 12])
+def test_coverage_of_the_median_interval_by_enumeration(n):
+    _, low, high, coverage = training.median_interval(range(n))
+    below = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
+    assert coverage == pytest.approx(sum(low < count <= high for count in below) / 2 ** n)
+
+
+def test_rows_compare_round_by_round():
+    config = Config.from_dict(TINY)
+    single, data = training.make_cases(config, ["single", "data"], 2)
+    one, two, ddp = (training.Program(impl, case, (impl, case.layout))
+                     for impl, case in (("mpillm", single), ("mpillm", data), ("ddp", data)))
+    times_s = {one: [2.0, 4.0, 8.0], two: [1.0, 1.0, 2.0], ddp: [2.0, 3.0, 2.0]}
+    rows = training.make_rows([(one,), (two, ddp)], times_s, {one: 5, two: 6, ddp: None})
+    assert [(row["impl"], row["layout"], row["ranks"], row["step_s"], row["tokens_per_s"], row["peak_bytes"])
+            for row in rows] == [("mpillm", "single", 1, 4.0, 8.0, 5), ("mpillm", "data=2", 2, 1.0, 32.0, 6),
+                                 ("ddp", "data=2", 2, 2.0, 16.0, None)]
+    assert rows[1]["speed_over_peer"] == {"median": 2.0, "low": 1.0, "high": 3.0, "coverage": 0.75}
+    assert rows[1]["speed_over_single"]["median"] == 4.0
+    assert not {"speed_over_peer", "speed_over_single"} & (rows[0].keys() | rows[2].keys())
+
+
+def test_the_order_turns_from_round_to_round(monkeypatch):
+    case, = training.make_cases(Config.from_dict(TINY), ["single"], 2)
+    a, b = (training.Program(name, case, (name,)) for name in "ab")
+    ran = []
+    monkeypatch.setattr(training.Program, "run", lambda self, samples_memory: (1.0, 7 if samples_memory else None))
+    times_s, peak_bytes = training.measure([(a, b)], 3, lambda program, number, _: ran.append((program.impl, number)))
+    assert ran == [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
+    assert times_s == {a: [1.0] * 3, b: [1.0] * 3} and peak_bytes == {a: 7, b: 7}
+
+
+def test_the_peer_is_the_model_of_the_serial_reference():
+    config = Config.from_dict(TINY).resolve(1)
+    case, = training.make_cases(config, ["single"], 1)
+    reference, decoder = Reference(config.model, seed=3), peer.Decoder(peer.Work(**training.peer_work(case))).double()
+    names = {"embedding.weight": "embedding.weight", "norm.weight": "norm.weight", "head.weight": "head.weight"}
+    for name in reference.parameters:
+        names.setdefault(name, name.replace("attention.", "").replace("ffn.", ""))
+    weights = {names[name]: weight.T if name.endswith((".output.weight", ".down.weight")) else weight
+               for name, weight in reference.parameters.items()}
+    decoder.load_state_dict(weights)
+    tokens = torch.randint(config.model.vocab_size, (3, config.train.seq_len + 1))
+    logits = reference.logits(tokens)
+    assert (decoder(tokens) - logits).abs().max() < 1e-6 * logits.abs().max()
+
+
+def test_the_peer_trains_alike_in_every_mode(tmp_path):
+    spec = tmp_path / "spec.json"
+    work = {"vocab": 29, "hidden": 24, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 40, "seq": 8, "batch": 4,
+            "micro": 2, "steps": 4, "lr": 0.05, "eps": 0.1, "grad_clip": 0.5}
+    lines = []
+    for limit, places in ((0.5, (("single", 1), ("ddp", 2), ("tp", 2), ("pp", 2))), (0.0, (("single", 1),))):
+        spec.write_text(json.dumps(work | {"grad_clip": limit}))
+        for mode, ranks in places:
+            job = run_mpi(0, ["-m", "mpillm.bench.peer", mode, ranks, spec])
+            assert job.returncode == 0, job.stderr
+            lines.append(json.loads(job.stdout))
+    *clipped, unclipped = lines
+    assert [(line["mode"], line["ranks"]) for line in clipped] == [("single", 1), ("ddp", 2), ("tp", 2), ("pp", 2)]
+    for line in clipped:
+        assert line["loss"] == pytest.approx(clipped[0]["loss"], rel=1e-6)
+        assert line["tokens_per_s"] == pytest.approx(32 / line["step_s"])
+    assert abs(unclipped["loss"] - clipped[0]["loss"]) > 1e-3
+
+
+@pytest.mark.launches
+def test_bench_train_writes_a_row_for_each_program(tiny, tmp_path):
+    job = run_mpi(0, ["-m", "mpillm", "bench", "train", tiny, "--peers", "--layouts", "data=2", "--pairs", 1, "--steps",
+                      3, "--json", tmp_path / "bench.json", "--layout.zero", 0], timeout=120,
+                  cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
+    assert job.returncode == 0, job.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert report["machine"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert "MPI" in report["machine"]["mpi"] and report["machine"]["cpu"]
+    assert [(row["impl"], row["layout"], row["ranks"], row["pairs"]) for row in report["rows"]] == [
+        ("mpillm", "data=2", 2, 1), ("ddp", "data=2", 2, 1)]
+    for row in report["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(4 * 8 / row["step_s"])
+        assert row["peak_bytes"] > 100 * MIB
+        assert f"{row['peak_bytes'] / MIB:.0f}" in job.stdout
+    assert not list(tmp_path.glob("mpillm-bench-*"))
+
+
+def test_bench_train_ends_with_the_failure_of_its_job(tiny, tmp_path):
+    training.write_random_tokens(tmp_path / "short.h5", 29, 5)
+    job = run_mpi(0, ["-m", "mpillm", "bench", "train", tiny, "--layouts", "single", "--data.path", "short.h5"],
+                  cwd=tmp_path)
+    assert job.returncode == 1
+    assert "left with code 74" in job.stderr and "its train split has 5 tokens" in job.stderr
+
+
+@pytest.mark.parametrize("layouts, values, message", [
+    ("sideways", {}, "--layouts sideways"),
+    ("data=1", {}, "at least 2 ranks"),
+    ("single=2", {}, "--layouts single=2"),
+    ("tensor=5", {}, "layout.tensor=5 splits model.num_heads=4"),
+    ("tensor=4", {}, "num_kv_heads = 2"),
+    ("pipeline=3", {}, "at least as many"),
+    ("single", {"model.tie_embeddings": True, "train.optimizer": "sgd"}, "train.optimizer = sgd.*model.tie_embeddings"),
+])
+def test_what_cannot_be_measured_is_refused_before_any_job(tmp_path, layouts, values, message):
+    path = tmp_path / "config.toml"
+    path.write_text(Config.from_dict(TINY, values).to_toml())
+    result = CliRunner().invoke(command, ["train", str(path), "--peers", "--layouts", layouts])
+    assert isinstance(result.exception, ConfigError)
+    with pytest.raises(ConfigError, match=message):
+        raise result.exception
+
+
+def test_random_tokens_need_a_vocabulary(tmp_path):
+    config = Config.from_dict(TINY | {"model": {**TINY["model"], "vocab_size": None}})
+    with pytest.raises(ConfigError, match="set model.vocab_size"):
+        training.prepare(config, 3, tmp_path)
+
+
+def test_bench_train_under_mpirun_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    result = CliRunner().invoke(command, ["train", str(tiny)])
+    assert isinstance(result.exception, LaunchError) and "without mpirun" in str(result.exception)

@@ -1,0 +1,128 @@
+"""The floor plan, held by reading the source: imports run downward, and the planning wing is pure."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpillm
+
+PACKAGE = Path(mpillm.__file__).parent
+# From the ground up; what stands on one line does not import each other, but where ALLOWED says so.
+FLOORS = [
+    ["errors"],
+    ["config", "machine", "schedules"],
+    ["plan"],
+    ["planner", "comm"],
+    ["autograd"],
+    ["nn"],
+    ["pipeline"],
+    ["report.trace"],  # what a run writes; only its pictures are above training
+    ["train"],
+    ["generate", "hf", "report", "bench"],
+    ["cli"],
+    ["__main__"],
+]
+ALLOWED = {("config", "schedules")}
+PLANNING_WING = {"config", "errors", "machine", "plan", "planner", "schedules"}
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+
+
+def part_of(module):
+    """``mpillm.train.engine`` belongs to ``train``."""
+    names = module.split(".")[1:]
+    return next((part for part in (".".join(names[:2]), names[0]) if part in FLOOR_OF), None) if names else ""
+
+
+def imports(path):
+    """Every module that a file imports anywhere, with whether that happens when it is itself imported."""
+    module = "mpillm." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {child for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))
+              for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((module, alias.name, node not in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                is_module = (PACKAGE.parent / node.module.replace(".", "/") / f"{alias.name}.py").exists()
+                yield module, f"{node.module}.{alias.name}" if is_module else node.module, node not in inside
+
+
+EDGES = [edge for path in sorted(PACKAGE.rglob("*.py")) for edge in imports(path)]
+
+
+def test_every_module_has_a_floor():
+    modules = {module for module, _, _ in EDGES if module != "mpillm.__init__"}
+    assert not {module for module in modules if part_of(module) is None}
+    assert {"train", "comm", "nn", "schedules", "planner"} <= {part_of(module) for module in modules}
+
+
+def test_imports_run_downward_only():
+    wrong = []
+    for module, imported, _ in EDGES:
+        if module == "mpillm.__init__" or imported.split(".")[0] != "mpillm":
+            continue
+        above, below = part_of(module), part_of(imported)
+        if below and above != below and (above, below) not in ALLOWED and FLOOR_OF[above] <= FLOOR_OF[below]:
+            wrong.append(f"{module} imports {imported}")
+    assert not wrong
+
+
+def test_the_oracle_finds_upward_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "mpillm")
+    (tmp_path / "mpillm" / "comm").mkdir(parents=True)
+    (tmp_path / "mpillm" / "comm" / "x.py").write_text("def f():\n    from mpillm.train import engine\nimport torch\n")
+    assert list(imports(tmp_path / "mpillm" / "comm" / "x.py")) == [
+        ("mpillm.comm.x", "torch", True), ("mpillm.comm.x", "mpillm.train", False)]
+    assert FLOOR_OF[part_of("mpillm.comm.x")] < FLOOR_OF[part_of("mpillm.train")]
+
+
+def test_the_planning_wing_imports_neither_mpi_nor_torch():
+    wrong = [(module, imported) for module, imported, _ in EDGES
+             if part_of(module) in PLANNING_WING and imported.split(".")[0] in ("mpi4py", "torch")]
+    assert not wrong
+
+
+def loaded_by(statement):
+    """Which of the heavy libraries a fresh Python has loaded after a statement, and whether MPI was started."""
+    code = (f"import sys\n{statement}\n"
+            "print(*sorted({'torch', 'mpi4py', 'mpi4py.MPI', 'h5py'} & set(sys.modules)))")
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_importing_mpillm_starts_no_mpi_and_loads_no_torch():
+    assert loaded_by("import mpillm; dir(mpillm); mpillm.__version__") == []
+
+
+def test_importing_the_planning_wing_loads_no_torch():
+    modules = {module.removesuffix(".__init__") for module, _, _ in EDGES if part_of(module) in PLANNING_WING}
+    assert {"mpillm.config", "mpillm.schedules.check", "mpillm.planner.stages"} <= modules
+    assert loaded_by(f"import {', '.join(sorted(modules))}") == []
+
+
+def test_only_starting_a_world_starts_mpi():
+    assert loaded_by("import mpillm; mpillm.Config; mpillm.Run; mpillm.Mesh; mpillm.launch") == ["h5py", "torch"]
+
+
+def test_no_public_name_is_that_of_a_submodule():
+    submodules = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not submodules & (set(mpillm.__all__) - {"__version__"})
+    assert all(getattr(mpillm, name) is not None for name in mpillm.__all__)
+    assert set(dir(mpillm)) >= set(mpillm.__all__)
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        mpillm.nothing_of_this_name  # noqa: B018
+
+
+def test_no_module_keeps_a_communicator():
+    """Module-level code never calls what starts MPI or makes communicators."""
+    starters = {"comm_world", "Mesh", "Group", "Clone", "Split", "as_group"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.Expr)):
+                called = {getattr(call.func, "id", getattr(call.func, "attr", "")) for call in ast.walk(node)
+                          if isinstance(call, ast.Call)}
+                assert not called & starters, f"{path}: line {node.lineno}"
