@@ -274,7 +274,7 @@ def _fill_layout(config, ranks):
     """Replace every ``"auto"`` by a simple default: what is left of the ranks goes to data, then pipeline, tensor."""
     layout = config.layout
     sizes = layout.sizes()
-    left = ranks // max(1, math.prod(size for size in sizes.values() if size != "auto"))
+    left = max(1, ranks // math.prod(size for size in sizes.values() if size != "auto"))
     batches = config.train.global_batch // (config.train.microbatch or 1)
     limits = {"data": max(1, batches), "pipeline": config.model.num_layers, "tensor": config.model.num_heads}
     for axis in AXES:

@@ -2,7 +2,12 @@
 
 from mpillm.autograd.adjoint import check_adjoint
 from mpillm.autograd.regions import (
-    allgather_to, copy_to, gather_from, reduce_from, reduce_scatter_from, scatter_to,
+    allgather_to,
+    copy_to,
+    gather_from,
+    reduce_from,
+    reduce_scatter_from,
+    scatter_to,
 )
 
 __all__ = [

@@ -38,13 +38,13 @@ def reduce_from(x, comm):
 
 
 def scatter_to(x, comm, dim=0):
-    """Keep this rank's block of ``dim`` of a replicated tensor; gradients of all blocks are gathered on the way back."""
+    """Keep this rank's block of ``dim`` of a replicated tensor; gradient blocks are gathered on the way back."""
     whole = x.shape[dim]
     return _Movement.apply(x, as_group(comm), _slice(dim), _allgather(dim, whole))
 
 
 def gather_from(x, comm, dim=0, size=None):
-    """Join the blocks of ``dim`` into a replicated tensor; each rank keeps its block of the gradient on the way back."""
+    """Join the blocks of ``dim`` into a replicated tensor; each keeps its block of the gradient on the way back."""
     group = as_group(comm)
     whole = _whole_size(x, group, dim, size)
     return _Movement.apply(x, group, _allgather(dim, whole), _slice(dim))

@@ -18,6 +18,8 @@ from mpillm.train.data import TokenFile
 from mpillm.train.text import token_dtype
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
+# What a configuration may say of an axis is left out of layouts that do not split it.
+_KEYS_OF_AXIS = {"data": ("shares",), "pipeline": ("chunks", "stage_cuts", "schedule")}
 _RANDOM_SAMPLES = 256
 
 
@@ -87,13 +89,16 @@ def make_cases(config, names, default_ranks):
                 f"--layouts {name} (--ranks {default_ranks}): give single, or {', '.join(AXES)}, each alone or with "
                 "its ranks as in data=2, of at least 2 ranks"
             )
-        degrees = {f"layout.{axis}": ranks if axis == kind else 1 for axis in AXES}
-        cases.append(Case(kind, ranks, config.with_values(degrees).resolve(ranks)))
-    return cases
+        values = {f"layout.{axis}": ranks if axis == kind else 1 for axis in AXES}
+        for axis, keys in _KEYS_OF_AXIS.items():
+            if axis != kind:
+                values |= {f"layout.{key}": "auto" for key in keys}
+        cases.append(Case(kind, ranks, config.with_values(values).resolve(ranks)))
+    return list(dict.fromkeys(cases))
 
 
 def prepare(config, steps, folder):
-    """Return ``config`` set for timing: ``steps`` steps and no more than a step does, on random tokens if it has none.
+    """Return ``config`` set for timing: ``steps`` bare steps, on random tokens in ``folder`` if its own are missing.
 
     Local.
 
@@ -154,6 +159,7 @@ def peer_program(case, folder):
 def peer_work(case):
     """Return the fields of :class:`mpillm.bench.peer.Work` for a case, or say what the peer cannot do. Local."""
     model, train, ranks = case.config.model, case.config.train, case.ranks
+    sizes = model.num_heads, model.num_kv_heads, model.ffn_size
     unable = {
         f"train.optimizer = {train.optimizer}: it has adamw": train.optimizer != "adamw",
         f"train.dtype = {train.dtype}: it has float32": train.dtype != "float32",
@@ -167,9 +173,9 @@ def peer_work(case):
         "microbatches are equal and at least as many":
             case.kind == "pipeline" and (train.global_batch % train.microbatch
                                          or train.global_batch // train.microbatch < ranks),
-        f"model.num_heads = {model.num_heads}, num_kv_heads = {model.num_kv_heads}, ffn_size = {model.ffn_size} on "
-        f"{ranks} tensor ranks: all are multiples of them":
-            case.kind == "tensor" and any(size % ranks for size in (model.num_heads, model.num_kv_heads, model.ffn_size)),
+        f"model.num_heads, num_kv_heads, ffn_size = {', '.join(map(str, sizes))} on {ranks} tensor ranks: all are "
+        "multiples of that":
+            case.kind == "tensor" and any(size % ranks for size in sizes),
     }
     faults = [text for text, is_fault in unable.items() if is_fault]
     if faults:
@@ -186,12 +192,13 @@ def peer_work(case):
 def measure(programs, pairs, report):
     """Run every program ``pairs`` times for its time and before that once for its memory.
 
-    Local. ``programs`` lists for each case its program, with its peer behind it if it has one. A round runs all; the
-    order within a case turns from round to round, so that a machine that slows down slows both alike.
+    Local. A round runs all; the order within a case turns from round to round, so that a machine that slows down
+    slows both alike.
 
     Parameters
     ----------
     programs : list of tuple of Program
+        For each case its program, with its peer behind it if it has one.
     pairs : int
     report : callable
         ``report(program, round, step_s)`` after each job; round 0 is that of the memory.
@@ -217,11 +224,11 @@ def measure(programs, pairs, report):
 
 
 def median_interval(values):
-    """Return ``(median, low, high, coverage)``: the interval that holds the true median with probability ``coverage``.
+    """Return ``(median, low, high, coverage)``; the interval holds the true median with probability ``coverage``.
 
-    Local. The narrowest pair of order statistics, as far from one end as from the other, that covers at least 95 %; with
-    fewer than six values smallest and largest, which cover less. No shape of the distribution is assumed. Source:
-    David and Nagaraja, Order Statistics (2003), 7.1.
+    Local. The narrowest pair of order statistics, as far from one end as from the other, that covers at least 95 %;
+    with fewer than six values smallest and largest, which cover less. No shape of the distribution is assumed.
+    Source: David and Nagaraja, Order Statistics (2003), 7.1.
     """
     ordered, n = sorted(values), len(values)
     coverages = [1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n for k in range((n + 1) // 2)]
@@ -230,8 +237,11 @@ def median_interval(values):
 
 
 def make_rows(programs, times_s, peak_bytes):
-    """Return the rows of the report as dicts: speeds relative to the peer and to mpillm on one rank are ratios of
-    tokens per second, above 1 where mpillm's program of the row is faster."""
+    """Return the rows of the report as dicts.
+
+    Local. ``speed_over_peer`` and ``speed_over_single`` (mpillm on one rank) are ratios of tokens per second, above 1
+    where the program of the row is the faster.
+    """
     single = next((case[0] for case in programs if case[0].case.kind == "single"), None)
     rows = []
     for own, *peers in programs:

@@ -16,7 +16,13 @@ from mpillm.cli.options import CONTEXT, with_config
 from mpillm.comm.world import launched_size
 from mpillm.errors import DataError, LaunchError
 
-MPI_VERSION = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+# Asked in a process of its own: MPI that has started here would disturb the jobs.
+_MPI_VERSION = """
+from mpi4py import rc
+rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version())
+"""
 
 
 def _cores():
@@ -49,8 +55,10 @@ def bench_train(config, peers, output, pairs, steps, ranks, layouts):
     names = layouts.split(",") if layouts else ["single"] + (["data", "tensor", "pipeline"] if ranks > 1 else [])
     with tempfile.TemporaryDirectory(prefix="mpillm-bench-") as name:
         folder = Path(name)
-        config = prepare(config, steps, folder)
-        if peers:
+        own_path, config = config.data.path, prepare(config, steps, folder)
+        if config.data.path != own_path:
+            click.echo(f"data.path = {own_path}: no such file: measuring on random tokens", err=True)
+        if peers and config.train.device == "auto":
             config = config.with_values({"train.device": "cpu"})
         programs = [(mpillm_program(case, folder), *([peer_program(case, folder)] if peers else []))
                     for case in make_cases(config, names, ranks)]
@@ -63,8 +71,8 @@ def bench_train(config, peers, output, pairs, steps, ranks, layouts):
 
 def table(rows):
     """Return the rows as text, a line each."""
-    lines = [f"{'layout':12} {'program':8} {'ranks':>5} {'step s':>9} {'tokens/s':>10} {'peak MiB':>9}  speed over peer "
-             "and over single [interval]"]
+    lines = [f"{'layout':12} {'program':8} {'ranks':>5} {'step s':>9} {'tokens/s':>10} {'peak MiB':>9}  "
+             "speed over peer, over single [interval]"]
     for row in rows:
         peak = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         speeds = [f"{name} {speed['median']:.3f} [{speed['low']:.3f}, {speed['high']:.3f}]"
@@ -81,7 +89,7 @@ def table(rows):
 def machine():
     """Return what the figures depend on: cores, processor, PyTorch and MPI library."""
     model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    mpi = subprocess.run([sys.executable, "-c", MPI_VERSION], capture_output=True, text=True)
+    mpi = subprocess.run([sys.executable, "-c", _MPI_VERSION], capture_output=True, text=True)
     return {
         "cores": _cores(), "cpu": model[0] if model else platform.processor() or platform.machine(),
         "torch": importlib.metadata.version("torch"),

@@ -52,7 +52,7 @@ def describe_rank(comm):
     return {
         "rank": comm.rank, "size": comm.size, "node": os.uname().nodename, "launcher": variable or "none",
         "launched": announced, "mpi": library, "thread_level": level, "cores": sorted(os.sched_getaffinity(0)),
-        "threads": threads, "threads_set_by_user": "OMP_NUM_THREADS" in os.environ, "cpu": platform.processor() or platform.machine(),
+        "threads": threads, "threads_set_by_user": "OMP_NUM_THREADS" in os.environ, "cpu": platform.machine(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "shm_free_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
         "hdf5": h5py.version.hdf5_version, "hdf5_is_parallel": bool(h5py.get_config().mpi),
@@ -95,8 +95,7 @@ def to_text(ranks, faults):
     """Lay the report out for people."""
     first, nodes = ranks[0], Counter(rank["node"] for rank in ranks)
     lines = [
-        f"mpillm     {first['versions']['mpillm']}, Python {first['versions']['python']}, torch {first['versions']['torch']}, "
-        f"mpi4py {first['versions']['mpi4py']}",
+        "mpillm     {mpillm}, Python {python}, torch {torch}, mpi4py {mpi4py}".format(**first["versions"]),
         f"MPI        {first['mpi']}, thread level {first['thread_level']}",
         f"launch     {len(ranks)} ranks on {len(nodes)} nodes; launcher says {first['launched']} ({first['launcher']})",
         f"HDF5       {first['hdf5']}, parallel: {'yes' if first['hdf5_is_parallel'] else 'no (not needed)'}",
@@ -104,7 +103,9 @@ def to_text(ranks, faults):
         f"/dev/shm   {first['shm_free_bytes'] / 2**30:.1f} GiB free",
     ]
     for rank in ranks:
-        lines.append(f"rank {rank['rank']:<5} node {rank['node']}, cores {_spans(rank['cores'])}, {rank['threads']} threads")
+        lines.append(
+            f"rank {rank['rank']:<5} node {rank['node']}, cores {_spans(rank['cores'])}, {rank['threads']} threads"
+        )
     for fault in faults:
         lines += [f"FAULT      {fault['fault']}", f"  remedy   {fault['remedy']}"]
     return "\n".join([*lines, "not sound" if faults else "sound"])

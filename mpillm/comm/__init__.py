@@ -1,8 +1,20 @@
 """MPI: moves bytes. Works with any mpi4py communicator and without the rest of mpillm."""
 
 from mpillm.comm.collectives import (
-    allgather, allreduce, alltoall, bcast, gather, iallgather, iallreduce, ialltoall, ibcast, igather,
-    ireduce_scatter, iscatter, reduce_scatter, scatter,
+    allgather,
+    allreduce,
+    alltoall,
+    bcast,
+    gather,
+    iallgather,
+    iallreduce,
+    ialltoall,
+    ibcast,
+    igather,
+    ireduce_scatter,
+    iscatter,
+    reduce_scatter,
+    scatter,
 )
 from mpillm.comm.group import Group
 from mpillm.comm.mesh import Mesh
@@ -10,6 +22,6 @@ from mpillm.comm.p2p import irecv, isend
 from mpillm.comm.world import comm_world, launch
 
 __all__ = [
-    "Group", "Mesh", "allgather", "allreduce", "alltoall", "bcast", "comm_world", "gather", "iallgather", "iallreduce", "ialltoall",
-    "ibcast", "igather", "irecv", "ireduce_scatter", "iscatter", "isend", "launch", "reduce_scatter", "scatter",
+    "Group", "Mesh", "allgather", "allreduce", "alltoall", "bcast", "comm_world", "gather", "iallgather", "iallreduce",
+    "ialltoall", "ibcast", "igather", "irecv", "ireduce_scatter", "iscatter", "isend", "launch", "reduce_scatter", "scatter",
 ]

@@ -7,7 +7,8 @@ class Recorder:
     """What this rank sent since :meth:`reset`, by ``(axis, operation)``, and its last calls.
 
     ``bytes`` counts what an operation must send at least, per rank: allreduce ``2 (p-1)/p n``, reduce_scatter and
-    alltoall ``n`` less the own block, allgather ``(p-1)`` times the own block, a message its length, bcast ``n`` on the root.
+    alltoall ``n`` less the own block, allgather ``(p-1)`` times the own block, a message its length, bcast ``n`` on the
+    root.
     """
 
     def __init__(self, keep=64):

@@ -52,14 +52,15 @@ class Attention(nn.Module):
     """Self-attention of one layer; each block of heads maps the whole input to a partial sum of the output.
 
     With at least as many key/value heads as tensor ranks, a rank holds whole key/value groups. With fewer, query heads
-    are split, every rank keeps the (small) key and value weights whole and computes the heads its queries need.
+    are split, every rank keeps the (small) key and value weights whole and computes the heads its queries need; but
+    ``exact`` always splits by whole groups, so that its blocks are the same at any size: some ranks then have no heads.
     """
 
     def __init__(self, name, split, model, std, recompute=False):
         super().__init__()
         self.split, self.head_dim, self.recompute = split, model.head_dim, recompute
         self.group_size = model.num_heads // model.num_kv_heads
-        self.is_grouped = split.size <= model.num_kv_heads
+        self.is_grouped = split.is_exact or split.size <= model.num_kv_heads
         units, group = (model.num_kv_heads, self.group_size) if self.is_grouped else (model.num_heads, 1)
         width, unit = model.hidden_size, group * model.head_dim
         self.query = ColumnParallelLinear(f"{name}.query.weight", split, width, units, unit)

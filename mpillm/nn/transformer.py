@@ -102,7 +102,9 @@ class TransformerStage(nn.Module):
         self.model, self.split, self.start, self.stop = model, split, start, stop
         self.is_first, self.is_last = start == 0, stop == model.num_layers
         size, width = model.vocab_size, model.hidden_size
-        self.embedding = VocabularyEmbedding("embedding.weight", split, size, width, INITIAL_STD) if self.is_first else None
+        self.embedding = None
+        if self.is_first:
+            self.embedding = VocabularyEmbedding("embedding.weight", split, size, width, INITIAL_STD)
         self.layers = nn.ModuleList(Layer(i, split, model, modes[i]) for i in range(start, stop))
         self.norm = RMSNorm("norm.weight", split, width, model.norm_eps) if self.is_last else None
         self.head = None

@@ -268,8 +268,8 @@ def _mark(axes, places):
 def draw_timeline(launch, number):
     """Return the figure of what each rank did in step ``number``: a row a rank, microbatches numbered.
 
-    The percentages on the right are the ranks' idle shares, see :func:`bubble`. Where a rank holds several
-    stages, later ones are lighter.
+    The percentages on the right are the ranks' idle shares, see :func:`bubble`. White is time that no span
+    tells of. Where a rank holds several stages, later ones are lighter.
 
     Parameters
     ----------

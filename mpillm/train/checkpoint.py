@@ -124,16 +124,16 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"checkpoint {self.path}: holds no {kind} of {name}") from None
         stop = int(np.prod(entry["shape"])) if stop is None else stop
-        out, covered = np.empty(stop - start, np.dtype(entry["dtype"])), 0
-        for shard in entry["shards"]:
+        out, end = np.empty(stop - start, np.dtype(entry["dtype"])), start
+        for shard in sorted(entry["shards"], key=lambda shard: shard["start"]):
             low, high = max(start, shard["start"]), min(stop, shard["stop"])
-            if low < high:
+            if low < high and low == end:
                 values = self._read_shard(shard, out.dtype)
                 out[low - start:high - start] = values[low - shard["start"]:high - shard["start"]]
-                covered += high - low
-        if covered != stop - start:
+                end = high
+        if end != stop:
             raise CheckpointError(
-                f"checkpoint {self.path}: {kind} of {name} has {covered} of the elements {start} to {stop}"
+                f"checkpoint {self.path}: of the elements {start} to {stop} of {kind} of {name}, those from {end} are missing"
             )
         return out
 

@@ -93,8 +93,7 @@ def compare_layout(config, comm, batches, expected):
     engine = Engine(config, comm)
     group, names, errors, ranges = as_group(comm), [], [], {}
     for step, (batch, wanted) in enumerate(zip(batches, expected), 1):
-        loss, norm = engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],
-                                       learning_rate(config.train, step))
+        loss, norm = engine.train_step(_reader(batch), learning_rate(config.train, step))
         loss_wanted, norm_wanted, shapes = comm.bcast(wanted and (*wanted[:2], _shapes(wanted[3])))
         names.append(f"step {step}: loss")
         errors.append(_relative(loss, loss_wanted))
@@ -150,6 +149,11 @@ def _unclipped(gradients, norm, limit):
     """Undo the clipping: one wrong gradient makes the norm wrong, and through it all clipped gradients."""
     scale = (norm + 1e-6) / limit if limit and norm > limit else 1.0
     return {name: [(start, values * scale) for start, values in own] for name, own in gradients.items()}
+
+
+def _reader(batch):
+    """Return the function that gives the engine ranges of a batch."""
+    return lambda low, high: [part if part is None else part[low:high] for part in batch]
 
 
 def _relative(value, wanted):

@@ -38,7 +38,7 @@ class TokenFile:
                 self.vocab_size, self.bytes = int(file.attrs["vocab_size"]), int(file[split].attrs["bytes"])
             except KeyError as error:
                 raise DataError(
-                    f"data.path = {path}: no token file of mpillm ({error}): make one with `mpillm data FILES -o {path}`"
+                    f"data.path = {path}: not a token file ({error}): make one with `mpillm data FILES -o {path}`"
                 ) from None
             self.documents = documents[:].astype(np.int64)
             self.tokens = _map(self.path, dataset)

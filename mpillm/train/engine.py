@@ -127,7 +127,8 @@ class Engine:
         model, layout = config.model, config.layout
         self.num_stages = layout.pipeline * layout.chunks
         cuts = [0, *default_cuts(config), model.num_layers]
-        self.tables = rotary_tables(model.head_dim, range(config.train.seq_len), model.rope_theta, self.dtype, self.device)
+        positions = range(config.train.seq_len)
+        self.tables = rotary_tables(model.head_dim, positions, model.rope_theta, self.dtype, self.device)
         stages = []
         for index in range(mesh.coord("pipeline"), self.num_stages, layout.pipeline):
             split = TensorSplit(mesh.group("tensor"), layout.sequence_parallel,
@@ -194,7 +195,8 @@ class Engine:
         if documents is not None:
             causal = torch.ones(positions, positions, dtype=torch.bool, device=self.device).tril()
             mask = ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
-        return Microbatch(inputs.reshape(-1), targets.reshape(-1), scale, Batch(sequences, positions, *self.tables, mask))
+        batch = Batch(sequences, positions, *self.tables, mask)
+        return Microbatch(inputs.reshape(-1), targets.reshape(-1), scale, batch)
 
     def _microbatch_done(self, stage, microbatch):
         self._trees[stage].done(self.first_microbatch + microbatch)

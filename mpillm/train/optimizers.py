@@ -54,12 +54,13 @@ class ShardedOptimizer:
         self.train = train
         self.entries = [(bucket, piece) for bucket in buckets for piece in bucket.pieces()]
         self._parameters = [torch.nn.Parameter(bucket.master[piece.low:piece.high]) for bucket, piece in self.entries]
-        groups = [
-            {"params": [p for p, (_, piece) in zip(self._parameters, self.entries) if decays(piece.shape) == is_decayed],
-             "weight_decay": train.weight_decay if is_decayed else 0.0}
-            for is_decayed in (True, False)
-        ]
-        self._optimizer = make_optimizer(train, [group for group in groups if group["params"]])
+        groups = {True: [], False: []}
+        for p, (_, piece) in zip(self._parameters, self.entries):
+            groups[decays(piece.shape)].append(p)
+        self._optimizer = make_optimizer(train, [
+            {"params": members, "weight_decay": train.weight_decay if is_decayed else 0.0}
+            for is_decayed, members in groups.items() if members
+        ])
 
     def step(self, gradients, lr):
         """Update from the reduced gradients, one a bucket as its range holds them."""

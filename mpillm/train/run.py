@@ -6,10 +6,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from mpillm.comm.world import comm_world, set_threads
-from mpillm.config import Config
 from mpillm.errors import CheckpointError, ConfigError, DataError, MpillmError, agree
 from mpillm.train import checkpoint
 from mpillm.train.data import TokenFile, file_digest, training_order
@@ -51,8 +48,7 @@ class Run:
         self.folder = Path(config.train.run_dir)
         start = self._together(lambda: self._find_start(resume), "resume")
         self._together(self._make_folder if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
-        self.threads = 1 if self.config.train.numerics == "exact" else set_threads(self.comm)
-        torch.set_num_threads(self.threads)
+        self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
             self._together(lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None

@@ -31,6 +31,29 @@ def check_exact(config):
     ConfigError
         On the rank whose kernels fail, naming the operation.
     """
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            found[count] = list(_trials(config))
+    finally:
+        torch.set_num_threads(threads)
+    for (operation, one, other), (_, threaded, _) in zip(found[1], found[threads]):
+        if not torch.equal(one, other):
+            _refuse(config, operation, "use train.numerics = fast")
+        if not torch.equal(one, threaded):
+            _refuse(config, f"{operation} with {threads} threads", "set OMP_NUM_THREADS=1")
+
+
+def _refuse(config, what, remedy):
+    raise ConfigError(
+        f"train.numerics = exact: {what} in {config.train.dtype} does not repeat bit for bit on this processor with "
+        f"torch {torch.__version__}: {remedy}"
+    )
+
+
+def _trials(config):
+    """Yield ``(operation, result, the same computed otherwise)``."""
     model, train = config.model, config.train
     dtype, generator = getattr(torch, train.dtype), torch.Generator().manual_seed(0)
 
@@ -38,19 +61,14 @@ def check_exact(config):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     x = draw(train.microbatch * train.seq_len, model.hidden_size)
-    for operation, one, other in (
-        *_products(x, [draw(-(-size // train.exact_blocks), model.hidden_size)
-                       for size in (model.ffn_size, model.num_heads * model.head_dim, model.vocab_size)]),
-        *_norm(x, draw(*x.shape), model.norm_eps),
-        ("a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)),
-        ("a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)),
-        ("the optimiser on a shard", *_optimizer(train, draw(8 * ALIGNMENT).float())),
-    ):
-        if not torch.equal(one, other):
-            raise ConfigError(
-                f"train.numerics = exact: {operation} in {train.dtype} does not repeat bit for bit on this processor "
-                f"with torch {torch.__version__}: use train.numerics = fast"
-            )
+    yield from _products(x, [draw(-(-size // train.exact_blocks), model.hidden_size)
+                             for size in (model.ffn_size, model.num_heads * model.head_dim, model.vocab_size)])
+    yield from _norm(x, draw(*x.shape), model.norm_eps)
+    block = x[:max(1, len(x) // train.exact_blocks)]
+    yield "a sum over tokens", block.sum(0), _moved(block).sum(0)
+    yield "a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)
+    yield "a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)
+    yield "the optimiser on a shard", *_optimizer(train, draw(8 * ALIGNMENT).float())
 
 
 def _products(x, weights):

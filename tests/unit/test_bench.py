@@ -1,4 +1,4 @@
-"""The bench: memory seen from outside, statistics, the peer against the serial reference, and the command as a whole."""
+"""The bench: memory seen from outside, statistics, the peer against the serial reference, the whole command."""
 
 import itertools
 import json
@@ -184,17 +184,31 @@ def test_bench_train_ends_with_the_failure_of_its_job(tiny, tmp_path):
     ("data=1", {}, "at least 2 ranks"),
     ("single=2", {}, "--layouts single=2"),
     ("tensor=5", {}, "layout.tensor=5 splits model.num_heads=4"),
-    ("tensor=4", {}, "num_kv_heads = 2"),
+    ("tensor=4", {}, "num_kv_heads, ffn_size = 4, 2, 40"),
     ("pipeline=3", {}, "at least as many"),
+    ("data", {"train.device": "cuda"}, "train.device = cuda"),
     ("single", {"model.tie_embeddings": True, "train.optimizer": "sgd"}, "train.optimizer = sgd.*model.tie_embeddings"),
 ])
 def test_what_cannot_be_measured_is_refused_before_any_job(tmp_path, layouts, values, message):
     path = tmp_path / "config.toml"
     path.write_text(Config.from_dict(TINY, values).to_toml())
-    result = CliRunner().invoke(command, ["train", str(path), "--peers", "--layouts", layouts])
+    result = CliRunner().invoke(command, ["train", str(path), "--peers", "--ranks", "2", "--layouts", layouts])
     assert isinstance(result.exception, ConfigError)
     with pytest.raises(ConfigError, match=message):
         raise result.exception
+
+
+def test_a_case_keeps_what_the_configuration_says_of_its_axis_only():
+    values = {"layout.pipeline": 3, "layout.stage_cuts": [1, 2], "layout.schedule": "gpipe", "layout.zero": 0}
+    config = Config.from_dict(TINY, values)
+    cases = training.make_cases(config, ["single", "data", "pipeline=3", "data=2", "single"], 2)
+    assert [case.layout for case in cases] == ["single", "data=2", "pipeline=3"]
+    assert [case.config.layout.sizes() for case in cases] == [
+        {"data": 1, "pipeline": 1, "tensor": 1}, {"data": 2, "pipeline": 1, "tensor": 1},
+        {"data": 1, "pipeline": 3, "tensor": 1}]
+    assert [case.config.layout.stage_cuts for case in cases] == ["auto", "auto", (1, 2)]
+    assert [case.config.layout.schedule for case in cases] == ["1f1b", "1f1b", "gpipe"]
+    assert {case.config.layout.zero for case in cases} == {0}
 
 
 def test_random_tokens_need_a_vocabulary(tmp_path):

@@ -124,6 +124,8 @@ def test_to_hf_and_back(tmp_path, changes, file_elements):
     hf.to_hf(run, tmp_path / "hf", file_elements)
     num_files = len(list((tmp_path / "hf").glob("*.safetensors")))
     assert num_files > 3 if file_elements == 5000 else num_files == 1
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == make_model(**changes).rope_theta
     assert_same_logits(tmp_path / "hf", run)
     hf.from_hf(tmp_path / "again", tmp_path / "hf")
     assert_same_bits(run, tmp_path / "again")

@@ -60,10 +60,11 @@ def play(schedule, begin=0.0):
             while actions:
                 action = actions[0]
                 before = (action.stage - 1, "F") if action.kind == "F" else (action.stage + 1, "B")
-                comes = action.kind in "FBI" and 0 <= before[0] < schedule.num_stages
-                if comes and (*before, action.microbatch) not in done:
+                source = (*before, action.microbatch)
+                has_input = action.kind in "FBI" and 0 <= before[0] < schedule.num_stages
+                if has_input and source not in done:
                     break
-                start = max(clocks[rank], done[*before, action.microbatch] if comes else begin)
+                start = max(clocks[rank], done[source] if has_input else begin)
                 stop = clocks[rank] = start + SECONDS[action.kind]
                 done[action.stage, action.kind.replace("I", "B"), action.microbatch] = stop
                 spans[rank].append(Span(action.kind, str(actions.pop(0)), start, stop))
@@ -175,6 +176,14 @@ def test_a_launch_that_begins_again_replaces_the_earlier(tmp_path):
     assert list(launch.steps) == [1] and launch.steps[1][0][0].start_s == 50
 
 
+def test_launches_come_in_the_order_of_their_last_start(tmp_path):
+    """Starts at steps 1, 3 and, from an earlier checkpoint by hand, 1 again."""
+    starts = [step_lines(1, 0) + step_lines(2, 10), step_lines(3, 0), step_lines(1, 70)]
+    records = [record for lines in starts for record in [header(0, 1), *lines]]
+    write_lines(tmp_path / "rank-00000.jsonl", records)
+    assert [list(launch.steps) for launch in read_trace(tmp_path)] == [[3], [1]]
+
+
 @pytest.mark.parametrize("line", ["x", "[]", "3", '{"rank": 0}', '{"a": 1}', json.dumps(step_lines(1, 0)[0]),
                                   '{"step": 1, "kind": "F", "name": "0F0", "start_s": "soon", "stop_s": 1}'])
 def test_a_trace_of_another_form_is_refused(tmp_path, line):
@@ -267,6 +276,20 @@ def test_command_takes_a_step_and_a_folder(run, tmp_path):
     assert (tmp_path / "elsewhere" / "deep" / "timeline.png").exists()
     with pytest.raises(DataError, match="--step 7.*1 to 6"):
         invoke(run, "--step", "7")
+
+
+def test_command_shows_the_newest_launch_and_averages_without_its_first_step(tmp_path):
+    """Step 2 was done twice; the second launch took 9, 5 and 5 seconds a step."""
+    write_metrics(tmp_path, range(1, 5))
+    records = [header(0, 1), *step_lines(1, 0), *step_lines(2, 10, ("F", "update")), header(0, 1)]
+    records += step_lines(2, 0, ("data", *"FFFBBB", "reduce", "update")) + step_lines(3, 10) + step_lines(4, 20)
+    write_lines(tmp_path / "trace" / "rank-00000.jsonl", records)
+    invoke(tmp_path)
+    [shares] = rows_of(tmp_path / "figures" / "step_time.csv")
+    assert float(shares["step_s"]) == 5 and float(shares["F"]) == pytest.approx(1 / 5)
+    assert len(rows_of(tmp_path / "figures" / "timeline.csv")) == 5
+    invoke(tmp_path, "--step", "2")
+    assert len(rows_of(tmp_path / "figures" / "timeline.csv")) == 9
 
 
 def test_command_draws_what_there_is(tmp_path):

@@ -1,0 +1,209 @@
+"""Checkpoints on one process: written, read with h5py and numpy alone, joined at other ranges, damaged."""
+
+import hashlib
+import json
+import shutil
+from itertools import pairwise
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from mpillm.comm.single import SingleComm
+from mpillm.errors import INPUT_OUTPUT, CheckpointError
+from mpillm.train.checkpoint import Checkpoint, complete_checkpoints, save
+
+SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
+CUTS = {"embedding.weight": (0, 5, 32, 63), "norm.weight": (0, 7)}
+
+
+def values(name, kind, dtype=torch.float32):
+    seed = int.from_bytes(hashlib.sha256(f"{name}/{kind}".encode()).digest()[:4], "big")
+    return torch.randn(torch.Size(SHAPES[name]).numel(), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def shards(dtype=torch.float32):
+    for name, cuts in CUTS.items():
+        for start, stop in pairwise(cuts):
+            yield name, SHAPES[name], start, {kind: values(name, kind, dtype)[start:stop] for kind in ("weight", "exp_avg")}
+
+
+def write(folder, step=3, keep=3, dtype=torch.float32):
+    folder.mkdir(exist_ok=True)
+    return save(folder, step, shards(dtype), {"seed": 5}, SingleComm(), keep)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_written_is_read(tmp_path, dtype):
+    found = Checkpoint(write(tmp_path / "checkpoints", dtype=dtype))
+    assert found.step == 3 and found.manifest["seed"] == 5
+    assert sorted(found.names()) == sorted(found.names("exp_avg")) == sorted(SHAPES)
+    for name, shape in SHAPES.items():
+        assert found.shape(name) == shape
+        for kind in ("weight", "exp_avg"):
+            read = found.read(name, kind)
+            assert read.dtype == values(name, kind, dtype).numpy().dtype
+            assert read.tobytes() == values(name, kind, dtype).numpy().tobytes()
+
+
+def test_any_range_is_joined_from_the_shards(path):
+    found, whole = Checkpoint(path), values("embedding.weight", "weight").numpy()
+    for start in range(0, 64, 3):
+        for stop in range(start, 64, 4):
+            assert (found.read("embedding.weight", "weight", start, stop) == whole[start:stop]).all()
+
+
+def test_the_format_needs_only_h5py_and_numpy(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["version"] == 1 and manifest["step"] == 3
+    for kind, tensors in manifest["tensors"].items():
+        for name, entry in tensors.items():
+            whole = np.full(np.prod(entry["shape"]), np.nan, entry["dtype"])
+            for shard in entry["shards"]:
+                with h5py.File(path / shard["file"]) as file:
+                    part = file[shard["dataset"]][:]
+                assert hashlib.sha256(part.tobytes()).hexdigest() == shard["sha256"]
+                whole[shard["start"]:shard["stop"]] = part
+            assert (whole.reshape(entry["shape"]) == values(name, kind).numpy().reshape(SHAPES[name])).all()
+
+
+def test_a_run_and_its_checkpoints_stand_for_the_newest(tmp_path, path):
+    newer = write(tmp_path / "checkpoints", step=12)
+    for given in (tmp_path, tmp_path / "checkpoints", newer):
+        assert Checkpoint(given).step == 12
+    assert Checkpoint(path).step == 3
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 10, 11):
+        write(tmp_path / "checkpoints", step, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000010", "step-00000011"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
+
+
+def test_unfinished_and_foreign_folders_are_ignored(tmp_path, path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(path, folder / "step-00000009.tmp")
+    (folder / "step-00000008").mkdir()
+    (folder / "step-9").mkdir()
+    (folder / "notes").mkdir()
+    assert complete_checkpoints(folder) == [path] and Checkpoint(folder).step == 3
+
+
+def test_left_over_temporary_files_do_not_enter_the_next_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000003.tmp").mkdir(parents=True)
+    (folder / "step-00000003.tmp" / "rank-00007.h5").write_text("left over")
+    assert sorted(file.name for file in write(folder).iterdir()) == ["manifest.json", "rank-00000.h5"]
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path, path):
+    (path / "manifest.json").write_text("{}")
+    assert Checkpoint(write(tmp_path / "checkpoints")).step == 3
+
+
+def test_a_failure_to_write_leaves_the_older_checkpoint(tmp_path, path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write(tmp_path / "checkpoints", step=4)
+    assert complete_checkpoints(tmp_path / "checkpoints") == [path]
+
+
+def refused(path, match):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        found = Checkpoint(path)
+        for kind in ("weight", "exp_avg"):
+            for name in SHAPES:
+                found.read(name, kind)
+    assert caught.value.exit_code == INPUT_OUTPUT and "\n" not in str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    refused(tmp_path / "absent", "absent: neither a checkpoint nor a run")
+    refused(tmp_path, "neither a checkpoint nor a run")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"version": 1}', '{"version": 1, "step": "x", "tensors": {}}'])
+def test_a_manifest_that_cannot_be_used(path, text):
+    (path / "manifest.json").write_text(text)
+    refused(path, "manifest.json cannot be used")
+
+
+def test_another_format_version(path):
+    change_manifest(path, lambda manifest: manifest.update(version=2))
+    refused(path, "format version 2, this mpillm reads 1")
+
+
+def change_manifest(path, change):
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_missing_tensor_or_shard(path):
+    with pytest.raises(CheckpointError, match="holds no weight of layers.9"):
+        Checkpoint(path).read("layers.9")
+    change_manifest(path, lambda manifest: manifest["tensors"]["weight"]["embedding.weight"]["shards"].pop(1))
+    refused(path, "of the elements 0 to 63 of weight of embedding.weight, those from 5 are missing")
+
+
+def test_a_shard_listed_twice_does_not_stand_for_one_that_is_missing(path, monkeypatch):
+    monkeypatch.setitem(CUTS, "embedding.weight", (0, 21, 42, 63))
+    write(path.parent)
+
+    def change(manifest):
+        listed = manifest["tensors"]["weight"]["embedding.weight"]["shards"]
+        listed[1] = listed[0]
+
+    change_manifest(path, change)
+    refused(path, "of the elements 0 to 63 of weight of embedding.weight, those from 21 are missing")
+
+
+def test_a_missing_file(path):
+    (path / "rank-00000.h5").unlink()
+    refused(path, "rank-00000.h5.*cannot be read")
+
+
+def test_a_flipped_bit_in_the_data(path):
+    raw = bytearray((path / "rank-00000.h5").read_bytes())
+    pattern = values("embedding.weight", "weight").numpy()[5:32].tobytes()
+    raw[raw.index(pattern) + 10] ^= 1
+    (path / "rank-00000.h5").write_bytes(raw)
+    refused(path, "weight/embedding.weight/5 is damaged")
+
+
+@pytest.mark.parametrize("left", [0, 100, 2000])
+def test_a_cut_off_file(path, left):
+    (path / "rank-00000.h5").write_bytes((path / "rank-00000.h5").read_bytes()[:left])
+    refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("replacement", [np.zeros(5, np.float64), np.zeros(4, np.float32), h5py.SoftLink("/x"),
+                                         h5py.ExternalLink("/etc/passwd", "/x")])
+def test_another_dataset_in_its_place(path, replacement):
+    with h5py.File(path / "rank-00000.h5", "a") as file:
+        del file["weight/embedding.weight/0"]
+        file["weight/embedding.weight/0"] = replacement
+    refused(path, "not the shard the manifest lists")
+
+
+def test_no_file_outside_the_checkpoint_is_opened(path, tmp_path):
+    shutil.move(path / "rank-00000.h5", tmp_path / "elsewhere.h5")
+
+    def change(manifest):
+        for tensors in manifest["tensors"].values():
+            for entry in tensors.values():
+                for shard in entry["shards"]:
+                    shard["file"] = "../../elsewhere.h5"
+
+    change_manifest(path, change)
+    refused(path, "cannot be read")

@@ -1,0 +1,166 @@
+"""The configuration: what is accepted, what is filled in, and what every error says."""
+
+import itertools
+import math
+
+import pytest
+from tiny import MODEL, tiny
+
+from mpillm.cli.options import parse_overrides
+from mpillm.config import AXES, Config
+from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError
+
+TOML = """
+[model]
+hidden_size = 40
+num_layers = 7
+num_heads = 5
+ffn_size = 54
+[train]
+lr = 1
+betas = [0.9, 0.99]
+[layout]
+order = ["tensor", "data", "pipeline"]
+"""
+
+
+def refusal(overrides, ranks=None):
+    with pytest.raises(ConfigError) as caught:
+        tiny(overrides, ranks)
+    assert caught.value.exit_code == USAGE and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_is_read_and_written_back_equal(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TOML)
+    config = Config.load(path)
+    assert (config.model.head_dim, config.model.num_kv_heads, config.model.vocab_size) == (8, 5, None)
+    assert config.train.lr == 1.0 and config.train.betas == (0.9, 0.99)
+    for again in (config, config.resolve(3), config.with_values({"model.vocab_size": 300, "data.path": 'a "b" \\c'})):
+        path.write_text(again.to_toml())
+        assert Config.load(path) == again
+
+
+def test_overrides_win_and_read_as_toml_or_as_text(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TOML)
+    words = ["--train.steps", "50", "--layout.recompute=full", "--train.lr", "1e-3", "--data.path", "a=b.h5",
+             "--layout.order", '["data", "tensor", "pipeline"]', "--data.mask_documents=true"]
+    config = Config.load(path, parse_overrides(words))
+    assert (config.train.steps, config.train.lr, config.data.path) == (50, 1e-3, "a=b.h5")
+    assert config.layout.recompute == "full" and config.data.mask_documents
+    assert config.layout.order == ("data", "tensor", "pipeline")
+
+
+@pytest.mark.parametrize("words", [["train.steps", "5"], ["--steps", "5"], ["--train.steps"]])
+def test_words_that_are_no_override(words):
+    with pytest.raises(ConfigError, match=words[0]):
+        parse_overrides(words)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(AttributeError):
+        tiny().train.steps = 3
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    ({"train.stepz": 5}, ["train.stepz", "unknown key", "did you mean steps"]),
+    ({"model.layers": 5}, ["model.layers", "unknown key"]),
+    ({"modell.num_layers": 5}, ["modell", "unknown key", "did you mean model"]),
+    ({"train.qqqqqq": 5}, ["train.qqqqqq", "known: run_dir"]),
+    ({"train.steps": "many"}, ["train.steps", '"many"', "integer"]),
+    ({"train.steps": 0}, ["train.steps = 0", "greater than 0"]),
+    ({"train.steps": 2.5}, ["train.steps = 2.5"]),
+    ({"train.lr": float("nan")}, ["train.lr"]),
+    ({"train.lr": -1.0}, ["train.lr = -1.0"]),
+    ({"train.optimizer": "lion"}, ["train.optimizer", '"lion"', "adamw"]),
+    ({"train.dtype": "float16"}, ["train.dtype", '"float16"', "bfloat16"]),
+    ({"train.betas": [0.9, 1.0]}, ["betas [0.9, 1.0]", "below 1"]),
+    ({"train.exact_blocks": 6}, ["exact_blocks 6", "power of two"]),
+    ({"model.num_heads": 3}, ["hidden_size 40", "num_heads 3", "head_dim"]),
+    ({"model.head_dim": 7}, ["head_dim 7", "even"]),
+    ({"model.num_kv_heads": 2}, ["num_heads 5", "num_kv_heads 2", "multiple"]),
+    ({"layout.order": ["data", "data", "tensor"]}, ["order ['data', 'data', 'tensor']", "each"]),
+    ({"layout.zero": 3}, ["layout.zero", "3"]),
+    ({"layout.recompute": "some"}, ["layout.recompute", '"some"', "selective"]),
+    ({"layout.data": 0}, ["layout.data", "0"]),
+])
+def test_a_wrong_value_is_named_with_its_key(overrides, said):
+    message = refusal(overrides)
+    assert all(word in message for word in said), message
+
+
+def test_a_missing_section_and_key_are_named():
+    with pytest.raises(ConfigError, match=r"model: required"):
+        Config.from_dict({})
+    with pytest.raises(ConfigError, match=r"model\.ffn_size: required"):
+        Config.from_dict({"model": {key: value for key, value in MODEL.items() if key != "ffn_size"}})
+
+
+def test_files_that_are_missing_or_no_toml(tmp_path):
+    with pytest.raises(DataError, match="absent.toml") as caught:
+        Config.load(tmp_path / "absent.toml")
+    assert caught.value.exit_code == INPUT_OUTPUT
+    (tmp_path / "bad.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"bad.toml: not valid TOML"):
+        Config.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(("overrides", "ranks", "said"), [
+    ({"layout.data": 2, "layout.pipeline": 2, "layout.tensor": 1}, 3, ["needs 4 ranks", "has 3", "mpiexec -n 4"]),
+    ({"layout.pipeline": 8}, 8, ["8 stages", "7 layers", "at most 7"]),
+    ({"layout.pipeline": 4, "layout.chunks": 2}, 4, ["8 stages", "7 layers", "at most 3"]),
+    ({"layout.tensor": 6}, 6, ["layout.tensor=6", "num_heads=5", "tensor <= 5"]),
+    ({"layout.data": 6}, 6, ["train.global_batch=9", "layout.data=6"]),
+    ({"layout.schedule": "fast"}, 1, ['layout.schedule = "fast"', "zb-h1", "file"]),
+    ({"layout.pipeline": 3, "layout.stage_cuts": [2]}, 3, ["stage_cuts = [2]", "3 stages need 2"]),
+    ({"layout.pipeline": 3, "layout.stage_cuts": [4, 2]}, 3, ["stage_cuts = [4, 2]", "growing"]),
+    ({"layout.pipeline": 3, "layout.stage_cuts": [4, 7]}, 3, ["stage_cuts = [4, 7]", "between 1 and 6"]),
+    ({"layout.recompute": ["full", "none"]}, 1, ["2 modes", "7 layers"]),
+    ({"layout.data": 2, "layout.shares": [4, 4]}, 2, ["shares = [4, 4]", "global_batch=9"]),
+    ({"train.seq_len": 4096}, 1, ["seq_len=4096", "max_seq_len=2048"]),
+    ({"train.numerics": "exact", "layout.tensor": 3}, 3, ["exact_blocks=8", "tensor=3", "power of two"]),
+    ({"train.numerics": "exact", "layout.data": 3}, 3, ["data=3", "power of two"]),
+])
+def test_a_layout_that_cannot_run_is_refused_with_the_values_that_can(overrides, ranks, said):
+    message = refusal(overrides, ranks)
+    assert all(word in message for word in said), message
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12, 36])
+def test_left_out_degrees_are_filled_to_the_rank_count(ranks):
+    config = tiny(ranks=ranks)
+    assert math.prod(config.layout.sizes().values()) == ranks
+    assert "auto" not in [getattr(config.layout, key) for key in (*AXES, "chunks", "schedule", "zero")]
+    assert config.resolve(ranks) == config
+
+
+def test_given_degrees_are_kept():
+    for axis, degree in itertools.product(AXES, (1, 2)):
+        assert tiny({f"layout.{axis}": degree}, 4).layout.sizes()[axis] == degree
+
+
+def test_the_microbatch_is_filled():
+    config = Config.from_dict({"model": MODEL, "train": {"global_batch": 9}})
+    assert config.resolve(1).train.microbatch == 2 and config.resolve(4).train.microbatch == 1
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 9])
+@pytest.mark.parametrize("microbatch", [1, 2, 3])
+@pytest.mark.parametrize("data", [1, 2, 3, 4])
+def test_microbatches_cover_the_batch_in_order_on_every_layout(batch, microbatch, data):
+    overrides = {"train.global_batch": batch, "train.microbatch": microbatch, "layout.data": data}
+    if -(-batch // microbatch) < data:
+        assert f"layout.data={data}" in refusal(overrides, data)
+        return
+    own = tiny(overrides, data).microbatch_bounds()
+    cuts = [cut for part in own for cut in part]
+    assert len(own) == data and all(own)
+    assert [sample for low, high in cuts for sample in range(low, high)] == list(range(batch))
+    assert cuts == tiny({**overrides, "layout.data": 1}, 1).microbatch_bounds()[0]
+
+
+def test_shares_are_kept():
+    config = tiny({"layout.data": 2, "layout.shares": [6, 3]}, 2)
+    assert config.microbatch_bounds() == [[(0, 2), (2, 4), (4, 6)], [(6, 8), (8, 9)]]

@@ -1,0 +1,163 @@
+"""Token files: which tokens a sample has, in which order samples come, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from tiny import write_token_file
+
+from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError
+from mpillm.train.data import TokenFile, file_digest, training_order
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_token_file(tmp_path / "tokens.h5", tokens=100)
+
+
+def read(path, split="train"):
+    with h5py.File(path) as file:
+        return file[split]["tokens"][:].astype(np.int64), file[split]["documents"][:]
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 12, 99])
+def test_a_sample_has_the_tokens_of_its_place(path, seq_len):
+    tokens, _ = read(path)
+    file = TokenFile(path, "train", seq_len)
+    assert file.num_samples == 99 // seq_len  # one more token than inputs: the last target
+    inputs, targets = file.samples(range(file.num_samples))
+    assert inputs.dtype == targets.dtype == np.int64 and inputs.shape == (file.num_samples, seq_len)
+    for i in range(file.num_samples):
+        whole = tokens[i * seq_len:(i + 1) * seq_len + 1]
+        assert (inputs[i] == whole[:-1]).all() and (targets[i] == whole[1:]).all()
+
+
+def test_samples_come_as_asked_and_may_repeat(path):
+    file = TokenFile(path, "train", 12)
+    every = file.samples(range(file.num_samples))[0]
+    assert (file.samples([5, 0, 5])[0] == every[[5, 0, 5]]).all()
+
+
+def test_splits_are_apart(path):
+    tokens, _ = read(path, "validation")
+    assert (TokenFile(path, "validation", 12).samples([0])[0][0] == tokens[:12]).all()
+
+
+def test_every_token_has_its_document(path):
+    _, starts = read(path)
+    file = TokenFile(path, "train", 12)
+    found = file.documents_of([3, 0])
+    for row, sample in zip(found, (3, 0)):
+        expected = [sum(start <= place for start in starts) for place in range(sample * 12, sample * 12 + 12)]
+        assert row.tolist() == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (13,)}, {"compression": "gzip"}])
+def test_any_way_of_storing_reads_alike(path, options):
+    tokens, _ = read(path)
+    with h5py.File(path, "a") as file:
+        del file["train/tokens"]
+        file["train"].create_dataset("tokens", data=tokens.astype(np.uint32), **options)
+    file = TokenFile(path, "train", 12)
+    assert (file.samples([1])[1][0] == tokens[13:25]).all()
+    assert isinstance(file.tokens, np.memmap) == (not options)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 50])
+def test_every_epoch_visits_every_sample_once(num_samples):
+    order = training_order(num_samples, 3, 0, 4 * num_samples)
+    epochs = [order[i * num_samples:(i + 1) * num_samples] for i in range(4)]
+    assert all(sorted(epoch) == list(range(num_samples)) for epoch in epochs)
+    assert num_samples < 7 or len(set(map(tuple, epochs))) == 4
+
+
+def test_the_order_depends_on_seed_and_sample_number_alone():
+    whole = training_order(50, 3, 0, 200)
+    for first, count in ((0, 9), (45, 9), (99, 1), (149, 51)):  # across the ends of epochs, in any portions
+        assert training_order(50, 3, first, count) == whole[first:first + count]
+    assert whole != training_order(50, 4, 0, 200)
+    code = "from mpillm.train.data import training_order; print(training_order(50, 3, 0, 200))"
+    again = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert json.loads(again) == whole
+
+
+def test_the_digest_is_of_the_bytes(path, tmp_path):
+    same = write_token_file(tmp_path / "same.h5", tokens=100)
+    other = write_token_file(tmp_path / "other.h5", tokens=100, seed=1)
+    assert file_digest(path) == file_digest(path) != file_digest(other)
+    same.write_bytes(path.read_bytes())
+    assert file_digest(same) == file_digest(path)
+
+
+def refused(path, error=DataError, **options):
+    with pytest.raises(error) as caught:
+        TokenFile(path, "train", options.pop("seq_len", 12), **options)
+    assert str(path) in str(caught.value) and caught.value.exit_code == (
+        USAGE if error is ConfigError else INPUT_OUTPUT)
+    return str(caught.value)
+
+
+def test_a_missing_file(tmp_path):
+    assert "no such file" in refused(tmp_path / "absent.h5")
+
+
+@pytest.mark.parametrize("content", [b"", b"text, not HDF5\n" * 100])
+def test_an_empty_or_foreign_file(tmp_path, content):
+    (tmp_path / "foreign.h5").write_bytes(content)
+    assert "cannot be read as HDF5" in refused(tmp_path / "foreign.h5")
+
+
+def test_a_cut_off_file(path):
+    path.write_bytes(path.read_bytes()[:-500])
+    refused(path)
+
+
+def test_a_directory(tmp_path):
+    refused(tmp_path)
+
+
+def test_hdf5_of_something_else(tmp_path):
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = [1, 2, 3]
+    assert "no token file" in refused(tmp_path / "other.h5")
+
+
+@pytest.mark.parametrize("lacking", ["train", "train/tokens", "train/documents"])
+def test_a_file_without_a_part(path, lacking):
+    with h5py.File(path, "a") as file:
+        del file[lacking]
+    assert "mpillm data" in refused(path)
+
+
+@pytest.mark.parametrize("tokens", [np.zeros((9, 9), np.uint16), np.zeros(100, np.float32), np.zeros(100, np.int32)])
+def test_tokens_that_are_no_row_of_unsigned_integers(path, tokens):
+    with h5py.File(path, "a") as file:
+        del file["train/tokens"]
+        file["train/tokens"] = tokens
+    assert "unsigned integers" in refused(path)
+
+
+def test_a_sequence_longer_than_the_data(path):
+    assert TokenFile(path, "train", 99).num_samples == 1
+    message = refused(path, seq_len=100)
+    assert "100 tokens" in message and "101" in message and "train.seq_len" in message
+
+
+def test_an_empty_split(tmp_path):
+    assert "0 tokens" in refused(write_token_file(tmp_path / "tokens.h5", tokens=0))
+
+
+def test_a_vocabulary_larger_than_the_model(path):
+    assert TokenFile(path, "train", 12, vocab_size=257).vocab_size == 257
+    message = refused(path, ConfigError, vocab_size=256)
+    assert "model.vocab_size = 256" in message and ">= 257" in message
+
+
+def test_tokens_beyond_the_vocabulary_the_file_states(tmp_path):
+    path = write_token_file(tmp_path / "tokens.h5", largest=300)
+    file = TokenFile(path, "train", 12)
+    with pytest.raises(DataError, match="damaged"):
+        file.samples(range(file.num_samples))
