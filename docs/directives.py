@@ -1,7 +1,9 @@
-"""Parts of the pages that are made from the code whenever the pages are built, so that they cannot go stale."""
+"""Parts of the pages that are made from the code, whenever they are built, so that they cannot go stale."""
 
+import ast
 import importlib
 import json
+from pathlib import Path
 
 import click
 from docutils import nodes
@@ -9,6 +11,7 @@ from docutils.parsers.rst import directives
 from pydantic import TypeAdapter
 from sphinx.util.docutils import SphinxDirective
 
+import mpillm
 from mpillm.config import Config
 from mpillm.errors import ScheduleError
 from mpillm.schedules import PipelineSchedule, grid, make_schedule
@@ -18,7 +21,8 @@ from mpillm.schedules.check import check
 class ConfigSection(SphinxDirective):
     """A table of the keys of a section of the configuration.
 
-    Types, defaults and limits come from :mod:`mpillm.config`; the content has a line ``key: meaning`` for each key.
+    Types, defaults and limits come from :mod:`mpillm.config`; the content has a line ``key: meaning`` for each
+    key, in the same order.
     """
 
     required_arguments, has_content = 1, True
@@ -28,15 +32,13 @@ class ConfigSection(SphinxDirective):
         keys = TypeAdapter(Config).json_schema()["$defs"][name.capitalize()]
         meanings = dict(line.split(": ", 1) for line in self.content if line)
         if list(meanings) != list(keys["properties"]):
-            raise self.error(f"[{name}] has the keys {', '.join(keys['properties'])}, described are {', '.join(meanings)}")
+            known, described = ", ".join(keys["properties"]), ", ".join(meanings)
+            raise self.error(f"[{name}] has the keys {known}; described are {described}")
         rows = [("Key", "Default", "Allowed", "Meaning")]
         for key, schema in keys["properties"].items():
             default = "required" if key in keys.get("required", ()) else _default(schema["default"])
             rows.append((f"``{key}``", default, _allowed(schema), meanings[key]))
-        text = ".. list-table::\n   :header-rows: 1\n   :widths: 16 15 24 45\n\n"
-        for row in rows:
-            text += "".join(f"   {'*' if i == 0 else ' '} - {cell}\n" for i, cell in enumerate(row))
-        return self.parse_text_to_nodes(text)
+        return self.parse_text_to_nodes(_list_table(rows, "16 15 24 45", header_rows=1))
 
 
 class Schedule(SphinxDirective):
@@ -59,7 +61,8 @@ class Schedule(SphinxDirective):
         except ScheduleError as error:
             return [_literal(str(error))]
         held = ", ".join(map(str, report.in_flight_max))
-        return [_literal(f"{grid(schedule)}\n{report.num_steps} steps; microbatches held at most, by rank: {held}")]
+        summary = f"{report.num_steps} steps; microbatches held at most, by rank: {held}"
+        return [_literal(f"{grid(schedule)}\n{summary}")]
 
 
 class CommandHelp(SphinxDirective):
@@ -72,15 +75,39 @@ class CommandHelp(SphinxDirective):
         command = importlib.import_module(f"mpillm.cli.{name}").command
         for part in below:
             command = command.commands[part]
-        context = click.Context(command, info_name=f"mpillm {self.arguments[0]}", terminal_width=88, max_content_width=88)
+        context = click.Context(command, info_name=f"mpillm {self.arguments[0]}", terminal_width=88)
         return [_literal(command.get_help(context))]
+
+
+class ModuleMap(SphinxDirective):
+    """The files of a folder of the package, ``.`` the package itself, each with what its docstring says first."""
+
+    required_arguments = 1
+
+    def run(self):
+        folder = Path(mpillm.__file__).parent / self.arguments[0]
+        rows = []
+        for path in sorted(folder.glob("*.py")):
+            self.env.note_dependency(str(path))
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            if path.name != "__init__.py" or self.arguments[0] == ".":
+                rows.append((f"``{path.name}``", " ".join(text.split("\n\n")[0].split())))
+        return self.parse_text_to_nodes(_list_table(rows, "22 78"))
 
 
 def setup(app):
     app.add_directive("config-section", ConfigSection)
     app.add_directive("schedule", Schedule)
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("module-map", ModuleMap)
     return {"parallel_read_safe": True}
+
+
+def _list_table(rows, widths, header_rows=0):
+    text = f".. list-table::\n   :header-rows: {header_rows}\n   :widths: {widths}\n\n"
+    for row in rows:
+        text += "".join(f"   {'*' if i == 0 else ' '} - {cell}\n" for i, cell in enumerate(row))
+    return text
 
 
 def _literal(text):
@@ -101,6 +128,7 @@ def _allowed(schema):
         return "list: " + ", ".join(map(_allowed, schema["prefixItems"]))
     if schema["type"] == "array":
         return f"list, of {_allowed(schema['items'])}"
-    words = {"boolean": "``true``, ``false``", "integer": "whole number", "number": "number", "string": "text"}
+    types = {"boolean": "``true``, ``false``", "integer": "whole number", "number": "number", "string": "text"}
     limits = {"exclusiveMinimum": "above", "minimum": "from"}
-    return words[schema["type"]] + "".join(f" {word} {schema[key]}" for key, word in limits.items() if key in schema)
+    found = [f" {word} {schema[key]}" for key, word in limits.items() if key in schema]
+    return types[schema["type"]] + "".join(found)

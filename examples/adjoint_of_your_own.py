@@ -2,8 +2,8 @@
 
     mpiexec -n 3 python examples/adjoint_of_your_own.py
 
-The movement: the rows of a tensor are sharded, and each rank also needs the row before its first one, as in a
-convolution along the sequence. Seven rows on three ranks:
+The movement: the rows of a tensor are sharded, and each rank also needs the row before its first one, as in
+a convolution along the sequence. Seven rows on three ranks:
 
     rank              0           1           2
     x                 [a b]       [c d]       [e f g]

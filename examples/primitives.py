@@ -2,15 +2,25 @@
 
     mpiexec -n 3 python examples/primitives.py
 
-Seven items on three ranks are blocks of 2, 2 and 3: block i of p starts at item i * 7 // p. The comments draw the data
-of three ranks; any number of ranks will do.
+Seven items on three ranks are blocks of 2, 2 and 3: block i of p starts at item i * 7 // p. The comments draw
+the data of three ranks; any number of ranks will do.
 """
 
 import torch
 
 from mpillm import launch
 from mpillm.autograd import copy_to
-from mpillm.comm import allgather, allreduce, alltoall, bcast, comm_world, gather, iallreduce, reduce_scatter, scatter
+from mpillm.comm import (
+    allgather,
+    allreduce,
+    alltoall,
+    bcast,
+    comm_world,
+    gather,
+    iallreduce,
+    reduce_scatter,
+    scatter,
+)
 
 
 def main():
@@ -60,7 +70,7 @@ def main():
     squares = items.square()
     show("iallreduce + squares", pending.wait() + squares, comm)
 
-    # The six movements of mpillm.autograd carry gradients. copy_to is the identity; backward sums over the ranks:
+    # The six movements of mpillm.autograd carry gradients. copy_to is the identity; backward sums over ranks.
     # rank           0                1                2
     # dy             [1 1]            [2 2]            [3 3]
     # dx             [6 6]            [6 6]            [6 6]

@@ -85,3 +85,20 @@ def agree(comm, error=None, action="set-up"):
     raise CollectiveError(
         f"{action}: failed on ranks {failed} of {comm.size}; first: rank {failed[0]}: {message}", exit_code
     ) from error
+
+
+def together(comm, work, action):
+    """Do ``work()`` on every rank and return its result; raise on every rank if it failed on any.
+
+    Collective over ``comm``; ``work`` itself must not communicate. Errors of files and on-purpose errors are agreed on
+    (:func:`agree`), any other is a bug and passes through.
+    """
+    error = result = None
+    try:
+        result = work()
+    except MpillmError as caught:
+        error = caught
+    except OSError as caught:
+        error = DataError(str(caught))
+    agree(comm, error, action)
+    return result

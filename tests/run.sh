@@ -15,7 +15,8 @@ trap 'rm -rf "$results"' EXIT
 trap 'exit 130' INT
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Four ranks on fewer cores: MPICH does as it is told, Open MPI 5 and 4 want to be asked.
+# Four ranks on fewer cores: waiting ranks give way; Open MPI 5 and 4 want to be asked.
+export MPIR_CVAR_POLLS_BEFORE_YIELD=${MPIR_CVAR_POLLS_BEFORE_YIELD:-100}
 export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
 export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-true}
 export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-true}

@@ -15,5 +15,5 @@ def head_flops(model):
 
 
 def step_flops(model, seq_len, tokens):
-    """Return the FLOPs of a training step over ``tokens``: forward, and backward as twice that (Narayanan et al. 2021)."""
+    """Return the FLOPs of a training step over ``tokens``: forward, and twice that backward (Narayanan et al. 2021)."""
     return 3 * tokens * (model.num_layers * layer_flops(model, seq_len) + head_flops(model))

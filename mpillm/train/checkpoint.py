@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import torch
 
-from mpillm.errors import CheckpointError, agree
+from mpillm.errors import CheckpointError, together
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -45,13 +45,9 @@ def save(folder, step, shards, manifest, comm, keep=3):
         On every rank if any could not write; nothing is announced then, and older checkpoints stay.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    _on_rank_0(comm, lambda: _clear(temporary), f"save {final}")
-    entries, error = [], None
-    try:
-        entries = _write_file(temporary / f"rank-{comm.rank:05d}.h5", shards)
-    except OSError as caught:
-        error = CheckpointError(f"{caught}")
-    agree(comm, error, f"save {final}")
+    action = f"save {final}"
+    together(comm, lambda: _clear(temporary) if comm.rank == 0 else None, action)
+    entries = together(comm, lambda: _write_file(temporary / f"rank-{comm.rank:05d}.h5", shards), action)
     gathered = comm.gather(entries)
 
     def publish():
@@ -67,7 +63,7 @@ def save(folder, step, shards, manifest, comm, keep=3):
         for old in complete_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
-    _on_rank_0(comm, publish, f"save {final}")
+    together(comm, publish if comm.rank == 0 else lambda: None, action)
     return final
 
 
@@ -146,7 +142,7 @@ class Checkpoint:
                 dataset = file[where] if isinstance(link, h5py.HardLink) else None
                 if dataset is None or dataset.is_virtual or dataset.external or dataset.shape != (
                         shard["stop"] - shard["start"],) or dataset.dtype != dtype:
-                    raise CheckpointError(f"checkpoint file {file_path}: {where} is not the shard the manifest lists")
+                    raise CheckpointError(f"checkpoint file {file_path}: {where} is not the listed shard")
                 values = dataset[:]
         except (OSError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint file {file_path}: {where} cannot be read ({error})") from error
@@ -205,14 +201,3 @@ def _sync_folder(folder):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _on_rank_0(comm, work, action):
-    """Do ``work`` on rank 0; all ranks learn whether it failed."""
-    error = None
-    if comm.rank == 0:
-        try:
-            work()
-        except OSError as caught:
-            error = CheckpointError(f"{caught}")
-    agree(comm, error, action)

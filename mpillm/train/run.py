@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mpillm.comm.world import comm_world, set_threads
-from mpillm.errors import CheckpointError, ConfigError, DataError, MpillmError, agree
+from mpillm.errors import CheckpointError, ConfigError, DataError, together
 from mpillm.train import checkpoint
 from mpillm.train.data import TokenFile, file_digest, training_order
 from mpillm.train.engine import Engine
@@ -44,13 +44,13 @@ class Run:
 
     def __init__(self, config, comm=None, resume="auto"):
         self.comm = comm_world() if comm is None else comm
-        self.config = self._together(lambda: self._open_data(config.resolve(self.comm.size)), "data")
+        self.config = together(self.comm, lambda: self._open_data(config.resolve(self.comm.size)), "data")
         self.folder = Path(config.train.run_dir)
-        start = self._together(lambda: self._find_start(resume), "resume")
-        self._together(self._make_folder if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
+        start = together(self.comm, lambda: self._find_start(resume), "resume")
+        together(self.comm, self._make_folder if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
         self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
-            self._together(lambda: check_exact(self.config), "self-test of train.numerics = exact")
+            together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None
         self.engine = Engine(self.config, self.comm, trace)
         self.step_number, self.samples_seen = 0, 0
@@ -147,9 +147,9 @@ class Run:
         """Load ``start``, or the weights of ``init_from``, into the engine."""
         self.data_digest = self.comm.bcast(file_digest(self.config.data.path) if self.comm.rank == 0 else None)
         if start is not None:
-            self._together(lambda: self._load(start), f"resume from {start.path}")
+            together(self.comm, lambda: self._load(start), f"resume from {start.path}")
         elif self.config.train.init_from:
-            self._together(self._load_weights, f"train.init_from = {self.config.train.init_from}")
+            together(self.comm, self._load_weights, f"train.init_from = {self.config.train.init_from}")
         else:
             return
         self.engine.publish()
@@ -210,15 +210,3 @@ class Run:
         if self._metrics_file:
             self._metrics_file.write(json.dumps(metrics) + "\n")
             self._metrics_file.flush()
-
-    def _together(self, work, action):
-        """Do ``work`` on every rank; if any fails, all raise the same error."""
-        error, result = None, None
-        try:
-            result = work()
-        except MpillmError as caught:
-            error = caught
-        except OSError as caught:
-            error = DataError(str(caught))
-        agree(self.comm, error, action)
-        return result

@@ -26,7 +26,8 @@ def values(name, kind, dtype=torch.float32):
 def shards(dtype=torch.float32):
     for name, cuts in CUTS.items():
         for start, stop in pairwise(cuts):
-            yield name, SHAPES[name], start, {kind: values(name, kind, dtype)[start:stop] for kind in ("weight", "exp_avg")}
+            tensors = {kind: values(name, kind, dtype)[start:stop] for kind in ("weight", "exp_avg")}
+            yield name, SHAPES[name], start, tensors
 
 
 def write(folder, step=3, keep=3, dtype=torch.float32):
@@ -132,7 +133,7 @@ def test_nothing_there(tmp_path):
     refused(tmp_path, "neither a checkpoint nor a run")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"version": 1}', '{"version": 1, "step": "x", "tensors": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"version": 1}', '{"version": 1, "step": "x"}'])
 def test_a_manifest_that_cannot_be_used(path, text):
     (path / "manifest.json").write_text(text)
     refused(path, "manifest.json cannot be used")

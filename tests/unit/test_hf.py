@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +80,8 @@ def stage_logits(run):
     model = Model(**source.manifest["model"])
     stage = TransformerStage(model, TensorSplit(Group(SingleComm())), 0, model.num_layers)
     load_weights(stage, source)
-    batch = Batch(*TOKENS.shape, *rotary_tables(model.head_dim, range(TOKENS.shape[1]), model.rope_theta, torch.float32))
+    tables = rotary_tables(model.head_dim, range(TOKENS.shape[1]), model.rope_theta, torch.float32)
+    batch = Batch(*TOKENS.shape, *tables)
     with torch.no_grad():
         return stage.logits(stage(TOKENS.reshape(-1), batch), batch).view(*TOKENS.shape, -1)
 

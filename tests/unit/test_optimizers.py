@@ -97,7 +97,8 @@ def test_shards_give_the_bits_of_the_whole(name, dtype):
     flat, offsets = flat_storage(dtype)
     whole, optimizer = whole_optimizer(train, flat, offsets, is_padded=True)
     plain, plain_optimizer = whole_optimizer(train, flat, offsets, is_padded=False)
-    buckets = {(ranks, rank): fake_bucket(flat, offsets, ranks, rank) for ranks in (1, 2, 3, 4) for rank in range(ranks)}
+    ranks_of_all = [(ranks, rank) for ranks in (1, 2, 3, 4) for rank in range(ranks)]
+    buckets = {(ranks, rank): fake_bucket(flat, offsets, ranks, rank) for ranks, rank in ranks_of_all}
     sharded = {key: ShardedOptimizer(train, [bucket]) for key, bucket in buckets.items()}
     for step in range(1, 6):
         gradient = torch.randn(flat.shape, generator=torch.Generator().manual_seed(step), dtype=dtype)
@@ -137,8 +138,8 @@ def test_restored_on_other_shards_it_goes_on_with_the_same_bits(name):
         for _, optimizer in parts:
             for piece, tensors in optimizer.state():
                 for kind, value in tensors.items():
-                    whole = found.setdefault((kind, piece.name), torch.full((torch.Size(piece.shape).numel(),), torch.nan))
-                    whole[piece.start:piece.stop] = value
+                    nothing = torch.full((torch.Size(piece.shape).numel(),), torch.nan)
+                    found.setdefault((kind, piece.name), nothing)[piece.start:piece.stop] = value
         return found
 
     unbroken, first = optimisers(3), optimisers(2)

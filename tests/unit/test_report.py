@@ -282,7 +282,8 @@ def test_command_shows_the_newest_launch_and_averages_without_its_first_step(tmp
     """Step 2 was done twice; the second launch took 9, 5 and 5 seconds a step."""
     write_metrics(tmp_path, range(1, 5))
     records = [header(0, 1), *step_lines(1, 0), *step_lines(2, 10, ("F", "update")), header(0, 1)]
-    records += step_lines(2, 0, ("data", *"FFFBBB", "reduce", "update")) + step_lines(3, 10) + step_lines(4, 20)
+    records += step_lines(2, 0, ("data", *"FFFBBB", "reduce", "update"))
+    records += step_lines(3, 10) + step_lines(4, 20)
     write_lines(tmp_path / "trace" / "rank-00000.jsonl", records)
     invoke(tmp_path)
     [shares] = rows_of(tmp_path / "figures" / "step_time.csv")

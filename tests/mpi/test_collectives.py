@@ -1,0 +1,241 @@
+"""Every collective against numpy on the data of all ranks: dtypes, sizes, dimensions, strides, orders of sums."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_all
+
+from mpillm import comm as mpi
+from mpillm.comm.group import Group, as_group
+from mpillm.comm.single import SingleComm
+from mpillm.errors import ShapeError
+from mpillm.schedules.blocks import bounds, counts
+from mpillm.schedules.tree import tree_sum
+
+pytestmark = pytest.mark.mpi
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [*FLOATS, torch.int64]
+HALVES = (torch.bfloat16, torch.float16)
+ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-7, torch.bfloat16: 1 / 256, torch.float16: 1 / 2048}
+SIZES = [0, 1, 7, 8, 9]
+
+
+def cases():
+    """Shapes in which the size under test stands first and last, and whether the tensor lies in memory with gaps."""
+    for n in SIZES:
+        yield (n,), 0, False
+        yield from (((n, 3, 2), 0, False), ((n, 3, 2), 0, True), ((2, 3, n), 2, False), ((2, 3, n), -1, True))
+
+
+def data(shape, dtype, rank, is_strided=False):
+    """Numbers of rank ``rank`` that any rank can draw."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    if dtype == torch.int64:
+        x = torch.randint(-(2**40), 2**40, shape, generator=generator)
+    else:
+        x = (torch.randn(shape, generator=generator, dtype=torch.float64) * 8).to(dtype)
+    return strided(x) if is_strided else x
+
+
+def strided(x):
+    """The same values with the dimensions reversed in memory and gaps between them."""
+    room = x.new_zeros([2 * n for n in reversed(x.shape)])
+    view = room[tuple(slice(0, 2 * n, 2) for n in reversed(x.shape))].permute(*reversed(range(x.dim())))
+    return view.copy_(x)
+
+
+def wide(x):
+    """As numpy, wide enough to be exact."""
+    return x.numpy() if x.dtype == torch.int64 else x.double().numpy()
+
+
+def groups(comm):
+    """The ways to call: any communicator, and a group with the fixed order of sums."""
+    return [comm, Group(as_group(comm).comm, order="tree")] if comm.size > 1 else [SingleComm(), comm]
+
+
+def compare(comm, dtype, operation, wanted, is_sum=False):
+    """Run ``operation(x, group, dim)`` on every case and hold each rank's result against ``wanted(arrays, dim)``."""
+    wrong = []
+    for shape, dim, is_strided in cases():
+        x = data(shape, dtype, comm.rank, is_strided)
+        before = x.clone()
+        right = wanted([wide(data(shape, dtype, rank)) for rank in range(comm.size)], dim)
+        limit = comm.size * 40 * ROUNDING.get(dtype, 0) if is_sum else 0
+        for number, group in enumerate(groups(comm) if is_sum else [comm]):
+            found = operation(x, group, dim)
+            same = found.dtype == dtype and found.shape == right.shape and np.allclose(wide(found), right, 0, limit)
+            if not (same and torch.equal(x, before)):
+                wrong.append((shape, dim, is_strided, number))
+    assert_all(not wrong, wrong[:3], comm)
+
+
+def operation(name):
+    """Give a test the operation with every dtype, and its nonblocking form with two."""
+    def started(*args, **kwargs):
+        pending = getattr(mpi, f"i{name}")(*args, **kwargs)
+        pending.test()
+        return pending.wait()
+
+    cases = [(getattr(mpi, name), dtype, str(dtype)) for dtype in DTYPES]
+    cases += [(started, dtype, f"nonblocking-{dtype}") for dtype in (torch.float32, torch.bfloat16)]
+    return pytest.mark.parametrize(("call", "dtype"), [pytest.param(*case[:2], id=case[2]) for case in cases])
+
+
+def block(whole, comm, dim):
+    return np.take(whole, range(*bounds(whole.shape[dim], comm.size, comm.rank)), dim)
+
+
+def own_block(x, comm, dim):
+    low, high = bounds(x.shape[dim], comm.size, comm.rank)
+    return x.narrow(dim, low, high - low)
+
+
+@operation("allreduce")
+def test_allreduce(comm, call, dtype):
+    compare(comm, dtype, lambda x, group, dim: call(x, group), lambda arrays, dim: sum(arrays), is_sum=True)
+    compare(comm, dtype, lambda x, group, dim: call(x, group, op="max"), lambda arrays, dim: np.max(arrays, 0))
+
+
+@operation("reduce_scatter")
+def test_reduce_scatter(comm, call, dtype):
+    compare(comm, dtype, call, lambda arrays, dim: block(sum(arrays), comm, dim), is_sum=True)
+
+
+@operation("allgather")
+def test_allgather(comm, call, dtype):
+    """Of the blocks of rank 0's data; with their whole size given and without."""
+    for is_given in (False, True):
+        def gathered(x, group, dim, is_given=is_given):
+            whole = data(x.shape, dtype, 0, not x.is_contiguous())
+            return call(own_block(whole, comm, dim), group, dim, x.shape[dim] if is_given else None)
+
+        compare(comm, dtype, gathered, lambda arrays, dim: arrays[0])
+
+
+def test_allgather_of_any_sizes(comm):
+    parts = [data((2, 3 * rank), torch.float32, rank) for rank in range(comm.size)]
+    assert_all(torch.equal(mpi.allgather(parts[comm.rank], comm, 1), torch.cat(parts, 1)), "differs", comm)
+
+
+def test_allgather_refuses_a_block_that_is_not_its_share(comm):
+    if comm.size > 1:  # one rank has nothing to gather
+        with pytest.raises(ShapeError, match=f"size=9 over {comm.size} ranks"):
+            mpi.allgather(torch.zeros(counts(9, comm.size)[comm.rank] + 1, 2), comm, 0, 9)
+
+
+@operation("bcast")
+def test_bcast(comm, call, dtype):
+    for root in (0, comm.size - 1):
+        compare(comm, dtype, lambda x, group, dim: call(x, group, root=root), lambda arrays, dim: arrays[root])  # noqa: B023
+
+
+@operation("alltoall")
+def test_alltoall(comm, call, dtype):
+    compare(comm, dtype, call,
+            lambda arrays, dim: np.concatenate([block(array, comm, dim) for array in arrays], dim))
+
+
+@operation("scatter")
+def test_scatter(comm, call, dtype):
+    for root in (0, comm.size - 1):
+        compare(comm, dtype, lambda x, group, dim: call(x, group, dim, root),  # noqa: B023
+                lambda arrays, dim: block(arrays[root], comm, dim))  # noqa: B023
+
+
+@operation("gather")
+def test_gather(comm, call, dtype):
+    for root in (0, comm.size - 1):
+        def wanted(arrays, dim, root=root):
+            whole = np.concatenate(arrays, dim)
+            return whole if comm.rank == root else np.take(whole, [], dim)
+
+        compare(comm, dtype, lambda x, group, dim: call(x, group, dim, root), wanted)  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_sums_are_exact_sums_rounded_once(comm, dtype):
+    """Numbers whose sum float32 holds exactly, so that any rounding on the way shows."""
+    parts = [(data((9, 5), torch.float64, rank) * 16).round().div(16).to(dtype) for rank in range(comm.size)]
+    parts[0] *= 16
+    exact = sum(part.float() for part in parts)
+    assert torch.equal(exact.double(), sum(part.double() for part in parts))
+    right = exact.to(dtype)
+    stepwise = sum(parts[1:], parts[0])
+    assert comm.size < 3 or not torch.equal(stepwise, right)  # adding in half precision would be seen
+    for group in groups(comm):
+        ok = torch.equal(mpi.allreduce(parts[comm.rank], group), right)
+        ok &= torch.equal(mpi.reduce_scatter(parts[comm.rank], group, 0), own_block(right, comm, 0))
+        assert_all(ok, "not the rounded float32 sum", comm)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_tree_gives_its_order_on_every_rank(comm, dtype):
+    """Bit for bit, with numbers whose sum depends on the order."""
+    parts = [data((9, 5), dtype, rank) * 10.0 ** (3 * rank % 5) for rank in range(comm.size)]
+    lifted = [part.float() if dtype in HALVES else part for part in parts]
+    right = tree_sum(lifted, torch.add).to(dtype)
+    group = groups(comm)[-1] if comm.size > 1 else comm
+    ok = torch.equal(mpi.allreduce(parts[comm.rank], group), right)
+    for dim in (0, 1):
+        ok &= torch.equal(mpi.reduce_scatter(parts[comm.rank], group, dim), own_block(right, comm, dim))
+    assert_all(ok, "not the sum of the tree", comm)
+
+
+def test_sums_repeat_bit_for_bit(comm):
+    x = data((1001,), torch.float32, comm.rank)
+    first = mpi.allreduce(x, comm)
+    assert_all(all(torch.equal(mpi.allreduce(x, comm), first) for _ in range(5)), "differs", comm)
+
+
+def test_several_started_operations_may_be_waited_for_in_any_order(comm):
+    x = data((9, 4), torch.float64, comm.rank)
+    pending = [mpi.iallreduce(x, comm), mpi.iallgather(x, comm), mpi.ireduce_scatter(x, comm, 1), mpi.ibcast(x, comm)]
+    blocking = [mpi.allreduce(x, comm), mpi.allgather(x, comm), mpi.reduce_scatter(x, comm, 1), mpi.bcast(x, comm)]
+    for one, other in reversed(list(zip(pending, blocking))):
+        assert_all(torch.equal(one.wait(), other), "differs", comm)
+
+
+def test_traffic_of_the_caller_is_not_mixed_up(comm):
+    """Library traffic runs on a clone, which is made once and goes with its communicator."""
+    x = torch.full((3,), float(comm.rank))
+    request = comm.Irecv(out := np.zeros(3), (comm.rank - 1) % comm.size)
+    total = mpi.allreduce(x, comm)
+    comm.Send(np.full(3, float(comm.rank)), (comm.rank + 1) % comm.size)
+    request.Wait()
+    ok = total[0] == sum(range(comm.size)) and out[0] == (comm.rank - 1) % comm.size
+    ok &= comm.size == 1 or as_group(comm) is as_group(comm)
+    assert_all(ok, "mixed up", comm)
+
+
+def test_send_and_receive(comm):
+    group = as_group(comm)
+    after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for dtype, shape in itertools.product(DTYPES if comm.size > 1 else [], [(0, 3), (7,), (2, 9)]):
+        x = data(shape, dtype, comm.rank, is_strided=True)
+        arriving = [mpi.irecv(shape, x, group, before, tag) for tag in (2, 1)]
+        leaving = [mpi.isend(x + tag, group, after, tag) for tag in (1, 2)]
+        received = [pending.wait() for pending in arriving]
+        sent = [pending.wait() for pending in leaving]
+        right = data(shape, dtype, before)
+        ok = torch.equal(received[0], right + 2) and torch.equal(received[1], right + 1) and torch.equal(sent[0], x + 1)
+        assert_all(ok, f"{dtype} {shape}", comm)
+
+
+def test_recorded_bytes(comm):
+    group = Group(as_group(comm).comm, "axis")
+    x = torch.zeros(9, 2, dtype=torch.float32)
+    for operation in (mpi.allreduce, mpi.reduce_scatter, mpi.alltoall, mpi.gather, mpi.scatter):
+        operation(x, group)
+    mpi.bcast(x, group, root=comm.size - 1)
+    mpi.allgather(own_block(x, comm, 0), group, 0, 9)
+    p, n, own = comm.size, 72, counts(9, comm.size)[comm.rank] * 8
+    wanted = {"allreduce": 2 * (n - n // p), "reduce_scatter": n - own, "alltoall": n - own,
+              "bcast": n if comm.rank == p - 1 else 0, "allgather": (p - 1) * own, "gather": n if comm.rank else 0,
+              "scatter": n - counts(9, p)[0] * 8 if comm.rank == 0 else 0}
+    wanted = {("axis", name): size for name, size in wanted.items()} if p > 1 else {}
+    assert_all(dict(group.recorder.bytes) == wanted, dict(group.recorder.bytes), comm)
+    assert set(group.recorder.calls.values()) <= {1} and len(group.recorder.last) == len(wanted)
