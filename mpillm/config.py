@@ -290,7 +290,7 @@ def _fill_layout(config, ranks):
     return replace(
         layout, **sizes, chunks=chunks, schedule=schedule,
         zero=int(sizes["data"] > 1) if layout.zero == "auto" else layout.zero,
-        sequence_parallel=False if layout.sequence_parallel == "auto" else layout.sequence_parallel,
+        sequence_parallel=sizes["tensor"] > 1 if layout.sequence_parallel == "auto" else layout.sequence_parallel,
     )
 
 

@@ -84,6 +84,7 @@ def to_hf(run, folder, file_elements=FILE_ELEMENTS):
             tensors = {_hf_name(name): np.ascontiguousarray(_turned(name, source.read(name).reshape(table[name][0])))
                        for name in names}
             safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library leaves it to its owner alone
         if len(files) > 1:
             places = {_hf_name(name): file for file, names in files.items() for name in names}
             _write_json(folder / INDEX, {"metadata": {}, "weight_map": places})

@@ -156,10 +156,27 @@ def iallgather(x, comm, dim=0, size=None):
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
-def allgather_blocks(x, comm):
-    """Fill flat ``x`` in place: every rank gives its own block and gets all others.
+def reduce_scatter_blocks(x, comm):
+    """Sum flat ``x`` over the ranks where it lies; return this rank's block of the sum, a view of ``x``'s beginning.
 
-    Collective over ``comm``: equal shapes and dtypes. The one function here that writes to its argument.
+    Collective over ``comm``: equal shapes and dtypes. Destroys ``x``: for buffers too large to have twice.
+    """
+    group = as_group(comm)
+    if group.size == 1:
+        return x
+    sizes = counts(len(x), group.size)
+    own = x[:sizes[group.rank]]
+    if x.is_cuda or _is_direct(x, group):
+        return own.copy_(reduce_scatter(x, group))
+    group.record("reduce_scatter", (len(x) - len(own)) * x.element_size())
+    finish(group.comm.Ireduce_scatter(_in_place(), as_array(x), sizes, _mpi_op("sum")))
+    return own
+
+
+def allgather_blocks(x, comm):
+    """Fill flat ``x`` where it lies: every rank gives its own block and gets all others.
+
+    Collective over ``comm``: equal shapes and dtypes.
     """
     group = as_group(comm)
     if group.size == 1:

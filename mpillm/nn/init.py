@@ -24,8 +24,8 @@ def initial_values(name, seed, start, stop, std):
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     key = int.from_bytes(digest[:16], "little")
     first, last = start // TILE, -(-stop // TILE)
-    tiles = [np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, tile])).standard_normal(TILE)
-             for tile in range(first, last)]
+    tiles = [np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, tile]))
+             .standard_normal(min(TILE, stop - tile * TILE)) for tile in range(first, last)]
     values = np.concatenate(tiles) if tiles else np.empty(0)
     return std * values[start - first * TILE:stop - first * TILE]
 

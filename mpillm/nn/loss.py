@@ -49,7 +49,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, head, targets, scale):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        dw = torch.zeros_like(weight) if needs_grad else None
+        dw = torch.empty_like(weight) if needs_grad else None
         dx = torch.empty_like(x) if needs_grad else None
         losses = []
         chunks = max(1, -(-len(x) * head.vocab_size * 4 // CHUNK_BYTES))
@@ -61,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
                 dx[low:high] = tree_sum([slope @ _rows(weight, head, block)
                                          for slope, block in zip(slopes, head.blocks)], torch.add)
                 for slope, block in zip(slopes, head.blocks):
-                    _rows(dw, head, block).addmm_(slope.t(), x[low:high])
+                    _rows(dw, head, block).addmm_(slope.t(), x[low:high], beta=0 if low == 0 else 1)
         ctx.head, ctx.gradients = head, (dx, dw)
         return torch.stack(losses).sum() * scale
 

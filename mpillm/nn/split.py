@@ -20,7 +20,7 @@ from mpillm.schedules.blocks import bounds, counts
 class Shard:
     """Which part of which parameter a tensor is: elements ``[start, stop)`` of the row-major order of ``shape``.
 
-    ``is_partial_grad``: every tensor rank holds the whole, but sees only a part of its gradient.
+    ``is_replicated``: every tensor rank holds the whole. ``is_partial_grad``: and sees only a part of its gradient.
     ``std``: initial standard deviation; ``None`` for ones.
     """
 
@@ -29,6 +29,7 @@ class Shard:
     start: int
     stop: int
     std: float | None = None
+    is_replicated: bool = False
     is_partial_grad: bool = False
 
 
@@ -98,7 +99,7 @@ class TensorSplit:
         low, high = (0, shape[0]) if rows is None else rows
         width = shape[1] if len(shape) > 1 else 1
         weight = nn.Parameter(torch.empty((high - low, *shape[1:]), dtype=self.dtype, device=self.device))
-        weight.shard = Shard(name, tuple(shape), low * width, high * width, std, is_partial_grad)
+        weight.shard = Shard(name, tuple(shape), low * width, high * width, std, rows is None, is_partial_grad)
         return weight
 
     def tokens(self, total):

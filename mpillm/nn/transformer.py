@@ -50,10 +50,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        return slope.mul_(up).mul_(dy), silu.mul_(dy)
+        return torch.ops.aten.silu_backward(dy * up, gate), torch.nn.functional.silu(gate).mul_(dy)
 
 
 class Layer(nn.Module):

@@ -87,8 +87,7 @@ class GradientSync:
                 continue
             for p, offset in zip(bucket.parameters, bucket.offsets):
                 shard, width = p.shard, p.shard.shape[-1]
-                is_whole = p.numel() == torch.Size(shard.shape).numel()
-                if p.numel() and not (is_whole and self.mesh.coord("tensor") > 0):
+                if p.numel() and not (shard.is_replicated and self.mesh.coord("tensor") > 0):
                     rows = reduced[bucket][offset:offset + p.numel()].view(-1, width)
                     first = places[shard.name] + shard.start // width
                     squares[first:first + len(rows)] = rows.double().square().sum(1).cpu()

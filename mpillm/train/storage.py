@@ -85,11 +85,11 @@ class Bucket:
         for p, offset in zip(self.parameters, self.offsets):
             start, stop = max(low, offset), min(high, offset + p.numel())
             if start < stop:
-                shard, is_whole = p.shard, p.numel() == torch.Size(p.shard.shape).numel()
+                shard = p.shard
                 found.append(Piece(
                     shard.name, shard.shape, shard.start + start - offset, shard.start + stop - offset, start - low,
                     min(high, align(stop, ALIGNMENT)) - low,
-                    is_counted and not (is_whole and self.mesh.coord("tensor") > 0),
+                    is_counted and not (shard.is_replicated and self.mesh.coord("tensor") > 0),
                 ))
         return found
 
@@ -106,7 +106,7 @@ class Bucket:
         """
         if self.group.size == 1:
             return self.grad
-        block = collectives.reduce_scatter(self.grad, self.group)
+        block = collectives.reduce_scatter_blocks(self.grad, self.group)
         if self.is_sharded and not is_whole:
             return block
         return self.grad.copy_(collectives.allgather(block, self.group, size=self.size))

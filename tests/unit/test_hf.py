@@ -160,6 +160,13 @@ def test_types(tmp_path, save_as, kept, computed):
     assert Config.load(tmp_path / "run" / "config.toml").train.dtype == computed
 
 
+def test_files_are_open_to_those_who_may_enter_the_folder(tmp_path):
+    run, target = make_run(tmp_path / "run", make_model()), tmp_path / "hf"
+    target.mkdir(mode=0o750)
+    hf.to_hf(run, target)
+    assert (target / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_float64_keeps_its_bits(tmp_path):
     run = make_run(tmp_path / "run", make_model(), "float64")
     hf.to_hf(run, tmp_path / "hf")

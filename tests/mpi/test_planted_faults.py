@@ -1,0 +1,386 @@
+"""Faults planted one at a time: each must be found, and the first wrong tensor named.
+
+Every fault is a mistake that a rewrite could make. ``first`` is worked out by hand: after a wrong forward the loss is
+wrong; a wrong backward leaves the gradients of later layers right, and the first wrong one is that of the weight which
+backward comes to next.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import assert_all
+from tiny import GROUPED, reference_steps, tiny
+
+from mpillm.autograd import regions
+from mpillm.comm import p2p
+from mpillm.comm.collectives import Pending
+from mpillm.nn import attention, embedding, linear, norm, split
+from mpillm.pipeline import runner, stage
+from mpillm.planner.stages import default_cuts
+from mpillm.train import engine, gradients, optimizers, storage
+from mpillm.train.compare import compare_layout
+
+pytestmark = pytest.mark.mpi
+
+TENSOR = {"layout.tensor": 2}
+SEQUENCE = {"layout.tensor": 2, "layout.sequence_parallel": True}
+PIPELINE = {"layout.pipeline": 2, "layout.schedule": "1f1b"}
+ZERO_BUBBLE = {"layout.pipeline": 2, "layout.schedule": "zb-h1"}
+DATA = {"layout.data": 2, "layout.zero": 1}
+WHOLE = {"layout.data": 2, "layout.zero": 0}
+TIED = {"model.tie_embeddings": True}
+FAULTS = {}
+
+
+def fault(layout, first):
+    """Register a fault with a layout that shows it and what must be named: a text with the last layers' numbers."""
+    def register(plant):
+        FAULTS[plant.__name__] = (plant, layout, first)
+        return plant
+
+    return register
+
+
+def movement(move, adjoint):
+    return lambda x, group: regions._Movement.apply(x, group, move, adjoint)
+
+
+def every_second(function, replacement):
+    """Call ``replacement`` instead of ``function`` every second time."""
+    count = itertools.count()
+    return lambda *args, **kwargs: (replacement if next(count) % 2 else function)(*args, **kwargs)
+
+
+@fault(TENSOR, "gradient of norm.weight")
+def backward_of_copy_to_is_identity(patch, config):
+    patch.setattr(split, "copy_to", movement(regions._identity, regions._identity))
+
+
+@fault(TENSOR, "gradient of layers.{last}.ffn.down.weight")
+def backward_of_reduce_from_is_allreduce(patch, config):
+    patch.setattr(split, "reduce_from", movement(regions._allreduce, regions._allreduce))
+
+
+@fault(TENSOR, "loss")
+def reduce_from_is_forgotten(patch, config):
+    patch.setattr(split, "reduce_from", movement(regions._identity, regions._identity))
+
+
+@fault(SEQUENCE, "gradient of norm.weight")
+def backward_of_allgather_to_is_a_slice(patch, config):
+    patch.setattr(split, "allgather_to", lambda x, group, dim, size: regions.gather_from(x, group, dim, size))
+
+
+@fault(SEQUENCE, "gradient of layers.{last}.ffn.down.weight")
+def backward_of_reduce_scatter_from_gathers_in_the_wrong_order(patch, config):
+    def wrong(x, group):
+        return regions.collectives.allgather(x, group, 0).roll(1, 0)
+
+    patch.setattr(split, "reduce_scatter_from", movement(regions._reduce_scatter(0), wrong))
+
+
+@fault(SEQUENCE, "loss")
+def allgather_to_gathers_in_the_wrong_order(patch, config):
+    right = split.allgather_to
+    patch.setattr(split, "allgather_to", lambda *args: right(*args).roll(1, 0))
+
+
+@fault(SEQUENCE, "loss")
+def reduce_scatter_from_keeps_its_own_part(patch, config):
+    patch.setattr(split, "reduce_scatter_from", lambda x, group: regions.scatter_to(x, group))
+
+
+@fault(PIPELINE, "loss")
+def every_microbatch_is_divided_by_its_own_tokens(patch, config):
+    right = engine.Engine._microbatch
+    share = len(config.microbatch_bounds()[0])
+    patch.setattr(engine.Engine, "_microbatch",
+                  lambda self, samples, scale: right(self, samples, 1 / (share * samples[0].size)))
+
+
+@fault(DATA, "loss")
+def the_loss_is_divided_by_the_tokens_of_the_rank(patch, config):
+    right = engine.Engine._microbatch
+    patch.setattr(engine.Engine, "_microbatch", lambda self, samples, scale: right(self, samples, 2 * scale))
+
+
+@fault(PIPELINE, "loss")
+def two_microbatches_change_places_on_the_way(patch, config):
+    patch.setattr(p2p, "tag_of", p2p.tag_of)
+    patch.setattr(runner, "isend", lambda x, group, to, tag: p2p.isend(
+        x, group, to, {"3": p2p.tag_of(0, 1, 1, 5), "4": 0}.get(str(tag), swapped(tag))))
+
+
+def swapped(tag):
+    """The tag of the other of the first two microbatches of five, if it is a forward message to stage 1."""
+    one, other = p2p.tag_of(p2p.FORWARD, 1, 0, 5), p2p.tag_of(p2p.FORWARD, 1, 1, 5)
+    return {one: other, other: one}.get(tag, tag)
+
+
+@fault(PIPELINE, "loss")
+def a_stage_is_given_the_previous_activation(patch, config):
+    right, kept = runner._Step._receive, {}
+
+    def stale(self, key, action):
+        x = right(self, key, action)
+        if key[0] == p2p.FORWARD and key[2] < 2:
+            kept.setdefault("first", x.clone())
+            return kept["first"].clone()
+        return x
+
+    patch.setattr(runner._Step, "_receive", stale)
+
+
+@fault(PIPELINE, "gradient of layers.{cut}.ffn.down.weight")
+def a_stage_is_given_the_previous_gradient(patch, config):
+    right, kept = runner._Step._receive, {}
+
+    def stale(self, key, action):
+        x = right(self, key, action)
+        return kept.setdefault("first", x) if key[0] == p2p.BACKWARD and key[2] < 2 else x
+
+    patch.setattr(runner._Step, "_receive", stale)
+
+
+@fault(PIPELINE, "gradient of layers.{cut}.ffn.down.weight")
+def activations_are_kept_over_what_later_microbatches_need(patch, config):
+    """The stage before last keeps one set of activations for two microbatches."""
+    right = stage.Stage.backward
+
+    def wrong(self, microbatch, dy, keep_weights=False):
+        if self.is_first and microbatch == 0:
+            dy = torch.zeros_like(dy)
+        return right(self, microbatch, dy, keep_weights)
+
+    patch.setattr(stage.Stage, "backward", wrong)
+
+
+@fault(ZERO_BUBBLE, "gradient of layers.{cut}.ffn.down.weight")
+def a_weight_action_is_dropped(patch, config):
+    right = stage.Stage.weight_gradients
+    patch.setattr(stage.Stage, "weight_gradients",
+                  lambda self, microbatch: None if self.is_first and microbatch == 2 else right(self, microbatch))
+
+
+@fault(DATA, "gradient of head.weight")
+def the_reduction_over_data_is_skipped(patch, config):
+    patch.setattr(storage.Bucket, "reduce", lambda self, is_whole: self.grad[slice(*self.range)])
+
+
+@fault(WHOLE, "gradient of head.weight")
+def the_mean_over_data_is_taken_for_the_sum(patch, config):
+    right = storage.Bucket.reduce
+    patch.setattr(storage.Bucket, "reduce", lambda self, is_whole: right(self, is_whole).div_(2))
+
+
+@fault(SEQUENCE, "gradient of norm.weight")
+def partial_gradients_of_norms_are_not_added(patch, config):
+    patch.setattr(storage.Bucket, "sum_partial", lambda self: None)
+
+
+@fault(TENSOR | GROUPED["shared"], "gradient of layers.{last}.attention.value.weight")
+def partial_gradients_of_shared_heads_are_not_added(patch, config):
+    patch.setattr(storage.Bucket, "sum_partial", lambda self: None)
+
+
+@fault(PIPELINE | TIED, "gradient of embedding.weight")
+def the_two_gradients_of_a_tied_matrix_are_not_added(patch, config):
+    patch.setattr(gradients.GradientSync, "_tie", lambda self, reduced: None)
+
+
+@fault(TENSOR, "gradient norm")
+def replicated_weights_count_twice_in_the_norm(patch, config):
+    right = storage.Piece
+    patch.setattr(storage, "Piece", lambda *args: right(*args[:-1], True))
+
+
+@fault(WHOLE, "gradient norm")
+def every_data_rank_counts_in_the_norm(patch, config):
+    right = storage.Bucket.pieces
+    patch.setattr(storage.Bucket, "pieces", lambda self: [
+        optimizers.replace(piece, is_counted=True) if False else storage.Piece(*list(vars(piece).values())[:-1], True)
+        for piece in right(self)])
+
+
+@fault(DATA, "weight of head.weight")
+def the_gradient_is_not_clipped(patch, config):
+    patch.setattr(gradients.GradientSync, "clip", lambda self, reduced, limit: self.norm(reduced))
+
+
+@fault(DATA, "weight of head.weight")
+def the_learning_rate_is_a_step_late(patch, config):
+    right, rates = optimizers.ShardedOptimizer.step, [0.0]
+
+    def late(self, reduced, lr):
+        rates.append(lr)
+        right(self, reduced, rates[-2])
+
+    patch.setattr(optimizers.ShardedOptimizer, "step", late)
+
+
+@fault(TENSOR, "weight of norm.weight")
+def norms_decay(patch, config):
+    patch.setattr(optimizers, "decays", lambda shape: True)
+
+
+@fault(DATA, "weight of head.weight")
+def the_updated_weights_are_not_given_to_the_others(patch, config):
+    patch.setattr(storage.Bucket, "publish", lambda self: None)
+
+
+@fault(PIPELINE | TIED, "step 2: loss")
+def the_copy_of_a_tied_matrix_is_not_updated(patch, config):
+    right = storage.Bucket.publish
+    patch.setattr(storage.Bucket, "publish", lambda self: None if self.tied_to or not self.is_counted else right(self))
+    clone = optimizers.ShardedOptimizer.__init__
+
+    def without_head(self, train, buckets):
+        clone(self, train, buckets)
+        for p, (bucket, piece) in zip(self._parameters, self.entries):
+            if piece.name == "embedding.weight" and not bucket.is_counted:
+                p.data = p.data.clone()
+
+    patch.setattr(optimizers.ShardedOptimizer, "__init__", without_head)
+
+
+@fault(PIPELINE, "step 2: gradient of head.weight")
+def gradients_are_not_zeroed_between_steps(patch, config):
+    right = engine.Engine.train_step
+
+    def wrong(self, samples, lr):
+        found = right(self, samples, lr)
+        self.all_buckets = []
+        return found
+
+    patch.setattr(engine.Engine, "train_step", wrong)
+
+
+@fault(PIPELINE, "step 2: weight of head.weight")
+def the_optimizer_forgets_its_state(patch, config):
+    right = optimizers.ShardedOptimizer.step
+
+    def forgetful(self, reduced, lr):
+        self._optimizer.state.clear()
+        right(self, reduced, lr)
+
+    patch.setattr(optimizers.ShardedOptimizer, "step", forgetful)
+
+
+@fault(TENSOR, "gradient of layers.{last}.attention.key.weight")
+def rotary_positions_turn_the_wrong_way_back(patch, config):
+    patch.setattr(attention._Rotary, "backward", staticmethod(
+        lambda ctx, dy: (attention._turn(dy, *ctx.saved_tensors), None, None)))
+
+
+@fault(TENSOR, "loss")
+def rotary_positions_turn_the_wrong_way(patch, config):
+    right = engine.rotary_tables
+
+    def wrong(*args):
+        cos, sin = right(*args)
+        return cos, -sin
+
+    patch.setattr(engine, "rotary_tables", wrong)
+
+
+@fault(TENSOR, "loss")
+def initial_weights_are_those_of_the_local_index(patch, config):
+    right = engine.initialise
+
+    def wrong(parameter, seed):
+        shard = parameter.shard
+        parameter.shard = split.Shard(shard.name, shard.shape, 0, shard.stop - shard.start, shard.std)
+        right(parameter, seed)
+        parameter.shard = shard
+
+    patch.setattr(engine, "initialise", wrong)
+
+
+@fault(TENSOR | {"layout.recompute": "full"}, "gradient of layers.{last}.ffn.down.weight")
+def recompute_sees_something_else(patch, config):
+    """The attention of the last layer is computed from half the input the second time."""
+    right, seen = attention.Attention.forward, set()
+
+    def wrong(self, parts, batch):
+        first = (self, id(batch)) not in seen
+        seen.add((self, id(batch)))
+        return right(self, parts if first else [part / 2 for part in parts], batch)
+
+    patch.setattr(attention.Attention, "forward", wrong)
+
+
+@fault(TENSOR, "gradient of layers.{last}.ffn.gate.weight")
+def the_second_block_of_a_product_is_left_out_of_its_input(patch, config):
+    """Weight gradients of the first product go to the second as well."""
+    right = linear._accumulate
+    patch.setattr(linear, "_accumulate", lambda blocks, x, grads: right(
+        blocks, x, grads if len(blocks) != 2 else (grads[1], grads[1])))
+
+
+@fault(SEQUENCE, "gradient of norm.weight")
+def the_gradient_of_a_norm_misses_its_first_token(patch, config):
+    right = norm._accumulate
+    patch.setattr(norm, "_accumulate", lambda module, terms, total: right(module, terms[1:], total))
+
+
+@fault(TENSOR, "loss")
+def tokens_of_other_ranks_are_looked_up_as_well(patch, config):
+    patch.setattr(embedding._Lookup, "forward", staticmethod(wrong_lookup))
+
+
+def wrong_lookup(ctx, tokens, weight, module):
+    ctx.embedding, ctx.tokens = module, tokens
+    return weight[(tokens - module.rows[0]) % len(weight)]
+
+
+@fault(PIPELINE | {"data.mask_documents": True}, "loss")
+def attention_crosses_documents(patch, config):
+    right = engine.Engine._microbatch
+    patch.setattr(engine.Engine, "_microbatch",
+                  lambda self, samples, scale: right(self, (*samples[:2], None), scale))
+
+
+@fault(PIPELINE, "loss")
+def a_buffer_is_changed_before_it_was_sent(patch, config):
+    right = p2p.isend
+
+    def wrong(x, group, to, tag):
+        y = x.clone()
+        y[0] = math.pi
+        return Pending(x, right(y, group, to, tag)._request, (y,))
+
+    patch.setattr(runner, "isend", wrong)
+
+
+@pytest.fixture(scope="module")
+def references():
+    """What the reference does, by what decides it."""
+    return {}
+
+
+@pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_and_named(comm, name, references, monkeypatch):
+    plant, layout, first = FAULTS[name]
+    config = tiny({"model.num_layers": 4, **layout}, comm.size)
+    kind = tuple(sorted((key, value) for key, value in layout.items() if not key.startswith("layout")))
+    if kind not in references:
+        references[kind] = reference_steps(config, 2, comm)
+    cuts = default_cuts(config)
+    first = first.format(last=3, cut=cuts[0] - 1 if cuts else None)
+    with monkeypatch.context() as patch:
+        plant(patch, config)
+        found = compare_layout(config, comm, *references[kind])
+    wanted = first if first.startswith("step") else f"step 1: {first}"
+    assert_all(found.first == wanted, f"{found}; wanted {wanted}", comm)
+
+
+@pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
+def test_without_a_fault_nothing_is_found(comm):
+    layouts = {str(layout): layout for _, layout, _ in FAULTS.values()}
+    for layout in layouts.values():
+        config = tiny({"model.num_layers": 4, **layout}, comm.size)
+        found = compare_layout(config, comm, *reference_steps(config, 2, comm))
+        assert_all(found.first is None, f"{layout}: {found}", comm)

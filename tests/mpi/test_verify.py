@@ -1,0 +1,133 @@
+"""Layouts against the serial reference in float64: loss, every gradient, norm and weights of every step to 1e-10.
+
+The everyday choice of layouts; ``tests/soak.sh`` compares them all.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import assert_all
+from tiny import GROUPED, reference_steps, representative, tiny, with_layout
+
+from mpillm.comm.single import SingleComm
+from mpillm.schedules import make_schedule
+from mpillm.train import compare
+from mpillm.train.compare import all_layouts, compare_layout, describe
+from mpillm.train.engine import Engine
+from mpillm.train.optimizers import learning_rate
+
+pytestmark = pytest.mark.mpi
+
+
+def check(configs, comm, steps=2):
+    """Hold configurations that differ in their layout alone against the reference."""
+    batches, expected = reference_steps(configs[0], steps, comm)
+    found = {describe(config.layout): compare_layout(config, comm, batches, expected) for config in configs}
+    wrong = [f"{name}: {difference}" for name, difference in found.items() if difference.first]
+    assert_all(not wrong, "; ".join(wrong), comm)
+    return found
+
+
+def one_for_every_degrees(config, ranks):
+    """Return the last of the representative layouts of every choice of degrees: one with uncommon settings."""
+    return list({tuple(found.layout.sizes().values()): found
+                 for found in representative(all_layouts(config, ranks))}.values())
+
+
+def test_every_degree_with_every_setting(comm):
+    found = check(representative(all_layouts(tiny(), comm.size)), comm)
+    assert {difference.tensors for difference in found.values()} == {2 * (2 + 2 * (3 + 9 * 7))}
+
+
+def test_fewer_key_value_heads_than_ranks_tied_embeddings_and_documents(comm):
+    config = tiny({**GROUPED["shared"], "model.tie_embeddings": True, "data.mask_documents": True})
+    check(one_for_every_degrees(config, comm.size), comm, steps=1)
+
+
+def test_straddling_groups_stage_cuts_mixed_recompute_another_order_and_batch(comm):
+    config = tiny({**GROUPED["straddling"], "layout.order": ["tensor", "data", "pipeline"], "train.global_batch": 7})
+    configs = []
+    for found in one_for_every_degrees(config, comm.size):
+        stages = found.layout.pipeline * found.layout.chunks
+        mixed = ("none", "selective", "full", "none", "full", "none", "selective")
+        configs.append(with_layout(found, recompute=mixed, stage_cuts=tuple(range(1, stages))).resolve(comm.size))
+    check(configs, comm, steps=1)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop", "adagrad"])
+def test_every_optimizer_sharded_and_not(comm, optimizer):
+    config = tiny({"train.optimizer": optimizer, "model.num_layers": 2, "layout.data": comm.size})
+    check([with_layout(config, zero=zero).resolve(comm.size) for zero in (0, 1)], comm, steps=3)
+
+
+def test_uneven_shares(comm):
+    shares = [2] * (comm.size - 1) + [9 - 2 * (comm.size - 1)]
+    config = tiny({"model.num_layers": 2, "layout.data": comm.size, "layout.shares": shares}, comm.size)
+    check([config], comm)
+
+
+def test_a_schedule_from_a_file(comm, comm_path):
+    path = comm_path / "mine.txt"
+    if comm.rank == 0:
+        schedule = replace(make_schedule("gpipe", comm.size, 5), name="mine")
+        path.write_text(f"# a comment\n{schedule}")
+    comm.Barrier()
+    check([tiny({"layout.pipeline": comm.size, "layout.schedule": str(path)}, comm.size)], comm, steps=1)
+
+
+def test_exact_numerics_are_right_too(comm):
+    config = tiny({"train.numerics": "exact", **GROUPED["shared"], "model.tie_embeddings": True, "model.num_layers": 4})
+    check(one_for_every_degrees(config, comm.size), comm, steps=1)
+
+
+def test_evaluation_gives_the_reference_loss(comm):
+    """Of a whole batch and of a last short one."""
+    for config in one_for_every_degrees(tiny({"model.num_layers": 4}), comm.size):
+        (inputs, targets, _), = compare.batches(config, 1)
+        reference = compare.Reference(config.model, config.train.seed)
+        engine = Engine(config, comm)
+        for count in (9, 4, 1):
+            found = engine.loss(lambda low, high: (inputs[low:high], targets[low:high], None), count)  # noqa: B023
+            tensors = [compare.torch.as_tensor(part[:count]) for part in (inputs, targets)]
+            wanted = reference.loss(*tensors).item() * count * config.train.seq_len
+            assert_all(abs(found - wanted) < 1e-11 * wanted, f"{describe(config.layout)}: {found} {wanted}", comm)
+        engine.free()
+
+
+def test_a_difference_just_above_the_tolerance_is_seen(comm):
+    """And one just below is not: in one element of one gradient, on whichever rank holds it."""
+    config = one_for_every_degrees(tiny({"model.num_layers": 4}), comm.size)[-1]
+    for size, first in ((3e-10, "step 1: gradient of layers.2.ffn.up.weight"), (1e-11, None)):
+        batches, expected = reference_steps(config, 1, comm)
+        if comm.rank == 0:
+            gradient = expected[0][2]["layers.2.ffn.up.weight"]
+            gradient.view(-1)[77] += size * gradient.abs().max()
+        found = compare_layout(config, comm, batches, expected)
+        assert_all(found.first == first and (first is None or 1e-10 < found.worst < 1e-9), str(found), comm)
+
+
+def test_weights_that_nobody_holds_are_a_difference(comm, monkeypatch):
+    config = tiny({"model.num_layers": 4}, comm.size)
+    batches, expected = reference_steps(config, 1, comm)
+    ranges = Engine.weight_ranges
+    monkeypatch.setattr(Engine, "weight_ranges", lambda engine: {
+        name: [(start, values[:-1]) for start, values in found] if name.startswith("layers.1.ffn.up") else found
+        for name, found in ranges(engine).items()})
+    found = compare_layout(config, comm, batches, expected)
+    assert found.first == "step 1: weight of layers.1.ffn.up.weight" and found.worst == np.inf
+
+
+def test_one_rank_needs_no_mpi():
+    config = tiny(ranks=1)
+    batches, expected = reference_steps(config, 2, SingleComm())
+    assert compare_layout(config, SingleComm(), batches, expected).first is None
+
+
+def test_the_reference_learns():
+    """A comparison of runs in which nothing moves would show nothing."""
+    config = tiny({"train.lr_schedule": "constant"}, 1)
+    batch = compare.batches(config, 1)[0]
+    trainer = compare.ReferenceTrainer(config)
+    losses = [trainer.step(*batch)[0] for _ in range(6)]
+    assert losses[-1] < losses[0] - 0.5 and learning_rate(config.train, 6) == config.train.lr
