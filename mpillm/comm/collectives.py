@@ -45,7 +45,7 @@ def iallreduce(x, comm, op="sum"):
     """Start :func:`allreduce`; return a :class:`Pending` whose ``wait()`` gives its result."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     n_bytes = x.numel() * x.element_size()
     group.record("allreduce", 2 * (n_bytes - n_bytes // group.size))
     source = staged(x)
@@ -89,7 +89,7 @@ def ireduce_scatter(x, comm, dim=0):
     """Start :func:`reduce_scatter`."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
     width = rows[0].numel() if rows.shape[0] else 0
     sizes = [rows_i * width for rows_i in counts(rows.shape[0], group.size)]
@@ -138,7 +138,7 @@ def iallgather(x, comm, dim=0, size=None):
     """Start :func:`allgather`."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     if size is None:
         lengths = group.comm.allgather(x.shape[dim])
     else:
@@ -206,7 +206,7 @@ def ibcast(x, comm, root=0):
     """Start :func:`bcast`."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     out = staged(x).clone()
     group.record("bcast", x.numel() * x.element_size() if group.rank == root else 0)
     return Pending(out, group.comm.Ibcast(as_bytes(out), root), (), lambda: unstaged(out, x))
@@ -233,7 +233,7 @@ def ialltoall(x, comm, dim=0):
     """Start :func:`alltoall`."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
     mine = counts(rows.shape[0], group.size)[group.rank]
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
@@ -260,7 +260,7 @@ def iscatter(x, comm, dim=0, root=0):
     """Start :func:`scatter`."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
@@ -288,7 +288,7 @@ def igather(x, comm, dim=0, root=0):
     """Start :func:`gather`; the ranks tell each other their sizes first."""
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.clone())
+        return Pending(x.detach().clone())
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(x.movedim(dim, 0))
     here = group.rank == root
