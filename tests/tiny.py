@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillm.config import Config
 from mpillm.train import compare
+from mpillm.train.optimizers import learning_rate
 
 MODEL = {"hidden_size": 40, "num_layers": 7, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}
 TRAIN = {
@@ -35,6 +36,15 @@ def reference_steps(config, steps, comm):
     return batches, [reference.step(*batch) if reference else None for batch in batches]
 
 
+def train(engine, steps, first=1):
+    """Train an engine on the random batches ``first ...`` of its configuration; return losses and norms."""
+    train, found = engine.config.train, []
+    for step, batch in enumerate(compare.batches(engine.config, first + steps - 1)[first - 1:], first):
+        found.append(engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],  # noqa: B023
+                                       learning_rate(train, step)))
+    return found
+
+
 def representative(layouts):
     """Choose few layouts in which every choice of degrees meets every other setting it can have."""
     left, kept, met = list(layouts), [], set()
@@ -55,6 +65,12 @@ def _pairs(config):
 
 def _pairs_of_degrees(config):
     return {pair for pair in _pairs(config) if pair[0][0] == "degrees"}
+
+
+def one_for_every_degrees(config, ranks):
+    """Return one layout of every choice of degrees, with uncommon settings."""
+    layouts = representative(compare.all_layouts(config, ranks))
+    return list({tuple(found.layout.sizes().values()): found for found in layouts}.values())
 
 
 def with_layout(config, **layout):

@@ -23,5 +23,6 @@ from mpillm.comm.world import comm_world, launch
 
 __all__ = [
     "Group", "Mesh", "allgather", "allreduce", "alltoall", "bcast", "comm_world", "gather", "iallgather", "iallreduce",
-    "ialltoall", "ibcast", "igather", "irecv", "ireduce_scatter", "iscatter", "isend", "launch", "reduce_scatter", "scatter",
+    "ialltoall", "ibcast", "igather", "irecv", "ireduce_scatter", "iscatter", "isend", "launch", "reduce_scatter",
+    "scatter",
 ]

@@ -163,7 +163,8 @@ def _relative(value, wanted):
 def _largest(wanted, own):
     """Return max|a - b| / max|b| over the ranges ``(start, values)`` that this rank holds; NaN counts as infinite."""
     scale = float(wanted.abs().max()) or 1.0
-    differences = [float((values - wanted[start:start + len(values)]).abs().max()) for start, values in own if len(values)]
+    differences = [float((values - wanted[start:start + len(values)]).abs().max())
+                   for start, values in own if len(values)]
     return max([error if error == error else np.inf for error in differences], default=0.0) / scale
 
 

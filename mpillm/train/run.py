@@ -47,7 +47,8 @@ class Run:
         self.config = together(self.comm, lambda: self._open_data(config.resolve(self.comm.size)), "data")
         self.folder = Path(config.train.run_dir)
         start = together(self.comm, lambda: self._find_start(resume), "resume")
-        together(self.comm, self._make_folder if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
+        make = self._make_folder if self.comm.rank == 0 else lambda: None
+        together(self.comm, make, f"train.run_dir = {self.folder}")
         self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")

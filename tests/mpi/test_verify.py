@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers import assert_all
-from tiny import GROUPED, reference_steps, representative, tiny, with_layout
+from tiny import GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
 
 from mpillm.comm.single import SingleComm
 from mpillm.schedules import make_schedule
@@ -27,12 +27,6 @@ def check(configs, comm, steps=2):
     wrong = [f"{name}: {difference}" for name, difference in found.items() if difference.first]
     assert_all(not wrong, "; ".join(wrong), comm)
     return found
-
-
-def one_for_every_degrees(config, ranks):
-    """Return the last of the representative layouts of every choice of degrees: one with uncommon settings."""
-    return list({tuple(found.layout.sizes().values()): found
-                 for found in representative(all_layouts(config, ranks))}.values())
 
 
 def test_every_degree_with_every_setting(comm):

@@ -1,0 +1,158 @@
+"""Stop and go on: the same bytes at the same layout, the same curve at another; and what must be refused."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import assert_all
+from tiny import tiny, write_token_file
+
+from mpillm.errors import MpillmError
+from mpillm.train import optimizers
+from mpillm.train.checkpoint import Checkpoint
+from mpillm.train.run import Run
+
+pytestmark = pytest.mark.mpi
+
+LAYOUTS = {1: {}, 2: {"layout.data": 2}, 3: {"layout.pipeline": 3}, 4: {"layout.data": 2, "layout.tensor": 2}}
+
+
+def configure(path, name, **more):
+    return {"data.path": str(path / "tokens.h5"), "train.run_dir": str(path / name), "train.lr_schedule": "cosine",
+            "model.num_layers": 4, **more}
+
+
+def run(comm, path, name, steps, **more):
+    """Train ``name`` up to step ``steps`` of 6; return the losses."""
+    config = tiny(configure(path, name, **LAYOUTS[comm.size], **more))
+    trainer, losses = Run(config, comm), []
+    while trainer.step_number < steps:
+        losses.append(trainer.step()["loss"])
+    trainer.save()
+    trainer.free()
+    return losses
+
+
+def everything(path, name):
+    """Return all tensors of the newest checkpoint of a run, joined."""
+    source = Checkpoint(path / name)
+    return {(kind, tensor): source.read(tensor, kind) for kind in source.tensors for tensor in source.names(kind)}
+
+
+def same(path, one, other):
+    left, right = everything(path, one), everything(path, other)
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture
+def data_path(comm, comm_path):
+    if comm.rank == 0:
+        write_token_file(comm_path / "tokens.h5")
+    comm.Barrier()
+    return comm_path
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "adagrad"])
+def test_resumed_equals_unbroken_bit_for_bit(comm, data_path, optimizer):
+    more = {"train.optimizer": optimizer}
+    whole = run(comm, data_path, "whole", 6, **more)
+    parts = run(comm, data_path, "parts", 3, **more) + run(comm, data_path, "parts", 6, **more)
+    assert_all(parts == whole and same(data_path, "whole", "parts"), f"{parts} {whole}", comm)
+
+
+def test_resume_at_other_layouts_and_rank_counts(comm, data_path):
+    whole = run(comm, data_path, "whole", 6)
+    first = run(comm, data_path, "moved", 3)
+    alone = comm.Split(comm.rank, 0)
+    if comm.rank == 0:  # the rest on one rank
+        rest = run(alone, data_path, "moved", 6)
+    rest = comm.bcast(rest if comm.rank == 0 else None)
+    alone.Free()
+    assert_all(np.allclose(first + rest, whole, rtol=1e-10, atol=0), f"{first + rest} {whole}", comm)
+
+
+class Forgetful:
+    """Makes a resume forget something, by patching what it reads."""
+
+    @staticmethod
+    def moments(monkeypatch):
+        restore = optimizers.ShardedOptimizer.restore
+        monkeypatch.setattr(optimizers.ShardedOptimizer, "restore", lambda self, read, step: restore(
+            self, lambda kind, piece: read(kind, piece) * (kind == "weight"), step))
+
+    @staticmethod
+    def optimizer_step(monkeypatch):
+        restore = optimizers.ShardedOptimizer.restore
+        monkeypatch.setattr(optimizers.ShardedOptimizer, "restore", lambda self, read, step: restore(self, read, 0))
+
+    @staticmethod
+    def rate_step(monkeypatch):
+        rate = optimizers.learning_rate
+        monkeypatch.setattr("mpillm.train.run.learning_rate", lambda train, step: rate(train, step - 3))
+
+    @staticmethod
+    def cursor(monkeypatch):
+        load = Run._load
+
+        def forget(self, start):
+            load(self, start)
+            self.samples_seen = 0
+
+        monkeypatch.setattr(Run, "_load", forget)
+
+
+@pytest.mark.parametrize("forget", ["moments", "optimizer_step", "rate_step", "cursor"])
+def test_forgetting_anything_is_seen(comm, data_path, forget, monkeypatch):
+    run(comm, data_path, "whole", 6)
+    run(comm, data_path, "parts", 3)
+    getattr(Forgetful, forget)(monkeypatch)
+    run(comm, data_path, "parts", 6)
+    assert_all(not same(data_path, "whole", "parts"), f"nothing seen though {forget} was forgotten", comm)
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"model.ffn_size": 55}, "ffn_size"), ({"train.optimizer": "sgd"}, "optimizer"), ({"train.seed": 1}, "seed"),
+])
+def test_another_run_is_refused(comm, data_path, change, word):
+    run(comm, data_path, "first", 2)
+    with pytest.raises(MpillmError, match=word):
+        Run(tiny(configure(data_path, "first", **LAYOUTS[comm.size], **change)), comm)
+
+
+def test_other_tokens_are_refused(comm, data_path):
+    run(comm, data_path, "first", 2)
+    if comm.rank == 0:
+        write_token_file(data_path / "tokens.h5", seed=1)
+    comm.Barrier()
+    with pytest.raises(MpillmError, match="SHA-256"):
+        Run(tiny(configure(data_path, "first", **LAYOUTS[comm.size])), comm)
+
+
+def test_metrics_of_steps_done_again_are_replaced(comm, data_path):
+    """A run that died between two checkpoints leaves lines behind its newest one."""
+    run(comm, data_path, "run", 2)
+    path = data_path / "run" / "metrics.jsonl"
+    if comm.rank == 0:
+        path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    comm.Barrier()
+    config = tiny(configure(data_path, "run", **LAYOUTS[comm.size], **{"train.steps": 4}))
+    trainer = Run(config, comm)
+    done = [metrics["step"] for metrics in trainer]
+    trainer.free()
+    comm.Barrier()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert_all(done == [3, 4] and steps == [1, 2, 3, 4], f"{done} {steps}", comm)
+
+
+def test_weights_to_start_from(comm, data_path):
+    run(comm, data_path, "first", 3)
+    config = tiny(configure(data_path, "second", **LAYOUTS[comm.size], **{"train.init_from": str(data_path / "first")}))
+    trainer = Run(config, comm)
+    trainer.save()
+    trainer.free()
+    left, right = everything(data_path, "first"), everything(data_path, "second")
+    weights = [key for key in left if key[0] == "weight"]
+    equal = all(np.array_equal(left[key], right[key]) for key in weights)
+    assert_all(weights and equal and trainer.step_number == 0, "weights differ", comm)
+
+

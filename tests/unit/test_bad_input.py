@@ -1,0 +1,105 @@
+"""Bad input through the command line, on one rank and on three: one message, the right exit code, nothing else."""
+
+import h5py
+import pytest
+import tomli_w
+from helpers import run_mpi
+from tiny import MODEL, write_token_file
+
+pytestmark = pytest.mark.launches
+
+TRAIN = {"steps": 2, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "run_dir": "run"}
+# What is wrong, and for which rank counts the layout fits otherwise: overrides, exit code, words of the message.
+CASES = {
+    "unknown key": ({"train.stepz": "3"}, 2, ["train.stepz", "did you mean steps"]),
+    "wrong type": ({"train.lr": "fast"}, 2, ["train.lr", "fast", "number"]),
+    "product": ({"layout.data": "1", "layout.pipeline": "5", "layout.tensor": "1"}, 2, ["pipeline=5", "needs 5 ranks"]),
+    "stages": ({"model.num_layers": "2", "layout.chunks": "3"}, 2, ["3 stages", "2 layers"]),
+    "missing": ({"data.path": "nowhere.h5"}, 74, ["nowhere.h5", "no such file", "mpillm data"]),
+    "empty": ({"data.path": "empty.h5"}, 74, ["empty.h5", "HDF5"]),
+    "foreign": ({"data.path": "foreign.h5"}, 74, ["foreign.h5", "not a token file"]),
+    "vocabulary": ({"model.vocab_size": "100"}, 2, ["model.vocab_size = 100", "257"]),
+    "short": ({"train.seq_len": "700"}, 74, ["600 tokens", "701"]),
+    "unwritable": ({"train.run_dir": "config.toml/run"}, 74, ["train.run_dir", "config.toml/run"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    write_token_file(path / "tokens.h5")
+    write_token_file(path / "damaged.h5", largest=400)
+    (path / "empty.h5").write_bytes(b"")
+    with h5py.File(path / "foreign.h5", "w") as file:
+        file["other"] = [1, 2, 3]
+    model = {key: value for key, value in MODEL.items() if key != "vocab_size"}
+    config = {"model": model, "data": {"path": "tokens.h5"}, "train": TRAIN}
+    (path / "config.toml").write_text(tomli_w.dumps(config))
+    return path
+
+
+def train(folder, ranks, overrides, *more):
+    words = [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    return run_mpi(ranks, ["-m", "mpillm", "train", "config.toml", *words, *more], cwd=folder)
+
+
+def check(job, code, words):
+    """One line of error that has all the words, no traceback, the exit code."""
+    errors = [line for line in job.stderr.splitlines() if line.startswith("mpillm: error:")]
+    assert len(errors) == 1 and "Traceback" not in job.stderr, job.stderr
+    assert all(word in errors[0] for word in words), errors[0]
+    assert job.returncode == code, job.returncode
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_one_message_and_the_exit_code(folder, case, ranks):
+    overrides, code, words = CASES[case]
+    if ranks == 3:
+        overrides = {"layout.data": "3", **overrides}
+    check(train(folder, ranks, overrides), code, words)
+    assert not (folder / "run").exists(), "a refused run left a folder"
+
+
+def test_more_tensor_ranks_than_heads(folder):
+    check(train(folder, 3, {"model.num_heads": "2", "model.head_dim": "8", "layout.tensor": "3"}), 2,
+          ["layout.tensor=3", "num_heads=2", "tensor <= 2"])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_tokens_beyond_what_the_file_states(folder, ranks):
+    """Seen in a step, by the rank that reads them: it reports and ends the job."""
+    job = train(folder, ranks, {"data.path": "damaged.h5", "layout.data": str(ranks), "train.run_dir": f"damaged-{ranks}"})
+    assert job.returncode and "damaged.h5: token" in job.stderr and "vocab_size 257" in job.stderr, job.stderr
+
+
+def test_checkpoint_of_another_model_and_a_used_run_directory(folder):
+    first = train(folder, 1, {"train.run_dir": "used"})
+    assert first.returncode == 0, first.stderr
+    check(train(folder, 3, {"train.run_dir": "used", "layout.data": "3", "model.ffn_size": "55"}), 74,
+          ["another model", "ffn_size = 54", "55"])
+    check(train(folder, 1, {"train.run_dir": "used"}, "--resume", "never"), 2, ["--resume never", "used"])
+
+
+def test_lonely_processes_are_refused(folder):
+    job = run_mpi(0, ["-m", "mpillm", "train", "config.toml"], cwd=folder, env={"PMI_SIZE": "3", "PMI_RANK": "0"})
+    check(job, 1, ["3 processes", "world of 1 rank", "--mpi=pmi2"])
+    other = run_mpi(0, ["-m", "mpillm", "train", "config.toml"], cwd=folder, env={"PMI_SIZE": "3", "PMI_RANK": "2"})
+    assert other.returncode == 1 and not other.stderr.strip(), other.stderr
+
+
+def test_usage_errors_are_reported_once(folder):
+    for words in (["train"], ["train", "config.toml", "--steps"], ["fly"]):
+        job = run_mpi(0, ["-m", "mpillm", *words], cwd=folder)
+        check(job, 2, [])
+
+
+def test_an_exception_on_one_rank_ends_the_job(folder):
+    """With one report that names the rank, though the others wait in a collective."""
+    job = run_mpi(3, ["-c", "import mpillm\nfrom mpillm.comm import comm_world\n"
+                      "def main():\n"
+                      "    comm = comm_world()\n"
+                      "    if comm.rank == 1:\n        raise RuntimeError('planted')\n"
+                      "    comm.Barrier()\n"
+                      "mpillm.launch(main)"], cwd=folder, timeout=30)
+    assert job.returncode and job.stderr.count("RuntimeError: planted") == 1 and "[rank 1/3" in job.stderr, job.stderr
