@@ -16,7 +16,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config, Layout
-from mpillm.errors import CheckpointError, ConfigError, DataError, MpillmError, agree
+from mpillm.errors import CheckpointError, ConfigError, together
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
@@ -59,7 +59,7 @@ class Generator:
 
     def __init__(self, path, comm=None, overrides=None):
         comm = comm_world() if comm is None else comm
-        source, self.config, self.tokenizer = _together(
+        source, self.config, self.tokenizer = together(
             comm, lambda: _open(Path(path), overrides or {}, comm.size), f"open {path}")
         model, train, layout = self.config.model, self.config.train, self.config.layout
         is_exact = train.numerics == "exact"
@@ -71,7 +71,7 @@ class Generator:
         self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
         if model.tie_embeddings and layout.pipeline == 1:
             self.stage.head.linear.weight = self.stage.embedding.weight
-        _together(comm, lambda: load_weights(self.stage, source), f"read {source.path}")
+        together(comm, lambda: load_weights(self.stage, source), f"read {source.path}")
         chooses = self.stage.is_last and self.mesh.coord("tensor") == 0
         self._is_chooser, self._chooser = chooses, comm.allgather(chooses).index(True)
 
@@ -205,16 +205,3 @@ def _open(path, overrides, ranks):
                    if left % t == 0 and (train.numerics == "fast" or train.exact_blocks % t == 0)]
         config = replace(config, layout=replace(layout, tensor=fitting[-1]))
     return source, config.resolve(ranks), load_tokenizer(path)
-
-
-def _together(comm, work, action):
-    """Do ``work`` on every rank; if any fails, all raise."""
-    error = result = None
-    try:
-        result = work()
-    except MpillmError as caught:
-        error = caught
-    except OSError as caught:
-        error = DataError(str(caught))
-    agree(comm, error, action)
-    return result

@@ -129,7 +129,8 @@ class Checkpoint:
                 end = high
         if end != stop:
             raise CheckpointError(
-                f"checkpoint {self.path}: elements {end} ... of {kind} of {name} are missing, up to {stop} were asked for"
+                f"checkpoint {self.path}: of the elements {start} to {stop} of {kind} of {name}, those from {end} "
+                "are missing"
             )
         return out
 
