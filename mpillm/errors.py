@@ -99,6 +99,6 @@ def together(comm, work, action):
     except MpillmError as caught:
         error = caught
     except OSError as caught:
-        error = DataError(str(caught))
+        error = DataError(f"{action}: {caught}")
     agree(comm, error, action)
     return result

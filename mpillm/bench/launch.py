@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def run_job(command, samples_memory=False):
     """Run a command to its end, each rank with its share of the cores as threads.
 
     Local. Sampling takes processor time from the job (about 10 ms a GiB and sample), so a job is either timed or
-    sampled. If anything goes wrong here, the whole job is ended.
+    sampled. If this process is interrupted or asked to stop, the whole job is ended. Call it from the main thread.
 
     Parameters
     ----------
@@ -66,16 +66,17 @@ def run_job(command, samples_memory=False):
     environ = {name: value for name, value in os.environ.items() if name not in _THREAD_VARIABLES}
     peak = 0
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        job = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                               start_new_session=True)
-        try:
-            while samples_memory and job.poll() is None:
-                peak = max(peak, tree_pss(job.pid))
-                time.sleep(SAMPLE_EVERY_S)
-            job.wait()
-        except BaseException:
-            _end(job)
-            raise
+        with _exit_on_sigterm():
+            job = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                   start_new_session=True)
+            try:
+                while samples_memory and job.poll() is None:
+                    peak = max(peak, tree_pss(job.pid))
+                    time.sleep(SAMPLE_EVERY_S)
+                job.wait()
+            except BaseException:
+                _end(job)
+                raise
         output, errors = (_read(stream) for stream in (out, err))
     if job.returncode:
         tail = "\n".join(errors.splitlines()[-_TAIL_LINES:])
@@ -113,6 +114,16 @@ def _pss(pid):
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+@contextmanager
+def _exit_on_sigterm():
+    """Let a request to stop, as batch systems send it, unwind the program as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _end(job):

@@ -143,7 +143,9 @@ class Checkpoint:
                 dataset = file[where] if isinstance(link, h5py.HardLink) else None
                 if dataset is None or dataset.is_virtual or dataset.external or dataset.shape != (
                         shard["stop"] - shard["start"],) or dataset.dtype != dtype:
-                    raise CheckpointError(f"checkpoint file {file_path}: {where} is not the listed shard")
+                    raise CheckpointError(
+                        f"checkpoint file {file_path}: {where} is not the shard the manifest lists"
+                    )
                 values = dataset[:]
         except (OSError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint file {file_path}: {where} cannot be read ({error})") from error

@@ -132,9 +132,9 @@ class Formula:
             sizes, partial = (part * len(layers) for part in self.layer())
             if index == last:
                 sizes, partial = sizes + [m.hidden_size], partial + [m.hidden_size] * self.sp
-            ends = [end for end in (0, last) if index == end]
+            ends = sorted({0, last} & {index})
             if m.tie_embeddings:
-                found += [(sizes, partial, False)] + [(table, [], end == last and 0 in self.stages) for end in ends]
+                found += [(sizes, partial, False)] + [(table, [], end == last > 0 and 0 in self.stages) for end in ends]
             else:
                 found.append((sizes + table * (len(ends) + (last == 0)), partial, False))
         if m.tie_embeddings and last == 0:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 
@@ -59,20 +60,22 @@ def test_a_job_that_fails_shows_the_end_of_its_stderr():
     assert error.value.exit_code == 1
 
 
-def test_an_interrupted_job_leaves_no_process(monkeypatch):
-    seen = []
+@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interrupted_job_leaves_no_process(monkeypatch, number, raised):
+    seen, handler = [], signal.getsignal(signal.SIGTERM)
 
     def interrupt(pid):
         if len(launch.process_tree(pid)) < 2:
             return 0
         seen.extend(launch.process_tree(pid))
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        return 0
 
     script = SECOND_PROCESS.format("import time; time.sleep(60)") + "; child.wait()"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(raised):
         patch.setattr(launch, "tree_pss", interrupt)
         launch.run_job([sys.executable, "-c", script], samples_memory=True)
-    assert len(seen) == 2
+    assert len(seen) == 2 and signal.getsignal(signal.SIGTERM) == handler
     deadline = time.monotonic() + 10
     while any(launch.tree_pss(pid) for pid in seen) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -122,7 +122,7 @@ def test_a_directory(tmp_path):
 def test_hdf5_of_something_else(tmp_path):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = [1, 2, 3]
-    assert "no token file" in refused(tmp_path / "other.h5")
+    assert "not a token file" in refused(tmp_path / "other.h5")
 
 
 @pytest.mark.parametrize("lacking", ["train", "train/tokens", "train/documents"])
