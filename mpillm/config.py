@@ -355,6 +355,11 @@ def _check_layout(config, ranks):
 def _check_exact(config):
     """``exact`` admits the layouts whose shards are unions of its blocks."""
     blocks, layout = config.train.exact_blocks, config.layout
+    if config.train.dtype == "bfloat16":
+        raise ConfigError(
+            "train.numerics=exact with train.dtype=bfloat16: sums are rounded once a rank, so their bits would depend on "
+            "the layout; use train.dtype = float32 or float64"
+        )
     if blocks % layout.tensor:
         raise ConfigError(
             f"train.numerics=exact with exact_blocks={blocks}: layout.tensor={layout.tensor} must divide it; "

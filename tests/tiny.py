@@ -6,8 +6,10 @@ from dataclasses import replace
 import h5py
 import numpy as np
 
+from mpillm.comm.single import SingleComm
 from mpillm.config import Config
 from mpillm.train import compare
+from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 
 MODEL = {"hidden_size": 40, "num_layers": 7, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}
@@ -43,6 +45,16 @@ def train(engine, steps, first=1):
         found.append(engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],  # noqa: B023
                                        learning_rate(train, step)))
     return found
+
+
+def alone(config, comm, steps):
+    """Return losses, norms and whole weights of the run of one rank, computed on rank 0."""
+    found = None
+    if comm.rank == 0:
+        engine = Engine(config.resolve(1), SingleComm())
+        history = train(engine, steps)
+        found = history, {name: ranges[0][1].clone() for name, ranges in engine.weight_ranges().items()}
+    return comm.bcast(found)
 
 
 def representative(layouts):

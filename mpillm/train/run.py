@@ -47,8 +47,7 @@ class Run:
         self.config = together(self.comm, lambda: self._open_data(config.resolve(self.comm.size)), "data")
         self.folder = Path(config.train.run_dir)
         start = together(self.comm, lambda: self._find_start(resume), "resume")
-        make = self._make_folder if self.comm.rank == 0 else lambda: None
-        together(self.comm, make, f"train.run_dir = {self.folder}")
+        self._on_rank_0(lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True))
         self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
@@ -56,6 +55,7 @@ class Run:
         self.engine = Engine(self.config, self.comm, trace)
         self.step_number, self.samples_seen = 0, 0
         self._restore(start)
+        self._on_rank_0(self._describe)
         self._metrics_file = self._open_metrics() if self.comm.rank == 0 else None
 
     def __iter__(self):
@@ -193,11 +193,14 @@ class Run:
                 "of that run, or another train.run_dir"
             )
 
-    def _make_folder(self):
-        for folder in (self.folder, self.folder / "checkpoints", self.folder / "figures"):
-            folder.mkdir(parents=True, exist_ok=True)
+    def _describe(self):
+        """Write what describes the run, once it is sure to start."""
         (self.folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
         copy_tokenizer(self.config.data.path, self.folder)
+
+    def _on_rank_0(self, work):
+        """Write to the run directory on rank 0; all ranks learn whether it failed."""
+        together(self.comm, work if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
 
     def _open_metrics(self):
         """Open the metrics for appending, without the lines of steps that will be done again."""

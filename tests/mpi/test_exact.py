@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_all
-from tiny import GROUPED, one_for_every_degrees, tiny, train, with_layout
+from tiny import GROUPED, alone, one_for_every_degrees, tiny, train, with_layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpillm.comm.single import SingleComm
@@ -22,16 +22,6 @@ MODELS = {
     "tied-and-shared-heads": {**GROUPED["shared"], "model.tie_embeddings": True, "model.num_layers": 4},
     "straddling-heads-and-documents": {**GROUPED["straddling"], "data.mask_documents": True, "model.num_layers": 4},
 }
-
-
-def alone(config, comm, steps):
-    """Return losses, norms and whole weights of the run of one rank, computed on rank 0."""
-    found = None
-    if comm.rank == 0:
-        engine = Engine(config.resolve(1), SingleComm())
-        history = train(engine, steps)
-        found = history, {name: ranges[0][1].clone() for name, ranges in engine.weight_ranges().items()}
-    return comm.bcast(found)
 
 
 def covers(engine, whole, comm):
@@ -148,7 +138,9 @@ class Formula:
     def whole_shapes(self):
         """Shapes that only a whole split weight has."""
         m = self.model
-        rows = [m.vocab_size, m.ffn_size, m.num_heads * m.head_dim]
+        rows = [m.vocab_size, m.ffn_size]
+        if not self.is_exact or self.t <= m.num_kv_heads:  # exact does not divide a key/value group
+            rows.append(m.num_heads * m.head_dim)
         return {shape for n in rows for shape in ((n, m.hidden_size), (m.hidden_size, n))} if self.t > 1 else set()
 
     def bytes(self):

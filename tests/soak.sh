@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice.
+#   bash tests/soak.sh [BIN]
+# BIN holds the python and mpiexec to use: what tests/run.sh made, if not given.
+set -eu
+root=$(realpath "$(dirname "$0")/..")
+bin=${1:-$root/.venv-test-mpich/bin}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MPIR_CVAR_POLLS_BEFORE_YIELD=${MPIR_CVAR_POLLS_BEFORE_YIELD:-100}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+for n in 1 2 3 4; do
+    "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/soak.py"
+done
