@@ -357,8 +357,8 @@ def _check_exact(config):
     blocks, layout = config.train.exact_blocks, config.layout
     if config.train.dtype == "bfloat16":
         raise ConfigError(
-            "train.numerics=exact with train.dtype=bfloat16: sums are rounded once a rank, so their bits would depend on "
-            "the layout; use train.dtype = float32 or float64"
+            "train.numerics=exact with train.dtype=bfloat16: sums are rounded once a rank, so that their bits would "
+            "depend on the layout; use train.dtype = float32 or float64"
         )
     if blocks % layout.tensor:
         raise ConfigError(
