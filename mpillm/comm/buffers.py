@@ -24,16 +24,16 @@ def as_array(x):
 
     bfloat16 has no numpy type: it is only ever moved (:func:`as_bytes`), never handed to MPI for a sum.
     """
-    return _flat(x).numpy()
+    return flat(x).numpy()
 
 
 def as_bytes(x):
     """View a contiguous host tensor as a flat array of bytes, for MPI to move."""
-    return _flat(x).view(torch.uint8).numpy() if x.numel() else np.empty(0, np.uint8)
+    return flat(x).view(torch.uint8).numpy() if x.numel() else np.empty(0, np.uint8)
 
 
-def _flat(x):
-    """View as one dimension; ``reshape`` would keep the odd strides that dimensions of size one may have."""
+def flat(x):
+    """View contiguous ``x`` as one dimension; ``reshape`` would keep odd strides that dimensions of size one may have."""
     return x.as_strided((x.numel(),), (1,))
 
 

@@ -4,20 +4,23 @@ Every function takes an mpi4py communicator or a :class:`~mpillm.comm.group.Grou
 CUDA tensor (CUDA is staged through pinned host memory), of float64, float32, bfloat16, float16 or an integer type, and
 returns a new tensor; inputs are never changed. Half types travel as two bytes and are summed in float32, rounded once.
 Blocks of a dimension are those of :mod:`mpillm.schedules.blocks`: sizes need not divide, and may be zero.
+
+Here tensors become flat host memory and back; what carries them the group's decision table says: the MPI library
+(:mod:`mpillm.comm.library`), memory that the ranks share (:mod:`mpillm.comm.shared`) or a schedule
+(:mod:`mpillm.comm.executor`).
 """
 
-import os
+import math
+from itertools import accumulate, pairwise
 
-import torch
-
-from mpillm.comm.buffers import HALF_TYPES, as_array, as_bytes, host_empty, staged, unstaged
-from mpillm.comm.group import Group, as_group
+from mpillm.comm.buffers import flat, host_empty, staged, unstaged
+from mpillm.comm.group import as_group
+from mpillm.comm.library import finish
 from mpillm.errors import ShapeError
 from mpillm.schedules.blocks import bounds, counts
-from mpillm.schedules.tree import tree_sum
 
 
-def allreduce(x, comm, op="sum"):
+def allreduce(x, comm, op="sum", out=None):
     """Combine ``x`` over all ranks; every rank gets the result.
 
     Collective over ``comm``: equal shapes and dtypes.
@@ -27,6 +30,8 @@ def allreduce(x, comm, op="sum"):
     x : Tensor, any shape, partial
     comm : Comm or Group
     op : {"sum", "max"}
+    out : Tensor, optional
+        Contiguous, like ``x``: where the result goes; may be ``x``.
 
     Returns
     -------
@@ -34,32 +39,28 @@ def allreduce(x, comm, op="sum"):
 
     Notes
     -----
-    Backward as a linear operator: see :mod:`mpillm.autograd.regions`. Sends ``2 (p-1)/p n`` bytes a rank. The sum has
-    the order of the group: the MPI library's, or the fixed tree; half types and the tree exchange blocks directly and
-    add them where they arrive.
+    Backward as a linear operator: see :mod:`mpillm.autograd.regions`. Sends ``2 (p-1)/p n`` bytes a rank, or nothing
+    where memory is shared; if ``out`` lies in a window (:meth:`mpillm.comm.shared.Node.empty`), there. The order of sums
+    is that of the algorithm, or with a group of order ``"tree"`` the fixed tree.
     """
-    return iallreduce(x, comm, op).wait()
+    return iallreduce(x, comm, op, out, may_block=True).wait()
 
 
-def iallreduce(x, comm, op="sum"):
-    """Start :func:`allreduce`; return a :class:`Pending` whose ``wait()`` gives its result."""
+def iallreduce(x, comm, op="sum", out=None, may_block=False):
+    """Start :func:`allreduce`; return a :class:`Pending` whose ``wait()`` gives its result.
+
+    ``may_block`` lets it take an algorithm that makes no progress by itself, such as shared memory; so in all others.
+    """
     group = as_group(comm)
     if group.size == 1:
-        return Pending(x.detach().clone())
+        return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
     n_bytes = x.numel() * x.element_size()
     group.record("allreduce", 2 * (n_bytes - n_bytes // group.size))
     source = staged(x)
-    if op == "sum" and _is_direct(x, group):
-        flat = source.reshape(-1)
-        block = _direct_reduce(flat, counts(flat.numel(), group.size), group)
-        whole = _gather_blocks(block, counts(flat.numel(), group.size), group)
-        return Pending(unstaged(whole.view(x.shape), x))
-    if x.dtype in HALF_TYPES:  # a maximum in float32 is exact
-        unrecorded = Group(group.comm, group.name)
-        return Pending(allreduce(x.float(), unrecorded, op).to(x.dtype))
-    out = host_empty(x.shape, x)
-    request = group.comm.Iallreduce(as_array(source), as_array(out), _mpi_op(op))
-    return Pending(out, request, (source,), lambda: unstaged(out, x))
+    host = host_empty(x.shape, x) if out is None or out.is_cuda else out
+    request = group.transport("allreduce", x, n_bytes, may_block).allreduce(flat(source), flat(host), op)
+    return Pending(host, request, (source,),
+                   lambda: unstaged(host, x) if out is None or host is out else out.copy_(host))
 
 
 def reduce_scatter(x, comm, dim=0):
@@ -82,25 +83,22 @@ def reduce_scatter(x, comm, dim=0):
     -----
     Sends ``n`` less the own block. Order of sums: as in :func:`allreduce`.
     """
-    return ireduce_scatter(x, comm, dim).wait()
+    return ireduce_scatter(x, comm, dim, may_block=True).wait()
 
 
-def ireduce_scatter(x, comm, dim=0):
+def ireduce_scatter(x, comm, dim=0, may_block=False):
     """Start :func:`reduce_scatter`."""
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
-    width = rows[0].numel() if rows.shape[0] else 0
-    sizes = [rows_i * width for rows_i in counts(rows.shape[0], group.size)]
-    group.record("reduce_scatter", (rows.numel() - sizes[group.rank]) * x.element_size())
+    cuts = _blocks(counts(rows.shape[0], group.size), rows)
     low, high = bounds(rows.shape[0], group.size, group.rank)
-    shape = (high - low, *rows.shape[1:])
-    if _is_direct(x, group):
-        block = _direct_reduce(rows.reshape(-1), sizes, group).view(shape)
-        return Pending(unstaged(block, x).movedim(0, dim))
-    out = host_empty(shape, x)
-    request = group.comm.Ireduce_scatter(as_array(rows), as_array(out), sizes, _mpi_op("sum"))
+    out = host_empty((high - low, *rows.shape[1:]), x)
+    n_bytes = rows.numel() * x.element_size()
+    group.record("reduce_scatter", n_bytes - out.numel() * x.element_size())
+    transport = group.transport("reduce_scatter", x, n_bytes, may_block)
+    request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
@@ -131,10 +129,10 @@ def allgather(x, comm, dim=0, size=None):
     -----
     Sends the own block ``p-1`` times.
     """
-    return iallgather(x, comm, dim, size).wait()
+    return iallgather(x, comm, dim, size, may_block=True).wait()
 
 
-def iallgather(x, comm, dim=0, size=None):
+def iallgather(x, comm, dim=0, size=None, may_block=False):
     """Start :func:`allgather`."""
     group = as_group(comm)
     if group.size == 1:
@@ -149,28 +147,29 @@ def iallgather(x, comm, dim=0, size=None):
                 f"size={size} over {group.size} ranks is {lengths[group.rank]}: pass the block that scatter gives"
             )
     rows = staged(x.movedim(dim, 0))
-    group.record("allgather", (group.size - 1) * rows.numel() * x.element_size())
     out = host_empty((sum(lengths), *rows.shape[1:]), x)
-    width = out[0].numel() * x.element_size() if out.shape[0] else 0
-    request = group.comm.Iallgatherv(as_bytes(rows), [as_bytes(out), [n * width for n in lengths]])
+    group.record("allgather", (group.size - 1) * rows.numel() * x.element_size())
+    transport = group.transport("allgather", x, out.numel() * x.element_size(), may_block)
+    request = transport.allgather(flat(rows), flat(out), _blocks(lengths, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
 def reduce_scatter_blocks(x, comm):
-    """Sum flat ``x`` over the ranks where it lies; return this rank's block of the sum, a view of ``x``'s beginning.
+    """Sum flat ``x`` over the ranks where it lies; return this rank's block of it, which holds the sum.
 
-    Collective over ``comm``: equal shapes and dtypes. Destroys ``x``: for buffers too large to have twice.
+    Collective over ``comm``: equal shapes and dtypes. Destroys the other blocks: for buffers too large to have twice.
     """
     group = as_group(comm)
     if group.size == 1:
         return x
-    sizes = counts(len(x), group.size)
-    own = x[:sizes[group.rank]]
-    if x.is_cuda or _is_direct(x, group):
-        return own.copy_(reduce_scatter(x, group))
+    cuts = _blocks(counts(len(x), group.size), x)
+    own = x[slice(*cuts[group.rank])]
     group.record("reduce_scatter", (len(x) - len(own)) * x.element_size())
-    finish(group.comm.Ireduce_scatter(_in_place(), as_array(x), sizes, _mpi_op("sum")))
-    return own
+    host = staged(x)
+    block = host[slice(*cuts[group.rank])]
+    transport = group.transport("reduce_scatter", x, x.numel() * x.element_size(), True)
+    finish(transport.reduce_scatter(host, block, cuts, "sum"))
+    return own.copy_(block) if x.is_cuda else own
 
 
 def allgather_blocks(x, comm):
@@ -181,11 +180,11 @@ def allgather_blocks(x, comm):
     group = as_group(comm)
     if group.size == 1:
         return
-    own = counts(len(x), group.size)
-    group.record("allgather", (group.size - 1) * own[group.rank] * x.element_size())
-    host = staged(x)
-    lengths = [n * x.element_size() for n in own]
-    finish(group.comm.Iallgatherv(_in_place(), [as_bytes(host), lengths]))
+    cuts, host = _blocks(counts(len(x), group.size), x), staged(x)
+    own = host[slice(*cuts[group.rank])]
+    group.record("allgather", (group.size - 1) * len(own) * x.element_size())
+    transport = group.transport("allgather", x, x.numel() * x.element_size(), True)
+    finish(transport.allgather(own, host, cuts))
     if x.is_cuda:
         x.copy_(host)
 
@@ -199,17 +198,19 @@ def bcast(x, comm, root=0):
     -------
     Tensor, same shape, replicated
     """
-    return ibcast(x, comm, root).wait()
+    return ibcast(x, comm, root, may_block=True).wait()
 
 
-def ibcast(x, comm, root=0):
+def ibcast(x, comm, root=0, may_block=False):
     """Start :func:`bcast`."""
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
     out = staged(x).clone()
-    group.record("bcast", x.numel() * x.element_size() if group.rank == root else 0)
-    return Pending(out, group.comm.Ibcast(as_bytes(out), root), (), lambda: unstaged(out, x))
+    n_bytes = x.numel() * x.element_size()
+    group.record("bcast", n_bytes if group.rank == root else 0)
+    request = group.transport("bcast", x, n_bytes, may_block).bcast(flat(out), root)
+    return Pending(out, request, (), lambda: unstaged(out, x))
 
 
 def alltoall(x, comm, dim=0):
@@ -226,21 +227,21 @@ def alltoall(x, comm, dim=0):
     Tensor, shape (..., p * n_i, ...), varying
         ``n_i`` the size of this rank's block of ``n``.
     """
-    return ialltoall(x, comm, dim).wait()
+    return ialltoall(x, comm, dim, may_block=True).wait()
 
 
-def ialltoall(x, comm, dim=0):
+def ialltoall(x, comm, dim=0, may_block=False):
     """Start :func:`alltoall`."""
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
-    mine = counts(rows.shape[0], group.size)[group.rank]
+    sends = counts(rows.shape[0], group.size)
+    mine, n_bytes = sends[group.rank], rows.numel() * x.element_size()
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
-    width = rows[0].numel() * x.element_size() if rows.shape[0] else 0
-    send = [n * width for n in counts(rows.shape[0], group.size)]
-    group.record("alltoall", sum(send) - send[group.rank])
-    request = group.comm.Ialltoallv([as_bytes(rows), send], [as_bytes(out), [mine * width] * group.size])
+    group.record("alltoall", n_bytes - out.numel() // group.size * x.element_size())
+    request = group.transport("alltoall", x, n_bytes, may_block).alltoall(
+        flat(rows), flat(out), _blocks(sends, rows), _blocks([mine] * group.size, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
@@ -253,10 +254,10 @@ def scatter(x, comm, dim=0, root=0):
     -------
     Tensor, shape (..., n_i, ...), sharded(dim)
     """
-    return iscatter(x, comm, dim, root).wait()
+    return iscatter(x, comm, dim, root, may_block=True).wait()
 
 
-def iscatter(x, comm, dim=0, root=0):
+def iscatter(x, comm, dim=0, root=0, may_block=False):
     """Start :func:`scatter`."""
     group = as_group(comm)
     if group.size == 1:
@@ -264,12 +265,11 @@ def iscatter(x, comm, dim=0, root=0):
     rows = staged(x.movedim(dim, 0))
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
-    width = rows[0].numel() * x.element_size() if rows.shape[0] else 0
-    send = [n * width for n in counts(rows.shape[0], group.size)]
-    group.record("scatter", sum(send) - send[root] if group.rank == root else 0)
-    sending = [as_bytes(rows), send] if group.rank == root else None
-    return Pending(out, group.comm.Iscatterv(sending, as_bytes(out), root), (rows,),
-                   lambda: unstaged(out, x).movedim(0, dim))
+    n_bytes = rows.numel() * x.element_size()
+    group.record("scatter", n_bytes - out.numel() * x.element_size() if group.rank == root else 0)
+    request = group.transport("scatter", x, n_bytes, may_block).scatter(
+        flat(rows), flat(out), _blocks(counts(rows.shape[0], group.size), rows), root)
+    return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
 def gather(x, comm, dim=0, root=0):
@@ -281,22 +281,21 @@ def gather(x, comm, dim=0, root=0):
     -------
     Tensor, shape (..., n, ...) on the root; shape (..., 0, ...) elsewhere
     """
-    return igather(x, comm, dim, root).wait()
+    return igather(x, comm, dim, root, may_block=True).wait()
 
 
-def igather(x, comm, dim=0, root=0):
+def igather(x, comm, dim=0, root=0, may_block=False):
     """Start :func:`gather`; the ranks tell each other their sizes first."""
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(x.movedim(dim, 0))
-    here = group.rank == root
-    out = host_empty((sum(lengths) if here else 0, *rows.shape[1:]), x)
-    width = out[0].numel() * x.element_size() if out.shape[0] else 0
-    group.record("gather", 0 if here else rows.numel() * x.element_size())
-    receiving = [as_bytes(out), [n * width for n in lengths]] if here else None
-    return Pending(out, group.comm.Igatherv(as_bytes(rows), receiving, root), (rows,),
+    out = host_empty((sum(lengths) if group.rank == root else 0, *rows.shape[1:]), x)
+    group.record("gather", 0 if group.rank == root else rows.numel() * x.element_size())
+    cuts = _blocks(lengths, rows)
+    transport = group.transport("gather", x, cuts[-1][1] * x.element_size(), may_block)
+    return Pending(out, transport.gather(flat(rows), flat(out), cuts, root), (rows,),
                    lambda: unstaged(out, x).movedim(0, dim))
 
 
@@ -319,47 +318,7 @@ class Pending:
         return self._result if self._finish is None else self._finish()
 
 
-def finish(request):
-    """Wait for an MPI request, leaving the core to others meanwhile: ranks may outnumber cores."""
-    while not request.Test():
-        os.sched_yield()
-
-
-def add_tree(parts):
-    """Add tensors along the fixed tree; half types in float32, rounded once at the end."""
-    if parts[0].dtype in HALF_TYPES:
-        return tree_sum([part.float() for part in parts], torch.add).to(parts[0].dtype)
-    return tree_sum(parts, torch.add)
-
-
-def _is_direct(x, group):
-    """Tell whether a sum must be done here rather than by the MPI library."""
-    return group.order == "tree" or x.dtype in HALF_TYPES
-
-
-def _direct_reduce(flat, sizes, group):
-    """Exchange blocks directly and add the ``p`` contributions to the own block in rank order, along the tree."""
-    mine, item = sizes[group.rank], flat.element_size()
-    received = torch.empty(group.size * mine, dtype=flat.dtype)
-    send = [n * item for n in sizes]
-    finish(group.comm.Ialltoallv([as_bytes(flat), send], [as_bytes(received), [mine * item] * group.size]))
-    return add_tree(list(received.view(group.size, mine)))
-
-
-def _gather_blocks(block, sizes, group):
-    whole = torch.empty(sum(sizes), dtype=block.dtype)
-    item = block.element_size()
-    finish(group.comm.Iallgatherv(as_bytes(block), [as_bytes(whole), [n * item for n in sizes]]))
-    return whole
-
-
-def _in_place():
-    from mpi4py import MPI
-
-    return MPI.IN_PLACE
-
-
-def _mpi_op(op):
-    from mpi4py import MPI
-
-    return {"sum": MPI.SUM, "max": MPI.MAX}[op]
+def _blocks(lengths, rows):
+    """Return ``(start, stop)`` in flat memory of blocks of so many rows each."""
+    width = math.prod(rows.shape[1:])
+    return list(pairwise(accumulate((length * width for length in lengths), initial=0)))

@@ -1,6 +1,11 @@
-"""A communicator as mpillm uses it: cloned, named, with an order of sums and a recorder."""
+"""A communicator as mpillm uses it: cloned, named, with an order of sums, a decision table and a recorder."""
 
+from functools import cached_property
+
+from mpillm.comm.library import Library
 from mpillm.comm.recorder import Recorder
+from mpillm.comm.shared import make_node
+from mpillm.plan import DEFAULT_TABLE, LIBRARY, WINDOW
 
 _keyval = None
 
@@ -15,20 +20,49 @@ class Group:
     name : str
         The mesh axis, for records and messages.
     order : {"any", "tree"}
-        Order of sums: whatever the MPI library does (repeatable for one library and rank count), or the fixed binary
-        tree of :mod:`mpillm.schedules.tree`.
+        Order of sums: that of the algorithm in use (repeatable for one rank count), or the fixed binary tree of
+        :mod:`mpillm.schedules.tree`.
     recorder : Recorder, optional
         Where calls are counted.
+    table : DecisionTable, optional
+        Which algorithm each collective takes.
     """
 
-    def __init__(self, comm, name="world", order="any", recorder=None):
-        self.comm, self.name, self.order = comm, name, order
+    def __init__(self, comm, name="world", order="any", recorder=None, table=DEFAULT_TABLE):
+        self.comm, self.name, self.order, self.table = comm, name, order, table
         self.recorder = Recorder() if recorder is None else recorder
         self.rank, self.size = comm.rank, comm.size
+        self._library, self._scheduled = Library(self), {}
+
+    @cached_property
+    def node(self):
+        """The shared memory of these ranks, or None where they do not share a node. Collective on first use."""
+        return make_node(self.comm)
+
+    def transport(self, op, x, n_bytes, is_blocking):
+        """Return what carries out ``op`` on tensors like ``x``, ``n_bytes`` in all.
+
+        Collective on first use. Shared memory makes no progress by itself, so nonblocking calls never take it.
+        """
+        algorithm = self.table.choose(op, self.name, str(x.dtype).removeprefix("torch."), n_bytes)
+        if algorithm == WINDOW:
+            return (self.node if is_blocking else None) or self._library
+        if algorithm == LIBRARY or self.order == "tree":
+            return self._library
+        if algorithm not in self._scheduled:
+            from mpillm.comm.scheduled import Scheduled
+            self._scheduled[algorithm] = Scheduled(self, algorithm)
+        return self._scheduled[algorithm]
 
     def record(self, operation, n_bytes):
         """Count one call of ``operation`` that sends ``n_bytes`` from this rank."""
         self.recorder.add(self.name, operation, n_bytes)
+
+    def free(self):
+        """Release the shared memory and the communicator. Collective."""
+        if self.__dict__.get("node") is not None:
+            self.node.free()
+        self.comm.Free()
 
 
 def as_group(comm):
@@ -49,10 +83,10 @@ def as_group(comm):
 
 
 def _attribute_key():
-    """Create, once, the key under which a communicator keeps its group; freeing the communicator frees the clone."""
+    """Create, once, the key under which a communicator keeps its group; freeing the communicator frees the group."""
     global _keyval
     if _keyval is None:
         from mpi4py import MPI
 
-        _keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, key, group: group.comm.Free())
+        _keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, key, group: group.free())
     return _keyval

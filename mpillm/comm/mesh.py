@@ -73,7 +73,7 @@ class Mesh:
     def free(self):
         """Release the communicators. Collective over the mesh."""
         for group in (*self._groups.values(), self.world):
-            group.comm.Free()
+            group.free()
 
     def __enter__(self):
         return self

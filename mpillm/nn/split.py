@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpillm.autograd.regions import allgather_to, copy_to, reduce_from, reduce_scatter_from
-from mpillm.comm.collectives import add_tree
+from mpillm.comm.sums import combine_tree
 from mpillm.schedules.blocks import bounds, counts
 
 
@@ -147,7 +147,7 @@ class _FanOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return add_tree(list(grads)), None
+        return combine_tree(list(grads)), None
 
 
 class _FanIn(torch.autograd.Function):
@@ -156,7 +156,7 @@ class _FanIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *parts):
         ctx.count = len(parts)
-        return add_tree(list(parts))
+        return combine_tree(list(parts))
 
     @staticmethod
     def backward(ctx, grad):

@@ -119,7 +119,10 @@ class Engine:
         return _by_name((p.shard, p.detach().reshape(-1)) for p in parameters)
 
     def free(self):
-        """Release the communicators."""
+        """Release the memory of the model and the communicators."""
+        self.optimizer = self.reduced = None
+        for bucket in self.all_buckets:
+            bucket.free()
         self.mesh.free()
 
     def _make_stages(self):

@@ -1,5 +1,8 @@
 """Flat storage: the parameters and gradients of a stage in flat buffers that are cut evenly over the data axis.
 
+Where data ranks share a node the buffers lie in shared memory: gradients are reduced where they lie, and of weights whose
+optimiser is sharded there is one copy, which every rank reads and of which each updates its shard.
+
 Every parameter starts on a multiple of 16 elements, and so does every shard: fused optimisers then compute the same
 bits on a shard as on the whole.
 """
@@ -60,17 +63,40 @@ class Bucket:
         self.size = align(end, ALIGNMENT * self.group.size)
         first = self.parameters[0]
         wide = torch.promote_types(first.dtype, torch.float32)
-        self.data = tied_to.data if tied_to else torch.zeros(self.size, dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros(self.size, dtype=wide, device=first.device)
-        for p, offset in zip(self.parameters, self.offsets):
-            part = slice(offset, offset + p.numel())
-            if not tied_to:
-                self.data[part] = p.detach().reshape(-1)
-            p.data, p.main_grad = self.data[part].view(p.shape), self.grad[part].view(p.shape)
+        node = self.group.node if first.device.type == "cpu" else None
+        self.is_one_copy = node is not None and is_sharded and node.has_room(self.size * first.dtype.itemsize)
+        if tied_to:
+            self.data, self.is_one_copy = tied_to.data, tied_to.is_one_copy
+        elif self.is_one_copy:
+            self.data = node.one_copy(self.size, first.dtype)
+        else:
+            self.data = torch.zeros(self.size, dtype=first.dtype, device=first.device)
+        if node is not None and node.has_room(self.size * wide.itemsize * node.size):
+            self.grad = node.empty(self.size, wide).zero_()
+        else:
+            self.grad = torch.zeros(self.size, dtype=wide, device=first.device)
+        if not tied_to and not (self.is_one_copy and self.group.rank > 0):
+            for p, offset in zip(self.parameters, self.offsets):
+                self.data[offset:offset + p.numel()] = p.detach().reshape(-1)
+        self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
         self.is_sharded = is_sharded
+        if self.is_one_copy:
+            node.barrier()
         self.master = None  # what the optimiser updates: a view of the data, or float32 masters of it
         self.load_master()
+
+    def _make_views(self):
+        """Let the parameters and their gradients lie in the buffers."""
+        for p, offset in zip(self.parameters, self.offsets):
+            part = slice(offset, offset + p.numel())
+            p.data, p.main_grad = self.data[part].view(p.shape), self.grad[part].view(p.shape)
+
+    def free(self):
+        """Let go of the buffers, whose memory may be shared and about to go: parameters become empty."""
+        self.data = self.grad = self.master = None
+        for p in self.parameters:
+            p.data, p.main_grad = p.data.new_empty(0), None
 
     def load_master(self):
         """Take the data as they are for the optimiser to start from."""
@@ -97,7 +123,7 @@ class Bucket:
         """Add up gradients of which each tensor rank saw a part. Collective over the tensor axis."""
         if self.num_partial and self.mesh.size("tensor") > 1:
             part = self.grad[:self.num_partial]
-            part.copy_(collectives.allreduce(part, self.mesh.group("tensor")))
+            collectives.allreduce(part, self.mesh.group("tensor"), out=part)
 
     def reduce(self, is_whole):
         """Sum the gradient over the data axis; return this rank's range of it, or with ``is_whole`` all of it.
@@ -109,14 +135,17 @@ class Bucket:
         block = collectives.reduce_scatter_blocks(self.grad, self.group)
         if self.is_sharded and not is_whole:
             return block
-        return self.grad.copy_(collectives.allgather(block, self.group, size=self.size))
+        collectives.allgather_blocks(self.grad, self.group)
+        return self.grad
 
     def publish(self):
         """Give every rank the updated parameters. Collective over the data axis."""
         own = self.data[slice(*self.range)]
         if self.data.dtype != self.grad.dtype:
             own.copy_(self.master)
-        if self.is_sharded:
+        if self.is_one_copy:
+            self.group.node.barrier()
+        elif self.is_sharded:
             collectives.allgather_blocks(self.data, self.group)
 
 

@@ -8,10 +8,11 @@ import torch
 from helpers import assert_all
 
 from mpillm import comm as mpi
-from mpillm.comm import collectives
+from mpillm.comm import collectives, shared
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.single import SingleComm
 from mpillm.errors import ShapeError
+from mpillm.plan import OPERATIONS, DecisionTable
 from mpillm.schedules.blocks import bounds, counts
 from mpillm.schedules.tree import tree_sum
 
@@ -54,8 +55,19 @@ def wide(x):
 
 
 def groups(comm):
-    """The ways to call: any communicator, and a group with the fixed order of sums."""
-    return [comm, Group(as_group(comm).comm, order="tree")] if comm.size > 1 else [SingleComm(), comm]
+    """The ways to call: any communicator, one whose ranks share memory, a group with the fixed order of sums."""
+    if comm.size == 1:
+        return [SingleComm(), comm]
+    return [comm, with_windows(comm), Group(as_group(comm).comm, order="tree")]
+
+
+def with_windows(comm):
+    """A group that takes shared memory for every size, through slots so small that all takes several rounds."""
+    if not hasattr(as_group(comm), "small"):
+        group = Group(as_group(comm).comm, table=DecisionTable(tuple((op, "*", "*", None, "window") for op in OPERATIONS)))
+        group.node.slot_bytes, group.node.at_once_bytes = 512, 32
+        as_group(comm).small = group
+    return as_group(comm).small
 
 
 def compare(comm, dtype, operation, wanted, is_sum=False):
@@ -66,7 +78,7 @@ def compare(comm, dtype, operation, wanted, is_sum=False):
         before = x.clone()
         right = wanted([wide(data(shape, dtype, rank)) for rank in range(comm.size)], dim)
         limit = comm.size * 40 * ROUNDING.get(dtype, 0) if is_sum else 0
-        for number, group in enumerate(groups(comm) if is_sum else [comm]):
+        for number, group in enumerate(groups(comm)):
             found = operation(x, group, dim)
             same = found.dtype == dtype and found.shape == right.shape and np.allclose(wide(found), right, 0, limit)
             if not (same and torch.equal(x, before)):
@@ -191,12 +203,31 @@ def test_flat_buffers_are_reduced_and_filled_where_they_lie(comm, dtype):
     for size, group in itertools.product(SIZES, groups(comm)):
         x, total = data((size,), dtype, comm.rank), mpi.allreduce(data((size,), dtype, comm.rank), group)
         own = collectives.reduce_scatter_blocks(x, group)
-        ok = torch.allclose(own, own_block(total, comm, 0), rtol=1e-6, atol=1e-6) and own.data_ptr() in (x.data_ptr(), 0)
+        ok = torch.allclose(own, own_block(total, comm, 0), rtol=1e-6, atol=1e-6)
+        ok &= own.data_ptr() == own_block(x, comm, 0).data_ptr()
         whole = data((size,), dtype, 0)
         y = torch.zeros_like(whole)
         own_block(y, comm, 0).copy_(own_block(whole, comm, 0))
         collectives.allgather_blocks(y, group)
         assert_all(ok and torch.equal(y, whole), f"{size} {own} {y}", comm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_in_a_window_are_combined_where_they_lie(comm, dtype, monkeypatch):
+    """And give the bits that messages in the fixed order give."""
+    node = with_windows(comm).node if comm.size > 1 else None
+    monkeypatch.setattr(shared, "PIECE_BYTES", 64)
+    tree = groups(comm)[-1]
+    for size in SIZES + [1001] if node else []:
+        x, room = data((size,), dtype, comm.rank), node.empty(size + 5, dtype)
+        view, group = room[3:size + 3].copy_(x), with_windows(comm)
+        ok = torch.equal(mpi.allreduce(x, group, out=view), mpi.allreduce(x, tree))
+        ok &= torch.equal(mpi.allreduce(x, group, "max", view), mpi.allreduce(x, tree, "max"))
+        view.copy_(x)
+        ok &= torch.equal(collectives.reduce_scatter_blocks(view, group), mpi.reduce_scatter(x, tree))
+        collectives.allgather_blocks(view, group)
+        ok &= torch.equal(view, mpi.allreduce(x, tree))
+        assert_all(ok, f"{dtype} {size}", comm)
 
 
 def test_sums_repeat_bit_for_bit(comm):

@@ -1,0 +1,96 @@
+"""The MPI library's own collectives, on flat host tensors.
+
+Every method starts an operation and returns its request, or None where it is done. :class:`mpillm.comm.shared.Node` and
+:class:`mpillm.comm.executor.Scheduled` have the same methods. ``cuts`` are the ``(start, stop)`` of every rank's block.
+"""
+
+import os
+
+import torch
+
+from mpillm.comm.buffers import HALF_TYPES, as_array, as_bytes
+from mpillm.comm.sums import combine_tree
+from mpillm.schedules.blocks import bounds
+
+
+class Library:
+    """The library's collectives over one group.
+
+    MPI knows no half types and promises no order of sums: sums of half types, and all sums of a group with the fixed
+    order, are exchanged directly and added where they arrive.
+    """
+
+    def __init__(self, group):
+        self.comm, self.rank, self.size = group.comm, group.rank, group.size
+        self._has_fixed_order = group.order == "tree"
+
+    def allreduce(self, x, out, op):
+        """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
+        if self._is_direct(x):
+            cuts = [bounds(len(x), self.size, rank) for rank in range(self.size)]
+            own = out[slice(*cuts[self.rank])]
+            self.reduce_scatter(x, own, cuts, op)
+            return self.allgather(own, out, cuts)
+        source = _mpi().IN_PLACE if x.data_ptr() == out.data_ptr() else as_array(x)
+        return self.comm.Iallreduce(source, as_array(out), self._op(op))
+
+    def reduce_scatter(self, x, out, cuts, op):
+        """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
+        sizes = [high - low for low, high in cuts]
+        if self._is_direct(x):
+            received = torch.empty(self.size * len(out), dtype=x.dtype)
+            arrivals = [(rank * len(out), (rank + 1) * len(out)) for rank in range(self.size)]
+            finish(self.alltoall(x, received, cuts, arrivals))
+            out.copy_(combine_tree(list(received.view(self.size, len(out))), op))
+        elif x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
+            finish(self.comm.Ireduce_scatter(_mpi().IN_PLACE, as_array(x), sizes, self._op(op)))
+            as_array(out)[:] = as_array(x)[:len(out)]  # MPI leaves it at the beginning; numpy minds the overlap
+        else:
+            return self.comm.Ireduce_scatter(as_array(x), as_array(out), sizes, self._op(op))
+
+    def allgather(self, x, out, cuts):
+        """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
+        is_in_place = out[slice(*cuts[self.rank])].data_ptr() == x.data_ptr()
+        source = _mpi().IN_PLACE if is_in_place else as_bytes(x)
+        return self.comm.Iallgatherv(source, [as_bytes(out), _layout(cuts, x)])
+
+    def bcast(self, x, root):
+        """Give every rank the ``x`` of ``root``."""
+        return self.comm.Ibcast(as_bytes(x), root)
+
+    def alltoall(self, x, out, sends, receives):
+        """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``."""
+        return self.comm.Ialltoallv([as_bytes(x), _layout(sends, x)], [as_bytes(out), _layout(receives, x)])
+
+    def scatter(self, x, out, cuts, root):
+        """Give every rank its block of the root's ``x``."""
+        source = [as_bytes(x), _layout(cuts, x)] if self.rank == root else None
+        return self.comm.Iscatterv(source, as_bytes(out), root)
+
+    def gather(self, x, out, cuts, root):
+        """Give the root the blocks ``x`` of all."""
+        target = [as_bytes(out), _layout(cuts, x)] if self.rank == root else None
+        return self.comm.Igatherv(as_bytes(x), target, root)
+
+    def _is_direct(self, x):
+        return self._has_fixed_order or x.dtype in HALF_TYPES
+
+    def _op(self, op):
+        return {"sum": _mpi().SUM, "max": _mpi().MAX}[op]
+
+
+def finish(request):
+    """Wait for a request, leaving the core to others meanwhile: ranks may outnumber cores."""
+    while request is not None and not request.Test():
+        os.sched_yield()
+
+
+def _layout(cuts, x):
+    """Return sizes and places of blocks in bytes."""
+    return [(high - low) * x.element_size() for low, high in cuts], [low * x.element_size() for low, _ in cuts]
+
+
+def _mpi():
+    from mpi4py import MPI
+
+    return MPI
