@@ -18,7 +18,7 @@ COMMANDS = {
     "convert": "Hugging Face Llama weights out of a run, or into a new one",
     "report": "draw the pictures of a run",
 }
-UNDER_MPI = ("doctor", "train", "verify", "generate")
+UNDER_MPI = ("doctor", "train", "verify", "generate", "bench collectives")
 
 
 class Commands(click.Group):
@@ -45,8 +45,8 @@ def cli():
 
 def main():
     """Run the command line; exit codes are those of :mod:`mpillm.errors`."""
-    name = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if name in UNDER_MPI and not {"-h", "--help"} & set(sys.argv):
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if {" ".join(words[:1]), " ".join(words[:2])} & set(UNDER_MPI) and not {"-h", "--help"} & set(sys.argv):
         from mpillm.comm.world import launch
 
         launch(_run)

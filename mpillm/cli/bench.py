@@ -10,11 +10,15 @@ import tempfile
 from pathlib import Path
 
 import click
+import torch
 
+from mpillm.bench.collectives import OPERATIONS, SIZES_BYTES
+from mpillm.bench.collectives import measure as measure_collectives
 from mpillm.bench.training import make_cases, make_rows, measure, mpillm_program, peer_program, prepare
 from mpillm.cli.options import CONTEXT, with_config
+from mpillm.comm.group import as_group
 from mpillm.comm.world import launched_size
-from mpillm.errors import DataError, LaunchError
+from mpillm.errors import ConfigError, DataError, LaunchError
 
 # Asked in a process of its own: MPI that has started here would disturb the jobs.
 _MPI_VERSION = """
@@ -65,8 +69,51 @@ def bench_train(config, peers, output, pairs, steps, ranks, layouts):
         rows = make_rows(programs, *measure(programs, pairs, lambda *done: _show(pairs, *done)))
     click.echo(table(rows))
     if output:
-        report = {"machine": machine(), "rows": rows}
-        Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _write_report(output, rows)
+
+
+@command.command("collectives", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--peers", is_flag=True, help="measure PyTorch over gloo too")
+@click.option("--json", "output", type=click.Path(), metavar="FILE", help="write all figures there")
+@click.option("--figure", type=click.Path(), metavar="FILE", help="draw latency and bandwidth against size there")
+@click.option("--ops", default=",".join(OPERATIONS), show_default=True, metavar="OP,...")
+@click.option("--sizes", default=",".join(map(str, SIZES_BYTES)), show_default=True, metavar="BYTES,...")
+@click.option("--dtype", default="float32", show_default=True,
+              type=click.Choice(["float64", "float32", "bfloat16", "float16", "int64", "int32"]))
+def bench_collectives(peers, output, figure, ops, sizes, dtype):
+    """Time collectives on this launch's ranks (under mpirun or srun), every implementation in turn.
+
+    mpillm is on tensors in a shared window, mpillm-copy on tensors outside one, by the algorithm that a short measurement
+    before found best; mpi is the library's own, in place where the operation allows; gloo is PyTorch's.
+    """
+    from mpillm.comm.world import comm_world
+
+    comm = comm_world()
+    operations, sizes_bytes = _words(ops, OPERATIONS), _sizes(sizes)
+    for option, path in (("--json", output), ("--figure", figure)):
+        _check_writable(option, path)
+    if comm.size < 2:
+        raise LaunchError("mpillm bench collectives: one rank has nobody to talk to: start it as mpirun -n 2 or more")
+    torch.set_num_threads(1)
+    rows = measure_collectives(as_group(comm), operations, sizes_bytes, getattr(torch, dtype), peers,
+                               show=lambda *what: comm.rank or click.echo("{} {} bytes".format(*what), err=True))
+    if comm.rank == 0:
+        click.echo(collectives_table(rows))
+        if output:
+            _write_report(output, rows)
+        if figure:
+            from mpillm.report.collectives import draw_collectives
+
+            draw_collectives(rows).savefig(figure, dpi=200)
+
+
+def collectives_table(rows):
+    """Return the rows as text, a line each."""
+    lines = [f"{'op':15} {'bytes':>10} {'impl':12} {'algorithm':18} {'median us':>11} {'p99 us':>11} {'GB/s':>7} {'of copy':>8}"]
+    for row in rows:
+        lines.append(f"{row['op']:15} {row['bytes']:10} {row['impl']:12} {row['algorithm']:18} {row['median_s'] * 1e6:11.1f} "
+                     f"{row['p99_s'] * 1e6:11.1f} {row['bandwidth_bytes_per_s'] / 1e9:7.2f} {row['copy_fraction']:8.1%}")
+    return "\n".join(lines)
 
 
 def table(rows):
@@ -105,8 +152,33 @@ def _check_launch(output):
             f"mpillm bench train: started on {announced} ranks ({variable}), but it starts its jobs itself: start it "
             "without mpirun"
         )
-    if output and not os.access(Path(output).absolute().parent, os.W_OK):
-        raise DataError(f"--json {output}: {Path(output).absolute().parent} is no directory one can write to")
+    _check_writable("--json", output)
+
+
+def _check_writable(option, path):
+    if path and not os.access(Path(path).absolute().parent, os.W_OK):
+        raise DataError(f"{option} {path}: {Path(path).absolute().parent} is no directory one can write to")
+
+
+def _write_report(output, rows):
+    Path(output).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _words(text, allowed):
+    """Read names between commas."""
+    words = [word for word in text.split(",") if word]
+    for word in words:
+        if word not in allowed:
+            raise ConfigError(f"--ops {text}: {word} is none of {', '.join(allowed)}")
+    return words
+
+
+def _sizes(text):
+    """Read numbers of bytes between commas."""
+    words = [word for word in text.split(",") if word]
+    if not all(word.isdigit() and int(word) >= 8 for word in words) or not words:
+        raise ConfigError(f"--sizes {text}: give numbers of bytes of at least 8 between commas, as in 4096,1048576")
+    return [int(word) for word in words]
 
 
 def _show(pairs, program, number, step_s):

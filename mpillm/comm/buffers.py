@@ -11,7 +11,7 @@ def staged(x):
     if x.is_cuda:
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         return host.copy_(x)
-    return x.detach().contiguous()
+    return x.detach().contiguous() if x.requires_grad or not x.is_contiguous() else x
 
 
 def host_empty(shape, like):
@@ -33,8 +33,8 @@ def as_bytes(x):
 
 
 def flat(x):
-    """View contiguous ``x`` as one dimension; ``reshape`` would keep odd strides that dimensions of size one may have."""
-    return x.as_strided((x.numel(),), (1,))
+    """View contiguous ``x`` as one dimension, without the odd strides that dimensions of size one may have."""
+    return x if x.dim() == 1 else x.as_strided((x.numel(),), (1,))
 
 
 def unstaged(host, like):

@@ -17,7 +17,7 @@ from mpillm.comm.buffers import flat, host_empty, staged, unstaged
 from mpillm.comm.group import as_group
 from mpillm.comm.library import finish
 from mpillm.errors import ShapeError
-from mpillm.schedules.blocks import bounds, counts
+from mpillm.schedules.blocks import all_bounds, bounds, counts
 
 
 def allreduce(x, comm, op="sum", out=None):
@@ -40,8 +40,8 @@ def allreduce(x, comm, op="sum", out=None):
     Notes
     -----
     Backward as a linear operator: see :mod:`mpillm.autograd.regions`. Sends ``2 (p-1)/p n`` bytes a rank, or nothing
-    where memory is shared; if ``out`` lies in a window (:meth:`mpillm.comm.shared.Node.empty`), there. The order of sums
-    is that of the algorithm, or with a group of order ``"tree"`` the fixed tree.
+    where memory is shared; what lies in a window (:meth:`mpillm.comm.shared.Node.empty`) is combined there. The order of
+    sums is that of the algorithm, or with a group of order ``"tree"`` the fixed tree.
     """
     return iallreduce(x, comm, op, out, may_block=True).wait()
 
@@ -162,14 +162,12 @@ def reduce_scatter_blocks(x, comm):
     group = as_group(comm)
     if group.size == 1:
         return x
-    cuts = _blocks(counts(len(x), group.size), x)
-    own = x[slice(*cuts[group.rank])]
-    group.record("reduce_scatter", (len(x) - len(own)) * x.element_size())
-    host = staged(x)
+    cuts, host = all_bounds(len(x), group.size), staged(x)
     block = host[slice(*cuts[group.rank])]
+    group.record("reduce_scatter", (len(x) - len(block)) * x.element_size())
     transport = group.transport("reduce_scatter", x, x.numel() * x.element_size(), True)
     finish(transport.reduce_scatter(host, block, cuts, "sum"))
-    return own.copy_(block) if x.is_cuda else own
+    return x[slice(*cuts[group.rank])].copy_(block) if x.is_cuda else block
 
 
 def allgather_blocks(x, comm):
@@ -180,7 +178,7 @@ def allgather_blocks(x, comm):
     group = as_group(comm)
     if group.size == 1:
         return
-    cuts, host = _blocks(counts(len(x), group.size), x), staged(x)
+    cuts, host = all_bounds(len(x), group.size), staged(x)
     own = host[slice(*cuts[group.rank])]
     group.record("allgather", (group.size - 1) * len(own) * x.element_size())
     transport = group.transport("allgather", x, x.numel() * x.element_size(), True)

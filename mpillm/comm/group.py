@@ -1,5 +1,6 @@
 """A communicator as mpillm uses it: cloned, named, with an order of sums, a decision table and a recorder."""
 
+from copy import copy
 from functools import cached_property
 
 from mpillm.comm.library import Library
@@ -32,23 +33,30 @@ class Group:
         self.comm, self.name, self.order, self.table = comm, name, order, table
         self.recorder = Recorder() if recorder is None else recorder
         self.rank, self.size = comm.rank, comm.size
-        self._library, self._scheduled = Library(self), {}
+        self._libraries, self._scheduled = [Library(self, False), Library(self, True)], {}
 
     @cached_property
     def node(self):
         """The shared memory of these ranks, or None where they do not share a node. Collective on first use."""
         return make_node(self.comm)
 
-    def transport(self, op, x, n_bytes, is_blocking):
+    def with_table(self, table):
+        """Return the same ranks under another decision table; communicator and memory are shared. Collective."""
+        other = copy(self)
+        other.table, other.__dict__["node"] = table, self.node  # made now, so that both have the same
+        return other
+
+    def transport(self, op, x, n_bytes, may_block):
         """Return what carries out ``op`` on tensors like ``x``, ``n_bytes`` in all.
 
         Collective on first use. Shared memory makes no progress by itself, so nonblocking calls never take it.
         """
+        library = self._libraries[may_block]
         algorithm = self.table.choose(op, self.name, str(x.dtype).removeprefix("torch."), n_bytes)
         if algorithm == WINDOW:
-            return (self.node if is_blocking else None) or self._library
+            return (self.node if may_block else None) or library
         if algorithm == LIBRARY or self.order == "tree":
-            return self._library
+            return library
         if algorithm not in self._scheduled:
             from mpillm.comm.scheduled import Scheduled
             self._scheduled[algorithm] = Scheduled(self, algorithm)

@@ -1,7 +1,7 @@
 """The MPI library's own collectives, on flat host tensors.
 
 Every method starts an operation and returns its request, or None where it is done. :class:`mpillm.comm.shared.Node` and
-:class:`mpillm.comm.executor.Scheduled` have the same methods. ``cuts`` are the ``(start, stop)`` of every rank's block.
+:class:`mpillm.comm.scheduled.Scheduled` have the same methods. ``cuts`` are the ``(start, stop)`` of every rank's block.
 """
 
 import os
@@ -10,7 +10,7 @@ import torch
 
 from mpillm.comm.buffers import HALF_TYPES, as_array, as_bytes
 from mpillm.comm.sums import combine_tree
-from mpillm.schedules.blocks import bounds
+from mpillm.schedules.blocks import all_bounds
 
 
 class Library:
@@ -20,19 +20,23 @@ class Library:
     order, are exchanged directly and added where they arrive.
     """
 
-    def __init__(self, group):
-        self.comm, self.rank, self.size = group.comm, group.rank, group.size
+    def __init__(self, group, may_block):
+        self.comm, self.rank, self.size, self._may_block = group.comm, group.rank, group.size, may_block
         self._has_fixed_order = group.order == "tree"
+        if self.size > 1:
+            from mpi4py import MPI
+
+            self._in_place, self._ops = MPI.IN_PLACE, {"sum": MPI.SUM, "max": MPI.MAX}
 
     def allreduce(self, x, out, op):
         """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         if self._is_direct(x):
-            cuts = [bounds(len(x), self.size, rank) for rank in range(self.size)]
+            cuts = all_bounds(len(x), self.size)
             own = out[slice(*cuts[self.rank])]
             self.reduce_scatter(x, own, cuts, op)
             return self.allgather(own, out, cuts)
-        source = _mpi().IN_PLACE if x.data_ptr() == out.data_ptr() else as_array(x)
-        return self.comm.Iallreduce(source, as_array(out), self._op(op))
+        source = self._in_place if x.data_ptr() == out.data_ptr() else as_array(x)
+        return self._call("Allreduce", source, as_array(out), self._ops[op])
 
     def reduce_scatter(self, x, out, cuts, op):
         """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
@@ -42,41 +46,44 @@ class Library:
             arrivals = [(rank * len(out), (rank + 1) * len(out)) for rank in range(self.size)]
             finish(self.alltoall(x, received, cuts, arrivals))
             out.copy_(combine_tree(list(received.view(self.size, len(out))), op))
-        elif x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
-            finish(self.comm.Ireduce_scatter(_mpi().IN_PLACE, as_array(x), sizes, self._op(op)))
-            as_array(out)[:] = as_array(x)[:len(out)]  # MPI leaves it at the beginning; numpy minds the overlap
+        elif x.data_ptr() <= out.data_ptr() < x.data_ptr() + x.numel() * x.element_size():
+            array = as_array(x)
+            finish(self._call("Reduce_scatter", self._in_place, array, sizes, self._ops[op]))
+            if self.rank > 0:  # MPI leaves it at the beginning; numpy minds the overlap
+                array[slice(*cuts[self.rank])] = array[:len(out)]
         else:
-            return self.comm.Ireduce_scatter(as_array(x), as_array(out), sizes, self._op(op))
+            return self._call("Reduce_scatter", as_array(x), as_array(out), sizes, self._ops[op])
 
     def allgather(self, x, out, cuts):
         """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         is_in_place = out[slice(*cuts[self.rank])].data_ptr() == x.data_ptr()
-        source = _mpi().IN_PLACE if is_in_place else as_bytes(x)
-        return self.comm.Iallgatherv(source, [as_bytes(out), _layout(cuts, x)])
+        source = self._in_place if is_in_place else as_bytes(x)
+        return self._call("Allgatherv", source, [as_bytes(out), _layout(cuts, x)])
 
     def bcast(self, x, root):
         """Give every rank the ``x`` of ``root``."""
-        return self.comm.Ibcast(as_bytes(x), root)
+        return self._call("Bcast", as_bytes(x), root)
 
     def alltoall(self, x, out, sends, receives):
         """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``."""
-        return self.comm.Ialltoallv([as_bytes(x), _layout(sends, x)], [as_bytes(out), _layout(receives, x)])
+        return self._call("Alltoallv", [as_bytes(x), _layout(sends, x)], [as_bytes(out), _layout(receives, x)])
 
     def scatter(self, x, out, cuts, root):
         """Give every rank its block of the root's ``x``."""
         source = [as_bytes(x), _layout(cuts, x)] if self.rank == root else None
-        return self.comm.Iscatterv(source, as_bytes(out), root)
+        return self._call("Scatterv", source, as_bytes(out), root)
 
     def gather(self, x, out, cuts, root):
         """Give the root the blocks ``x`` of all."""
         target = [as_bytes(out), _layout(cuts, x)] if self.rank == root else None
-        return self.comm.Igatherv(as_bytes(x), target, root)
+        return self._call("Gatherv", as_bytes(x), target, root)
+
+    def _call(self, name, *arguments):
+        """Call the blocking form, which libraries have faster algorithms for, or start the nonblocking one."""
+        return getattr(self.comm, name if self._may_block else f"I{name.lower()}")(*arguments)
 
     def _is_direct(self, x):
         return self._has_fixed_order or x.dtype in HALF_TYPES
-
-    def _op(self, op):
-        return {"sum": _mpi().SUM, "max": _mpi().MAX}[op]
 
 
 def finish(request):
@@ -88,9 +95,3 @@ def finish(request):
 def _layout(cuts, x):
     """Return sizes and places of blocks in bytes."""
     return [(high - low) * x.element_size() for low, high in cuts], [low * x.element_size() for low, _ in cuts]
-
-
-def _mpi():
-    from mpi4py import MPI
-
-    return MPI

@@ -18,7 +18,7 @@ import torch
 
 from mpillm.comm.sums import combine_tree
 from mpillm.errors import LaunchError
-from mpillm.schedules.blocks import bounds
+from mpillm.schedules.blocks import all_bounds
 
 SHARED_MEMORY = "/dev/shm"
 SWITCH = "MPILLM_SHARED_WINDOWS"  # set to 0, everything goes by messages
@@ -54,13 +54,13 @@ class Node:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.slot_bytes, self.at_once_bytes = SLOT_BYTES, AT_ONCE_BYTES
         self._windows, self._together, self._slots, self._turn = [], {}, {}, 0
-        counters = self._allocate([_LINE_BYTES] * comm.size)
-        self._fence = self._windows[0].Sync
+        window, counters = self._allocate([_LINE_BYTES] * comm.size)
+        self._fence = window.Sync
         counters[self.rank].zero_()
         comm.Barrier()
         self._others = [memoryview(part.numpy()).cast("q") for part in counters]
         self._own = self._others.pop(self.rank)
-        self._staging = self._allocate([2 * SLOT_BYTES] * comm.size)
+        _, self._staging = self._allocate([2 * SLOT_BYTES] * comm.size)
 
     def has_room(self, n_bytes):
         """Tell whether the node's shared memory has room for so many bytes more."""
@@ -77,8 +77,9 @@ class Node:
         LaunchError
             On all ranks, if the shared memory of the node has no room for it.
         """
-        parts = [part.view(dtype) for part in self._allocate([size * dtype.itemsize] * self.size)]
-        self._together[_storage(parts[self.rank])] = parts
+        window, parts = self._allocate([size * dtype.itemsize] * self.size)
+        parts = [part.view(dtype) for part in parts]
+        self._together[_storage(parts[self.rank])] = window, parts
         return parts[self.rank]
 
     def one_copy(self, size, dtype):
@@ -89,13 +90,21 @@ class Node:
         LaunchError
             As :meth:`empty`.
         """
-        return self._allocate([size * dtype.itemsize] + [0] * (self.size - 1))[0].view(dtype)
+        _, parts = self._allocate([size * dtype.itemsize] + [0] * (self.size - 1))
+        return parts[0].view(dtype)
+
+    def release(self, x):
+        """Give back the window of ``x``, which :meth:`empty` made and which must not be used again."""
+        window, _ = self._together.pop(_storage(x))
+        self._windows.remove(window)
+        self.barrier()
+        _free(window)
 
     def views(self, x):
         """Return what belongs together with ``x``, by rank, or None if ``x`` does not lie in a window. Local."""
-        parts = self._together.get(_storage(x))
-        if parts is None:
+        if _storage(x) not in self._together:
             return None
+        _, parts = self._together[_storage(x)]
         start = x.storage_offset()
         return [part[start:start + len(x)] for part in parts]
 
@@ -114,8 +123,7 @@ class Node:
         self._together, self._slots, self._staging, self._others, self._own = {}, {}, [], [], None
         self.comm.Barrier()
         for window in self._windows:
-            window.Unlock_all()
-            window.Free()
+            _free(window)
 
     def allreduce(self, x, out, op):
         """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
@@ -124,18 +132,19 @@ class Node:
             slots = self._next_slots(x.dtype, 1)
             slots[self.rank][0][:len(x)] = x
             self.barrier()
-            out.copy_(combine_tree([slot[0][:len(x)] for slot in slots], op))
+            combine_tree([slot[0][:len(x)] for slot in slots], op, out)
         elif together is None:
-            self._staged_reduce(x, out, [bounds(len(x), self.size, rank) for rank in range(self.size)], op, True)
+            self._staged_reduce(x, out, all_bounds(len(x), self.size), op, True)
         else:
             if x.data_ptr() != out.data_ptr():
                 out.copy_(x)
             self.barrier()
-            for low, high in _pieces(*bounds(len(out), self.size, self.rank), out):
+            for low, high in _pieces(*all_bounds(len(out), self.size)[self.rank], out):
                 pieces = [part[low:high] for part in together]
-                total = combine_tree(pieces, op)
+                own = combine_tree(pieces, op, pieces[self.rank])
                 for piece in pieces:
-                    piece.copy_(total)
+                    if piece is not own:
+                        piece.copy_(own)
             self.barrier()
 
     def reduce_scatter(self, x, out, cuts, op):
@@ -146,7 +155,7 @@ class Node:
         else:
             self.barrier()
             for low, high in _pieces(start, stop, x):
-                out[low - start:high - start] = combine_tree([part[low:high] for part in together], op)
+                combine_tree([part[low:high] for part in together], op, out[low - start:high - start])
             self.barrier()
 
     def allgather(self, x, out, cuts):
@@ -237,7 +246,7 @@ class Node:
             own = parts[self.rank][number * step:(number + 1) * step]
             if len(own):
                 pieces = [own if rank == self.rank else slot[self.rank][:len(own)] for rank, slot in enumerate(slots)]
-                outs[self.rank][number * step:(number + 1) * step] = combine_tree(pieces, op)
+                combine_tree(pieces, op, outs[self.rank][number * step:(number + 1) * step])
 
     def _rounds(self, cuts, dtype, count):
         """Return in how many rounds these blocks go through a slot of ``count`` parts."""
@@ -263,14 +272,14 @@ class Node:
         return self._slots[key]
 
     def _allocate(self, sizes):
-        """Allocate a window of ``sizes[rank]`` bytes on every rank; return all ranks' memory as tensors of bytes."""
+        """Return a new window of ``sizes[rank]`` bytes on every rank, and all ranks' memory in it as bytes."""
         from mpi4py import MPI
 
         if not self.has_room(sum(sizes)):
             raise LaunchError(
                 f"a window of {self.size} ranks needs {sum(sizes) / 2**20:.0f} MiB of {SHARED_MEMORY}, where "
-                f"{_room_bytes() / 2**20:.0f} MiB are free: make {SHARED_MEMORY} larger (in a container: --shm-size), or set "
-                f"{SWITCH}=0 to use messages"
+                f"{_room_bytes() / 2**20:.0f} MiB are free: make {SHARED_MEMORY} larger (in a container: --shm-size), or "
+                f"set {SWITCH}=0 to use messages"
             )
         info = MPI.Info.Create()
         info.Set("alloc_shared_noncontig", "true")
@@ -278,7 +287,12 @@ class Node:
         info.Free()
         window.Lock_all(MPI.MODE_NOCHECK)
         self._windows.append(window)
-        return [_memory(window, rank, size) for rank, size in enumerate(sizes)]
+        return window, [_memory(window, rank, size) for rank, size in enumerate(sizes)]
+
+
+def _free(window):
+    window.Unlock_all()
+    window.Free()
 
 
 def _memory(window, rank, size):

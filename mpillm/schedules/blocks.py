@@ -5,10 +5,18 @@ empty), and partitions nest: the blocks of ``p`` are unions of the blocks of ``k
 ``numerics = "exact"`` rests on that: node ``i`` of level ``k`` owns block ``i`` of ``2**k``.
 """
 
+from functools import lru_cache
+
 
 def bounds(n, p, i):
     """Return ``(start, stop)`` of block ``i`` of ``n`` items in ``p`` blocks."""
     return i * n // p, (i + 1) * n // p
+
+
+@lru_cache(maxsize=1024)
+def all_bounds(n, p):
+    """Return ``(start, stop)`` of all ``p`` blocks of ``n`` items."""
+    return tuple(bounds(n, p, i) for i in range(p))
 
 
 def counts(n, p):

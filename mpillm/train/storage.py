@@ -1,7 +1,7 @@
 """Flat storage: the parameters and gradients of a stage in flat buffers that are cut evenly over the data axis.
 
-Where data ranks share a node the buffers lie in shared memory: gradients are reduced where they lie, and of weights whose
-optimiser is sharded there is one copy, which every rank reads and of which each updates its shard.
+Where data ranks share a node the buffers lie in shared memory: gradients are reduced where they lie, and of weights
+whose optimiser is sharded there is one copy, which every rank reads and of which each updates its shard.
 
 Every parameter starts on a multiple of 16 elements, and so does every shard: fused optimisers then compute the same
 bits on a shard as on the whole.

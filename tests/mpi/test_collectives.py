@@ -64,7 +64,8 @@ def groups(comm):
 def with_windows(comm):
     """A group that takes shared memory for every size, through slots so small that all takes several rounds."""
     if not hasattr(as_group(comm), "small"):
-        group = Group(as_group(comm).comm, table=DecisionTable(tuple((op, "*", "*", None, "window") for op in OPERATIONS)))
+        table = DecisionTable(tuple((op, "*", "*", None, "window") for op in OPERATIONS))
+        group = Group(as_group(comm).comm, table=table)
         group.node.slot_bytes, group.node.at_once_bytes = 512, 32
         as_group(comm).small = group
     return as_group(comm).small

@@ -14,8 +14,7 @@ from helpers import assert_all
 from tiny import GROUPED, reference_steps, tiny
 
 from mpillm.autograd import regions
-from mpillm.comm import p2p
-from mpillm.comm import shared
+from mpillm.comm import p2p, shared
 from mpillm.comm.collectives import Pending
 from mpillm.nn import attention, embedding, linear, norm, split
 from mpillm.pipeline import runner, stage

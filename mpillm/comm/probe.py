@@ -1,0 +1,115 @@
+"""Measures what a launch can do: so far, which algorithm is fastest for each collective and size."""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from mpillm.comm import collectives
+from mpillm.comm.library import finish
+from mpillm.plan import ANY, LIBRARY, WINDOW, DecisionTable
+from mpillm.schedules.blocks import all_bounds
+from mpillm.schedules.collective import ALGORITHMS
+
+OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
+SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
+_TIE = 0.95  # what the size before takes is kept unless another is clearly faster
+
+
+def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
+    """Time several functions in turn, again and again.
+
+    Collective over ``comm``, as every function may be.
+
+    Parameters
+    ----------
+    calls : dict of str to callable
+    budget_s : float
+        About how long each function may be measured.
+    repeats : (int, int)
+        The least and most times that each is called.
+
+    Returns
+    -------
+    dict of str to ndarray of float64
+        Seconds of every call, of the slowest rank.
+    """
+    for call in calls.values():  # the first time makes windows, requests and pages
+        call()
+    slowest = max(_once(comm, call) for call in calls.values())
+    count = comm.bcast(int(np.clip(budget_s / max(slowest, 1e-9), *repeats)))
+    times = np.array([[_once(comm, call) for call in calls.values()] for _ in range(count)])
+    return dict(zip(calls, np.max(comm.allgather(times), 0).T))
+
+
+def make_call(op, x, group, out=None):
+    """Return a function that carries out ``op`` once on flat ``x``, where it lies if the operation allows, by ``group``.
+
+    Local. ``out`` of the size of ``x`` is needed for alltoall, which has no form in place.
+    """
+    cuts = all_bounds(len(x), group.size)
+    n_bytes = x.numel() * x.element_size()
+    if op == "allreduce":
+        return lambda: collectives.allreduce(x, group, out=x)
+    if op == "reduce_scatter":
+        return lambda: collectives.reduce_scatter_blocks(x, group)
+    if op == "allgather":
+        return lambda: collectives.allgather_blocks(x, group)
+    if op == "bcast":
+        return lambda: finish(group.transport(op, x, n_bytes, True).bcast(x, 0))
+    mine = cuts[group.rank][1] - cuts[group.rank][0]
+    arrivals = [(rank * mine, (rank + 1) * mine) for rank in range(group.size)]
+    return lambda: finish(group.transport(op, x, n_bytes, True).alltoall(x, out[:arrivals[-1][1]], cuts, arrivals))
+
+
+def only(algorithm):
+    """Return the table that takes ``algorithm`` for everything."""
+    return DecisionTable(tuple((op, ANY, ANY, None, algorithm) for op in OPERATIONS))
+
+
+def candidates(op, group):
+    """Return the algorithms that ``group`` could take for ``op``."""
+    shared = [] if group.node is None else [WINDOW]
+    return [LIBRARY, *shared, *(name for name in ALGORITHMS[op] if name not in ("trees", "two_level"))]
+
+
+def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=torch.float32, budget_s=0.02):
+    """Measure which algorithm is fastest for each operation and size on tensors of a rank's own.
+
+    Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, size and
+    algorithm; an algorithm that took more than four times the best of a size is not tried at the next.
+    """
+    rows = []
+    for op in operations:
+        alive, winners = {name: group.with_table(only(name)) for name in candidates(op, group)}, []
+        for size in sizes_bytes:
+            x = torch.empty(max(group.size, size // dtype.itemsize), dtype=dtype).fill_(0)
+            out = torch.zeros_like(x)
+            calls = {name: make_call(op, x, member, out) for name, member in alive.items()}
+            medians = {name: float(np.median(times)) for name, times in time_calls(group.comm, calls, budget_s).items()}
+            best = min(medians, key=medians.get)
+            if winners and medians.get(winners[-1], math.inf) * _TIE <= medians[best]:
+                best = winners[-1]
+            winners.append(best)
+            alive = {name: member for name, member in alive.items() if medians[name] <= 4 * medians[best]}
+        rows += _limits(op, dtype, sizes_bytes, winners)
+    return DecisionTable(tuple(rows))
+
+
+def _limits(op, dtype, sizes_bytes, winners):
+    """Return the rows of a table: an algorithm goes up to half way, in the logarithm, to where another wins."""
+    rows, name = [], str(dtype).removeprefix("torch.")
+    for i, winner in enumerate(winners):
+        if i + 1 == len(winners):
+            rows.append((op, ANY, name, None, winner))
+        elif winners[i + 1] != winner:
+            rows.append((op, ANY, name, int(math.sqrt(sizes_bytes[i] * sizes_bytes[i + 1])), winner))
+    return rows
+
+
+def _once(comm, call):
+    comm.Barrier()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
