@@ -57,8 +57,8 @@ class DecisionTable:
         return cls(tuple(tuple(row) for row in found["rows"]))
 
 
-# Without a measured one: small messages by the library, others through shared memory where ranks share a node. The limit
-# is where shared memory began to win for two ranks under MPICH 5.0.2.
+# Without a measured one: small messages by the library, others through shared memory where ranks share a node. The
+# limit is where shared memory began to win for two ranks under MPICH 5.0.2.
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall", "scatter", "gather")
 DEFAULT_TABLE = DecisionTable(tuple(
     row for op in OPERATIONS for row in ((op, ANY, ANY, 1 << 18, LIBRARY), (op, ANY, ANY, None, WINDOW))

@@ -83,8 +83,8 @@ def bench_train(config, peers, output, pairs, steps, ranks, layouts):
 def bench_collectives(peers, output, figure, ops, sizes, dtype):
     """Time collectives on this launch's ranks (under mpirun or srun), every implementation in turn.
 
-    mpillm is on tensors in a shared window, mpillm-copy on tensors outside one, by the algorithm that a short measurement
-    before found best; mpi is the library's own, in place where the operation allows; gloo is PyTorch's.
+    mpillm is on tensors in a shared window, mpillm-copy on tensors outside one, by the algorithm that a short
+    measurement before found best; mpi is the library's own, in place where the operation allows; gloo is PyTorch's.
     """
     from mpillm.comm.world import comm_world
 
@@ -109,11 +109,13 @@ def bench_collectives(peers, output, figure, ops, sizes, dtype):
 
 def collectives_table(rows):
     """Return the rows as text, a line each."""
-    lines = [f"{'op':15} {'bytes':>10} {'impl':12} {'algorithm':18} {'median us':>11} {'p99 us':>11} {'GB/s':>7} {'of copy':>8}"]
-    for row in rows:
-        lines.append(f"{row['op']:15} {row['bytes']:10} {row['impl']:12} {row['algorithm']:18} {row['median_s'] * 1e6:11.1f} "
-                     f"{row['p99_s'] * 1e6:11.1f} {row['bandwidth_bytes_per_s'] / 1e9:7.2f} {row['copy_fraction']:8.1%}")
-    return "\n".join(lines)
+    head = (f"{'op':15} {'bytes':>10} {'impl':12} {'algorithm':18} {'median us':>11} {'p99 us':>11} {'GB/s':>7} "
+            f"{'of copy':>8}")
+    return "\n".join([head, *(
+        f"{row['op']:15} {row['bytes']:10} {row['impl']:12} {row['algorithm']:18} {row['median_s'] * 1e6:11.1f} "
+        f"{row['p99_s'] * 1e6:11.1f} {row['bandwidth_bytes_per_s'] / 1e9:7.2f} {row['copy_fraction']:8.1%}"
+        for row in rows
+    )])
 
 
 def table(rows):

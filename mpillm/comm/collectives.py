@@ -40,8 +40,8 @@ def allreduce(x, comm, op="sum", out=None):
     Notes
     -----
     Backward as a linear operator: see :mod:`mpillm.autograd.regions`. Sends ``2 (p-1)/p n`` bytes a rank, or nothing
-    where memory is shared; what lies in a window (:meth:`mpillm.comm.shared.Node.empty`) is combined there. The order of
-    sums is that of the algorithm, or with a group of order ``"tree"`` the fixed tree.
+    where memory is shared; what lies in a window (:meth:`mpillm.comm.shared.Node.empty`) is combined there. The order
+    of sums is that of the algorithm, or with a group of order ``"tree"`` the fixed tree.
     """
     return iallreduce(x, comm, op, out, may_block=True).wait()
 

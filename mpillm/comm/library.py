@@ -1,7 +1,8 @@
 """The MPI library's own collectives, on flat host tensors.
 
-Every method starts an operation and returns its request, or None where it is done. :class:`mpillm.comm.shared.Node` and
-:class:`mpillm.comm.scheduled.Scheduled` have the same methods. ``cuts`` are the ``(start, stop)`` of every rank's block.
+Every method starts an operation and returns its request, or None where it is done; so do those, of the same names, of
+:class:`mpillm.comm.shared.Node` and :class:`mpillm.comm.scheduled.Scheduled`. ``cuts`` are the ``(start, stop)`` of
+every rank's block.
 """
 
 import os

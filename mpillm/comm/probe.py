@@ -44,9 +44,9 @@ def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
 
 
 def make_call(op, x, group, out=None):
-    """Return a function that carries out ``op`` once on flat ``x``, where it lies if the operation allows, by ``group``.
+    """Return a function that carries out ``op`` on flat ``x``, where it lies if the operation allows that.
 
-    Local. ``out`` of the size of ``x`` is needed for alltoall, which has no form in place.
+    Local. ``out``, a little larger than ``x``, is needed for alltoall, which has no form in place.
     """
     cuts = all_bounds(len(x), group.size)
     n_bytes = x.numel() * x.element_size()

@@ -2,8 +2,8 @@
 
 A :class:`Node` belongs to a group whose ranks are all on one node. Tensors made by :meth:`Node.empty` lie in a window
 that every rank has mapped: they are reduced where they lie, each rank its own block, in pieces that fit a cache. Other
-tensors go piece by piece through a small staging window of two slots a rank, so that all but their first read and last
-write stays in cache. Sums follow the fixed tree of :mod:`mpillm.schedules.tree`, half types in float32 rounded once.
+tensors go piece by piece through a small staging window of some slots a rank, so that all but their first read and
+last write stays in cache. Sums follow the fixed tree of :mod:`mpillm.schedules.tree`, half types in float32 rounded once.
 
 Ranks meet by counters in a window, one cache line a rank, and wait with ``sched_yield``: ranks may outnumber cores.
 
@@ -23,6 +23,7 @@ from mpillm.schedules.blocks import all_bounds
 SHARED_MEMORY = "/dev/shm"
 SWITCH = "MPILLM_SHARED_WINDOWS"  # set to 0, everything goes by messages
 SLOT_BYTES = 1 << 20
+NUM_SLOTS = 8  # two are enough to be right; with more a slot has left the readers' caches when it is written again
 PIECE_BYTES = 1 << 18
 AT_ONCE_BYTES = 1 << 14  # up to here every rank combines everything: one meeting in place of two
 _LINE_BYTES = 64
@@ -38,7 +39,7 @@ def make_node(comm):
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    is_whole, has_room = node.size == comm.size, _room_bytes() > 2 * SLOT_BYTES * comm.size
+    is_whole, has_room = node.size == comm.size, _room_bytes() > NUM_SLOTS * SLOT_BYTES * comm.size
     node.Free()
     return Node(comm) if all(comm.allgather(is_whole and has_room)) else None
 
@@ -60,7 +61,7 @@ class Node:
         comm.Barrier()
         self._others = [memoryview(part.numpy()).cast("q") for part in counters]
         self._own = self._others.pop(self.rank)
-        _, self._staging = self._allocate([2 * SLOT_BYTES] * comm.size)
+        _, self._staging = self._allocate([NUM_SLOTS * SLOT_BYTES] * comm.size)
 
     def has_room(self, n_bytes):
         """Tell whether the node's shared memory has room for so many bytes more."""
@@ -260,10 +261,10 @@ class Node:
     def _next_slots(self, dtype, count):
         """Return the slots of the coming round, by rank, as ``count`` equal parts each.
 
-        There are two, used in turn: with one barrier a round, what is written now was last read before the barrier of
-        the round before.
+        They are used in turn: with one barrier a round, and two slots or more, what is written now was last read before
+        the barrier of the round before.
         """
-        self._turn ^= 1
+        self._turn = (self._turn + 1) % NUM_SLOTS
         key = dtype, count, self._turn
         if key not in self._slots:
             low, step = self._turn * SLOT_BYTES, self._part_items(dtype, count)
@@ -278,8 +279,8 @@ class Node:
         if not self.has_room(sum(sizes)):
             raise LaunchError(
                 f"a window of {self.size} ranks needs {sum(sizes) / 2**20:.0f} MiB of {SHARED_MEMORY}, where "
-                f"{_room_bytes() / 2**20:.0f} MiB are free: make {SHARED_MEMORY} larger (in a container: --shm-size), or "
-                f"set {SWITCH}=0 to use messages"
+                f"{_room_bytes() / 2**20:.0f} MiB are free: make {SHARED_MEMORY} larger (in a container: --shm-size), "
+                f"or set {SWITCH}=0 to use messages"
             )
         info = MPI.Info.Create()
         info.Set("alloc_shared_noncontig", "true")

@@ -20,5 +20,5 @@ def combine_tree(parts, op="sum", out=None):
         return parts[0] if out is None else out.copy_(parts[0])
     middle = split(len(parts), 0, len(parts))
     combine = COMBINE[op]
-    left, right = (tree_sum(half, combine, len(parts), start) for half, start in ((parts[:middle], 0), (parts[middle:], middle)))
+    left, right = tree_sum(parts[:middle], combine, len(parts)), tree_sum(parts[middle:], combine, len(parts), middle)
     return combine(left, right, out=out)

@@ -33,10 +33,7 @@ def comm_world():
     LaunchError
         On every process of a launch whose N processes each think they are alone.
     """
-    import mpi4py
-
-    mpi4py.rc.thread_level = "serialized"
-    try:
+    try:  # with mpi4py's own thread level, multiple: with a lower one MPICH does not yield while it waits
         from mpi4py import MPI
         comm, library = MPI.COMM_WORLD, MPI.Get_library_version().split("\n")[0].strip("\0")
     except (ImportError, RuntimeError) as error:

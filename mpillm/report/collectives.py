@@ -32,7 +32,7 @@ def draw_collectives(rows):
         axes = figure.subplots(2, len(operations), sharex=True, sharey="row", squeeze=False)
         for column, op in enumerate(operations):
             for impl, (colour, marker, label) in LINES.items():
-                own = sorted((row for row in rows if (row["op"], row["impl"]) == (op, impl)), key=lambda row: row["bytes"])
+                own = [row for row in rows if (row["op"], row["impl"]) == (op, impl)]
                 style = {"color": colour, "marker": marker, "label": label, "markersize": 3, "linewidth": 1}
                 sizes = [row["bytes"] for row in own]
                 axes[0][column].loglog(sizes, [row["median_s"] * 1e6 for row in own], **style)

@@ -69,7 +69,8 @@ def test_more_tensor_ranks_than_heads(folder):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_tokens_beyond_what_the_file_states(folder, ranks):
     """Seen in a step, by the rank that reads them: it reports and ends the job."""
-    job = train(folder, ranks, {"data.path": "damaged.h5", "layout.data": str(ranks), "train.run_dir": f"damaged-{ranks}"})
+    job = train(folder, ranks, {"data.path": "damaged.h5", "layout.data": str(ranks),
+                                "train.run_dir": f"damaged-{ranks}"})
     assert job.returncode and "damaged.h5: token" in job.stderr and "vocab_size 257" in job.stderr, job.stderr
 
 
