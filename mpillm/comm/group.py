@@ -5,6 +5,7 @@ from functools import cached_property
 
 from mpillm.comm.library import Library
 from mpillm.comm.recorder import Recorder
+from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
 from mpillm.plan import DEFAULT_TABLE, LIBRARY, WINDOW
 
@@ -33,17 +34,23 @@ class Group:
         self.comm, self.name, self.order, self.table = comm, name, order, table
         self.recorder = Recorder() if recorder is None else recorder
         self.rank, self.size = comm.rank, comm.size
-        self._libraries, self._scheduled = [Library(self, False), Library(self, True)], {}
+        self._libraries = Library(self, False), Library(self, True)
 
     @cached_property
     def node(self):
         """The shared memory of these ranks, or None where they do not share a node. Collective on first use."""
         return make_node(self.comm)
 
+    @cached_property
+    def schedules(self):
+        """What runs schedules over these ranks. Collective on first use."""
+        return Schedules(self.comm)
+
     def with_table(self, table):
-        """Return the same ranks under another decision table; communicator and memory are shared. Collective."""
+        """Return the same ranks under another decision table; communicators and memory are shared. Collective."""
+        made = {"node": self.node, "schedules": self.schedules}  # now, so that both have the same
         other = copy(self)
-        other.table, other.__dict__["node"] = table, self.node  # made now, so that both have the same
+        other.__dict__.update(made, table=table)
         return other
 
     def transport(self, op, x, n_bytes, may_block):
@@ -57,10 +64,7 @@ class Group:
             return (self.node if may_block else None) or library
         if algorithm == LIBRARY or self.order == "tree":
             return library
-        if algorithm not in self._scheduled:
-            from mpillm.comm.scheduled import Scheduled
-            self._scheduled[algorithm] = Scheduled(self, algorithm)
-        return self._scheduled[algorithm]
+        return self.schedules.transport(algorithm)
 
     def record(self, operation, n_bytes):
         """Count one call of ``operation`` that sends ``n_bytes`` from this rank."""
@@ -70,6 +74,8 @@ class Group:
         """Release the shared memory and the communicator. Collective."""
         if self.__dict__.get("node") is not None:
             self.node.free()
+        if "schedules" in self.__dict__:
+            self.schedules.free()
         self.comm.Free()
 
 

@@ -6,11 +6,12 @@ import time
 import numpy as np
 import torch
 
+from mpillm import plan
 from mpillm.comm import collectives
 from mpillm.comm.library import finish
 from mpillm.plan import ANY, LIBRARY, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
-from mpillm.schedules.collective import ALGORITHMS
+from mpillm.schedules.generators import ALGORITHMS
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
@@ -65,7 +66,7 @@ def make_call(op, x, group, out=None):
 
 def only(algorithm):
     """Return the table that takes ``algorithm`` for everything."""
-    return DecisionTable(tuple((op, ANY, ANY, None, algorithm) for op in OPERATIONS))
+    return DecisionTable(tuple((op, ANY, ANY, None, algorithm) for op in plan.OPERATIONS))
 
 
 def candidates(op, group):

@@ -2,8 +2,8 @@
 
 A :class:`Node` belongs to a group whose ranks are all on one node. Tensors made by :meth:`Node.empty` lie in a window
 that every rank has mapped: they are reduced where they lie, each rank its own block, in pieces that fit a cache. Other
-tensors go piece by piece through a small staging window of some slots a rank, so that all but their first read and
-last write stays in cache. Sums follow the fixed tree of :mod:`mpillm.schedules.tree`, half types in float32 rounded once.
+tensors go piece by piece through a small staging window, so that all but their first read and last write stays in
+cache. Sums follow the fixed tree of :mod:`mpillm.schedules.tree`, half types in float32 rounded once.
 
 Ranks meet by counters in a window, one cache line a rank, and wait with ``sched_yield``: ranks may outnumber cores.
 

@@ -1,0 +1,135 @@
+"""Collectives by schedules, with the same methods as :class:`mpillm.comm.library.Library`."""
+
+from functools import lru_cache
+
+from mpillm.comm.executor import Executor
+from mpillm.schedules.blocks import bounds
+from mpillm.schedules.check_collective import check_collective
+from mpillm.schedules.generators import make_collective
+
+_NUM_TAGS = 1 << 14
+
+
+class Schedules:
+    """Runs schedules over the ranks of ``comm``, on a clone of it. Collective to make and to free."""
+
+    def __init__(self, comm):
+        self.comm, self.num_started, self._transports = comm.Clone(), 0, {}
+        self.nodes = nodes_of(self.comm)
+
+    def transport(self, algorithm):
+        """Return what carries out collectives by ``algorithm``. Local."""
+        if algorithm not in self._transports:
+            self._transports[algorithm] = Scheduled(self, algorithm)
+        return self._transports[algorithm]
+
+    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op):
+        """Start a schedule once; return its :class:`Executor`. Collective."""
+        self.num_started += 1
+        tag = self.num_started % _NUM_TAGS
+        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once=True)
+        executor.start()
+        return executor
+
+    def free(self):
+        """Release the communicator."""
+        self.comm.Free()
+
+
+def nodes_of(comm):
+    """Return the node of every rank, named by the least rank on it. Collective over ``comm``."""
+    if comm.size == 1:
+        return (0,)
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    first = node.bcast(comm.rank)
+    node.Free()
+    return tuple(comm.allgather(first))
+
+
+class Scheduled:
+    """Collectives over a group by one algorithm; every method returns the started :class:`Executor`."""
+
+    def __init__(self, schedules, algorithm):
+        self.schedules, self.algorithm = schedules, algorithm
+        self.rank, self.size = schedules.comm.rank, schedules.comm.size
+
+    def allreduce(self, x, out, op):
+        """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
+        schedule, carries = self._schedule("allreduce")
+        cuts = schedule.bounds(len(x))
+        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op)
+
+    def reduce_scatter(self, x, out, cuts, op):
+        """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
+        schedule, carries = self._schedule("reduce_scatter")
+        cuts = _divided(cuts, schedule.targets)
+        low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
+        own = {c: out[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
+               if schedule.targets[c] == self.rank}
+        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op)
+
+    def allgather(self, x, out, cuts):
+        """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
+        schedule, carries = self._schedule("allgather")
+        cuts = _divided(cuts, schedule.sources)
+        low = min((start for (start, _), rank in zip(cuts, schedule.sources) if rank == self.rank))
+        own = {c: x[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
+               if schedule.sources[c] == self.rank}
+        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype)
+
+    def bcast(self, x, root):
+        """Give every rank the ``x`` of ``root``."""
+        schedule, carries = self._schedule("bcast", root)
+        cuts = schedule.bounds(len(x))
+        views = _views(x, cuts)
+        return self._start(schedule, carries, cuts, views if self.rank == root else {}, views, x.dtype)
+
+    def alltoall(self, x, out, sends, receives):
+        """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``.
+
+        The sizes of blocks sent are the same on all ranks.
+        """
+        schedule, carries = self._schedule("alltoall")
+        p, rank = self.size, self.rank
+        give = {rank * p + other: x[slice(*cut)] for other, cut in enumerate(sends)}
+        get = {other * p + rank: out[slice(*cut)] for other, cut in enumerate(receives)}
+        return self._start(schedule, carries, list(sends) * p, give, get, x.dtype)
+
+    def scatter(self, x, out, cuts, root):
+        """Give every rank its block of the root's ``x``."""
+        schedule, carries = self._schedule("scatter", root)
+        give = _views(x, cuts) if self.rank == root else {}
+        return self._start(schedule, carries, cuts, give, {self.rank: out}, out.dtype)
+
+    def gather(self, x, out, cuts, root):
+        """Give the root the blocks ``x`` of all."""
+        schedule, carries = self._schedule("gather", root)
+        get = _views(out, cuts) if self.rank == root else {}
+        return self._start(schedule, carries, cuts, {self.rank: x}, get, x.dtype)
+
+    def _schedule(self, op, root=0):
+        return checked(op, self.algorithm, self.size, root, self.schedules.nodes)
+
+    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum"):
+        sizes = [high - low for low, high in cuts]
+        return self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op)
+
+
+@lru_cache(maxsize=256)
+def checked(op, algorithm, num_ranks, root, nodes):
+    """Return a schedule and what its messages carry; it is checked once, before it first runs."""
+    schedule = make_collective(op, algorithm, num_ranks, root, nodes)
+    return schedule, check_collective(schedule).carries
+
+
+def _views(x, cuts):
+    return {c: x[low:high] for c, (low, high) in enumerate(cuts)}
+
+
+def _divided(cuts, owners):
+    """Return the cuts of chunks, of which every rank owns equally many one after the other."""
+    parts = len(owners) // len(cuts)
+    return [(low + start, low + stop) for low, high in cuts
+            for start, stop in (bounds(high - low, parts, i) for i in range(parts))]

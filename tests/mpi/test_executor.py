@@ -1,0 +1,123 @@
+"""Schedules on real ranks: every generator, dtypes, sizes, in place, started again, several at once."""
+
+import pytest
+import torch
+from helpers import assert_all
+
+from mpillm import comm as mpi
+from mpillm.comm import executor
+from mpillm.comm.collectives import allgather_blocks, reduce_scatter_blocks
+from mpillm.comm.executor import Executor
+from mpillm.comm.group import as_group
+from mpillm.comm.probe import only
+from mpillm.comm.scheduled import Scheduled, checked
+from mpillm.schedules.blocks import all_bounds
+from mpillm.schedules.generators import ALGORITHMS
+
+pytestmark = pytest.mark.mpi
+
+SIZES = [0, 1, 7, 1000, 65537]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
+CASES = [(op, name) for op, names in ALGORITHMS.items() if op not in ("reduce",) for name in names if name != "trees"]
+
+
+def data(n, dtype, rank):
+    """Integers of which four ranks' sums are exact in every dtype."""
+    return torch.arange(n).mul(7 + rank).add(rank).remainder(31).to(dtype)
+
+
+def run(op, x, group, root):
+    """Carry out an operation out of place, and where it has a form in place check that this gives the same."""
+    if op == "allreduce":
+        y = x.clone()
+        mpi.allreduce(y, group, out=y)
+        found = mpi.allreduce(x, group)
+        return found if torch.equal(found, y) else None
+    if op == "reduce_scatter":
+        found = mpi.reduce_scatter(x, group)
+        return found if torch.equal(found, reduce_scatter_blocks(x.clone(), group)) else None
+    if op == "allgather":
+        low, high = all_bounds(len(x), group.size)[group.rank]
+        y = torch.zeros_like(x)
+        y[low:high] = x[low:high]
+        allgather_blocks(y, group)
+        found = mpi.allgather(x[low:high], group, 0, len(x))
+        return found if torch.equal(found, y) else None
+    if op in ("bcast", "scatter", "gather"):
+        return getattr(mpi, op)(x, group, root=root)
+    return mpi.alltoall(x, group)
+
+
+def wanted(op, parts, rank, root):
+    """The result of the definition, in float64."""
+    parts = [part.double() for part in parts]
+    low, high = all_bounds(len(parts[0]), len(parts))[rank]
+    cuts = all_bounds(len(parts[0]), len(parts))
+    return {
+        "allreduce": lambda: sum(parts),
+        "reduce_scatter": lambda: sum(parts)[low:high],
+        "allgather": lambda: torch.cat([part[slice(*cut)] for part, cut in zip(parts, cuts)]),
+        "bcast": lambda: parts[root],
+        "scatter": lambda: parts[root][low:high],
+        "gather": lambda: torch.cat(parts) if rank == root else parts[0][:0],
+        "alltoall": lambda: torch.cat([part[low:high] for part in parts]),
+    }[op]()
+
+
+@pytest.mark.parametrize(("op", "algorithm"), CASES, ids=map("-".join, CASES))
+def test_every_generator(comm, op, algorithm, monkeypatch):
+    """Messages in many segments; results against the definition in float64; inputs unchanged."""
+    monkeypatch.setattr(executor, "SEGMENT_BYTES", 4096)
+    group, wrong = as_group(comm).with_table(only(algorithm)), []
+    is_taken = isinstance(group.transport(op, torch.empty(0), 1, True), Scheduled)
+    assert_all(is_taken, "something else carries it out", comm)
+    for n in SIZES:
+        for dtype in DTYPES if n < 65537 else DTYPES[:1]:
+            parts = [data(n, dtype, rank) for rank in range(comm.size)]
+            x, root = parts[comm.rank].clone(), comm.size - 1
+            found = run(op, x, group, root)
+            right = wanted(op, parts, comm.rank, root)
+            if found is None or not torch.equal(found.double(), right) or not torch.equal(x, parts[comm.rank]):
+                wrong.append((n, dtype))
+    assert_all(not wrong, wrong, comm)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS["allreduce"] if name != "trees"])
+def test_half_types_travel_narrow_and_are_rounded_once(comm, algorithm):
+    group = as_group(comm).with_table(only(algorithm))
+    parts = [torch.randn(1001, generator=torch.Generator().manual_seed(rank)) for rank in range(comm.size)]
+    for dtype, step in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        narrow = [part.to(dtype) for part in parts]
+        found = mpi.allreduce(narrow[comm.rank], group)
+        right = sum(part.double() for part in narrow)
+        near = ((found.double() - right).abs() <= right.abs() * step + 1e-6).all()
+        same = all(torch.equal(found, other) for other in comm.allgather(found))
+        assert_all(near and same, f"{dtype} {near} {same}", comm)
+
+
+def test_started_again_with_other_values(comm):
+    """Persistent requests send what is in memory when they are started."""
+    if comm.size == 1:
+        return
+    schedules = as_group(comm).schedules
+    schedule, carries = checked("allreduce", "ring", comm.size, 0, schedules.nodes)
+    x, out = torch.zeros(1001), torch.zeros(1001)
+    cuts = schedule.bounds(len(x))
+    views = [{c: y[low:high] for c, (low, high) in enumerate(cuts)} for y in (x, out)]
+    one = Executor(schedule, carries, schedules.comm, [high - low for low, high in cuts], *views, x.dtype)
+    for value in (1.0, 5.0):
+        x.fill_(value + comm.rank)
+        one.start()
+        one.wait()
+        right = sum(value + rank for rank in range(comm.size))
+        assert_all(bool((out == right).all()), f"{out[0]} {right}", comm)
+    one.free()
+
+
+def test_several_at_once(comm):
+    group = as_group(comm).with_table(only("ring"))
+    parts = [data(5000 + i, torch.float64, comm.rank) for i in range(3)]
+    pending = [mpi.iallreduce(part, group) for part in parts]
+    results = [one.wait() for one in reversed(pending)][::-1]
+    ok = all(torch.equal(found, mpi.allreduce(part, comm)) for found, part in zip(results, parts))
+    assert_all(ok, "mixed up", comm)
