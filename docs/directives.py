@@ -16,6 +16,8 @@ from mpillm.config import Config
 from mpillm.errors import ScheduleError
 from mpillm.schedules import PipelineSchedule, grid, make_schedule
 from mpillm.schedules.check import check
+from mpillm.schedules.collective import draw
+from mpillm.schedules.generators import ALGORITHMS, make_collective
 
 
 class ConfigSection(SphinxDirective):
@@ -65,6 +67,27 @@ class Schedule(SphinxDirective):
         return [_literal(f"{grid(schedule)}\n{summary}")]
 
 
+class Collective(SphinxDirective):
+    """The drawing of a collective schedule: operation and algorithm."""
+
+    required_arguments = 2
+    option_spec = {"ranks": directives.positive_int, "nodes": directives.unchanged}
+
+    def run(self):
+        nodes = [int(node) for node in self.options.get("nodes", "").split()]
+        schedule = make_collective(*self.arguments, self.options["ranks"], nodes=nodes)
+        return [_literal(f"{' '.join(self.arguments)}\n{draw(schedule)}")]
+
+
+class CollectiveAlgorithms(SphinxDirective):
+    """The table of the generators, by operation."""
+
+    def run(self):
+        rows = [("Operation", "Algorithms")]
+        rows += [(f"``{op}``", ", ".join(f"``{name}``" for name in names)) for op, names in ALGORITHMS.items()]
+        return self.parse_text_to_nodes(_list_table(rows, "20 80", header_rows=1))
+
+
 class CommandHelp(SphinxDirective):
     """What ``mpillm COMMAND --help`` prints."""
 
@@ -98,6 +121,8 @@ class ModuleMap(SphinxDirective):
 def setup(app):
     app.add_directive("config-section", ConfigSection)
     app.add_directive("schedule", Schedule)
+    app.add_directive("collective", Collective)
+    app.add_directive("collective-algorithms", CollectiveAlgorithms)
     app.add_directive("command-help", CommandHelp)
     app.add_directive("module-map", ModuleMap)
     return {"parallel_read_safe": True}

@@ -7,7 +7,7 @@ from functools import cached_property
 from mpillm.errors import ConfigError
 
 ANY = "*"
-LIBRARY, WINDOW = "mpi", "window"
+LIBRARY, WINDOW, TWO_LEVEL = "mpi", "window", "two_level"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class DecisionTable:
     rows : tuple of (op, axis, dtype, up_to_bytes, algorithm)
         ``axis`` and ``dtype`` may be ``"*"``; rows that name the dtype go before those that name the axis, these before
         the others. ``up_to_bytes`` of the whole vector, ``None`` without a limit. ``algorithm`` is ``"mpi"`` (the MPI
-        library's own), ``"window"`` (node-shared memory) or one of :data:`mpillm.schedules.ALGORITHMS`.
+        library's own), ``"window"`` (node-shared memory) or one of :data:`mpillm.schedules.generators.ALGORITHMS`;
+        ``"two_level"`` takes shared memory inside nodes where it can.
     """
 
     rows: tuple

@@ -3,11 +3,12 @@
 from copy import copy
 from functools import cached_property
 
+from mpillm.comm.levels import make_levels
 from mpillm.comm.library import Library
 from mpillm.comm.recorder import Recorder
 from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
-from mpillm.plan import DEFAULT_TABLE, LIBRARY, WINDOW
+from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
 
 _keyval = None
 
@@ -46,11 +47,19 @@ class Group:
         """What runs schedules over these ranks. Collective on first use."""
         return Schedules(self.comm)
 
+    @cached_property
+    def levels(self):
+        """The nodes of these ranks and the lanes between them, or None where they do not form equal ones.
+
+        Collective on first use.
+        """
+        return make_levels(self.comm, self.schedules.nodes)
+
     def with_table(self, table):
         """Return the same ranks under another decision table; communicators and memory are shared. Collective."""
-        made = {"node": self.node, "schedules": self.schedules}  # now, so that both have the same
+        shared = {name: getattr(self, name) for name in ("node", "schedules", "levels")}  # made now, for both
         other = copy(self)
-        other.__dict__.update(made, table=table)
+        other.__dict__.update(shared, table=table)
         return other
 
     def transport(self, op, x, n_bytes, may_block):
@@ -64,6 +73,8 @@ class Group:
             return (self.node if may_block else None) or library
         if algorithm == LIBRARY or self.order == "tree":
             return library
+        if (op, algorithm) == ("allreduce", TWO_LEVEL) and may_block and self.levels:
+            return self.levels
         return self.schedules.transport(algorithm)
 
     def record(self, operation, n_bytes):
@@ -72,10 +83,9 @@ class Group:
 
     def free(self):
         """Release the shared memory and the communicator. Collective."""
-        if self.__dict__.get("node") is not None:
-            self.node.free()
-        if "schedules" in self.__dict__:
-            self.schedules.free()
+        for made in (self.__dict__.get(name) for name in ("levels", "node", "schedules")):
+            if made is not None:
+                made.free()
         self.comm.Free()
 
 

@@ -9,7 +9,7 @@ import torch
 from mpillm import plan
 from mpillm.comm import collectives
 from mpillm.comm.library import finish
-from mpillm.plan import ANY, LIBRARY, WINDOW, DecisionTable
+from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.generators import ALGORITHMS
 
@@ -72,7 +72,8 @@ def only(algorithm):
 def candidates(op, group):
     """Return the algorithms that ``group`` could take for ``op``."""
     shared = [] if group.node is None else [WINDOW]
-    return [LIBRARY, *shared, *(name for name in ALGORITHMS[op] if name not in ("trees", "two_level"))]
+    passed = ("trees",) if len(set(group.schedules.nodes)) > 1 else ("trees", TWO_LEVEL)
+    return [LIBRARY, *shared, *(name for name in ALGORITHMS[op] if name not in passed)]
 
 
 def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=torch.float32, budget_s=0.02):
@@ -86,7 +87,7 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
         alive, winners = {name: group.with_table(only(name)) for name in candidates(op, group)}, []
         for size in sizes_bytes:
             x = torch.empty(max(group.size, size // dtype.itemsize), dtype=dtype).fill_(0)
-            out = torch.zeros_like(x)
+            out = torch.zeros(len(x) + group.size, dtype=dtype)
             calls = {name: make_call(op, x, member, out) for name, member in alive.items()}
             medians = {name: float(np.median(times)) for name, times in time_calls(group.comm, calls, budget_s).items()}
             best = min(medians, key=medians.get)

@@ -129,7 +129,7 @@ class Node:
     def allreduce(self, x, out, op):
         """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         together = self.views(out)
-        if together is None and x.numel() * x.element_size() <= self.at_once_bytes:
+        if together is None and x.numel() * x.element_size() <= min(self.at_once_bytes, self.slot_bytes):
             slots = self._next_slots(x.dtype, 1)
             slots[self.rank][0][:len(x)] = x
             self.barrier()

@@ -224,3 +224,31 @@ def test_bench_train_under_mpirun_is_refused(tiny, monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
     result = CliRunner().invoke(command, ["train", str(tiny)])
     assert isinstance(result.exception, LaunchError) and "without mpirun" in str(result.exception)
+
+
+@pytest.mark.launches
+def test_collectives_side_by_side(tmp_path):
+    """A row for every operation, size and implementation, in the form that the documentation promises; a picture."""
+    args = ["bench", "collectives", "--peers", "--ops", "allreduce,bcast", "--sizes", "64,65536", "--json",
+            tmp_path / "rows.json", "--figure", tmp_path / "figure.png"]
+    job = run_mpi(2, ["-m", "mpillm", *args], timeout=120)
+    assert job.returncode == 0, job.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    found = {(row["op"], row["bytes"], row["impl"]) for row in rows}
+    assert found == {(op, size, impl) for size in (64, 65536) for op, impls in (
+        ("allreduce", ("mpillm", "mpillm-copy", "mpi", "gloo")), ("bcast", ("mpillm-copy", "mpi", "gloo"))
+    ) for impl in impls}
+    for row in rows:
+        assert row["ranks"] == 2 and row["nodes"] == 1 and row["dtype"] == "float32" and row["algorithm"]
+        assert 0 < row["median_s"] <= row["p99_s"]
+        assert row["bandwidth_bytes_per_s"] == pytest.approx(row["bytes"] / row["median_s"])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("ranks", "args", "said"), [
+    (0, [], "nobody to talk to"), (2, ["--ops", "sort"], "sort is none of allreduce"),
+    (2, ["--sizes", "4,big"], "give numbers of bytes"), (2, ["--json", "/nowhere/x.json"], "no directory"),
+])
+def test_collectives_refuse_what_makes_no_sense(ranks, args, said):
+    job = run_mpi(ranks, ["-m", "mpillm", "bench", "collectives", *args])
+    assert job.returncode and said in job.stderr and "Traceback" not in job.stderr, job.stderr
