@@ -3,14 +3,21 @@
     mpiexec -n N python tests/soak.py
 """
 
+import random
 import sys
 import time
+from functools import partial
 
+import pytest
 import torch
-from tiny import GROUPED, alone, reference_steps, tiny, train
+from tiny import GROUPED, alone, one_for_every_degrees, reference_steps, tiny, train
 
+from mpillm.comm import library, mesh, shared
+from mpillm.comm.group import Group
+from mpillm.comm.probe import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
+from mpillm.plan import LIBRARY, WINDOW
 from mpillm.train.compare import all_layouts, compare_layout, describe
 from mpillm.train.engine import Engine
 
@@ -29,6 +36,8 @@ def main():
     for name, model in MODELS.items():
         differing += against_reference(tiny(model), f"{name}, 5 steps in float64", comm)
         differing += against_one_rank(tiny({**model, **EXACT}), f"{name}, 20 steps in exact float32", comm)
+    late = tiny({**EXACT, "train.steps": 500, "model.num_layers": 4})
+    differing += with_delays(late, "500 steps in exact float32, ranks late at random", comm)
     return VALIDATION if differing else OK
 
 
@@ -50,6 +59,35 @@ def against_one_rank(config, title, comm):
                     for name, ranges in engine.weight_ranges().items() for start, values in ranges)
         engine.free()
         found[describe(layout.layout)] = None if all(comm.allgather(same)) else "not the same bits"
+    return report(title, comm, found)
+
+
+def with_delays(config, title, comm):
+    """Return how many runs of 500 steps, in which ranks are late at random, differ in any bit from that of one rank."""
+    history, whole = alone(config, comm, 500)
+    late, found = random.Random(comm.rank), {}
+
+    def delayed(function):
+        def call(*args):
+            if late.random() < 0.02:
+                time.sleep(late.random() * 0.005)
+            return function(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared.Node, "barrier", delayed(shared.Node.barrier))
+        patch.setattr(library.Library, "_call", delayed(library.Library._call))
+        for algorithm in (WINDOW, LIBRARY):
+            patch.setattr(mesh, "Group", partial(Group, table=only(algorithm)))
+            for layout in one_for_every_degrees(config, comm.size):
+                engine = Engine(layout, comm)
+                same = train(engine, 500) == history
+                same &= all(torch.equal(values, whole[name][start:start + len(values)])
+                            for name, ranges in engine.weight_ranges().items() for start, values in ranges)
+                engine.free()
+                same = all(comm.allgather(same))
+                found[f"{describe(layout.layout)} {algorithm}"] = None if same else "not the same bits"
     return report(title, comm, found)
 
 

@@ -10,3 +10,4 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 for n in 1 2 3 4; do
     "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/soak.py"
 done
+"$bin/mpiexec" -n 9 "$bin/python" -m mpi4py -m pytest --only-mpi -q -k 9-ranks "$root"/tests/mpi/test_{executor,collectives,shared}.py

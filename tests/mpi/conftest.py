@@ -45,9 +45,9 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-@pytest.fixture(params=[1, 2, 3, 4], ids="{}-ranks".format)
+@pytest.fixture(params=sorted({1, 2, 3, 4, max(4, WORLD.size)}), ids="{}-ranks".format)
 def comm(request):
-    """Return a communicator of 1, 2, 3 and 4 ranks in turn; the ranks outside it skip the test and wait."""
+    """Return a communicator of 1, 2, 3 and 4 ranks, and of all, in turn; ranks outside it skip the test and wait."""
     if request.param > WORLD.size:
         pytest.skip(f"needs {request.param} ranks, this launch has {WORLD.size}")
     part = WORLD.Split(0 if WORLD.rank < request.param else MPI.UNDEFINED)
