@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Config": "mpillm.config",
     "Mesh": "mpillm.comm.mesh",
+    "Plan": "mpillm.plan",
     "Run": "mpillm.train.run",
     "check_adjoint": "mpillm.autograd.adjoint",
     "launch": "mpillm.comm.world",

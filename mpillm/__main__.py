@@ -11,6 +11,7 @@ from mpillm.errors import FAILURE, USAGE, MpillmError
 COMMANDS = {
     "doctor": "say what this launch is: MPI library, ranks, nodes, threads, binding, GPU, HDF5 (under mpirun or srun)",
     "data": "turn text or JSONL files into tokens",
+    "probe": "measure which algorithm is fastest for each collective and size (under mpirun or srun)",
     "train": "train a model (under mpirun or srun)",
     "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
     "generate": "sample text from a run (under mpirun or srun)",
@@ -18,7 +19,7 @@ COMMANDS = {
     "convert": "Hugging Face Llama weights out of a run, or into a new one",
     "report": "draw the pictures of a run",
 }
-UNDER_MPI = ("doctor", "train", "verify", "generate", "bench collectives")
+UNDER_MPI = ("doctor", "probe", "train", "verify", "generate", "bench collectives")
 
 
 class Commands(click.Group):

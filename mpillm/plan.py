@@ -1,10 +1,13 @@
-"""What a run obeys: so far, which implementation each collective takes."""
+"""What a run obeys: so far, which algorithm each collective takes."""
 
+import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from mpillm.errors import ConfigError
+from mpillm.schedules.generators import ALGORITHMS
 
 ANY = "*"
 LIBRARY, WINDOW, TWO_LEVEL = "mpi", "window", "two_level"
@@ -54,7 +57,19 @@ class DecisionTable:
 
     @classmethod
     def from_dict(cls, found):
-        """Read what :meth:`to_dict` wrote."""
+        """Read what :meth:`to_dict` wrote.
+
+        Raises
+        ------
+        ConfigError
+            If a row has another form or names an algorithm that its operation does not have.
+        """
+        for row in found["rows"]:
+            if len(row) != 5 or not (row[3] is None or isinstance(row[3], int)) or row[0] not in OPERATIONS:
+                raise ConfigError(f"decision table: row {row}: needs [op, axis, dtype, up_to_bytes or null, algorithm]")
+            if row[4] not in (LIBRARY, WINDOW, *ALGORITHMS[row[0]]) or row[4] == "trees":
+                known = ", ".join((LIBRARY, WINDOW, *ALGORITHMS[row[0]][:-1]))
+                raise ConfigError(f"decision table: row {row}: {row[0]} has no algorithm {row[4]}; known are {known}")
         return cls(tuple(tuple(row) for row in found["rows"]))
 
 
@@ -64,3 +79,48 @@ OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall", "
 DEFAULT_TABLE = DecisionTable(tuple(
     row for op in OPERATIONS for row in ((op, ANY, ANY, 1 << 18, LIBRARY), (op, ANY, ANY, None, WINDOW))
 ))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run on ``num_ranks`` ranks, on ``num_nodes`` nodes, obeys."""
+
+    num_ranks: int
+    num_nodes: int
+    table: DecisionTable = DEFAULT_TABLE
+
+    def check(self, num_ranks, num_nodes):
+        """Refuse a launch that the plan was not made for.
+
+        Raises
+        ------
+        ConfigError
+            Naming both.
+        """
+        if (self.num_ranks, self.num_nodes) != (num_ranks, num_nodes):
+            raise ConfigError(
+                f"the plan is for {self.num_ranks} ranks on {self.num_nodes} nodes, this launch has {num_ranks} on "
+                f"{num_nodes}: make another with mpillm probe under this launch"
+            )
+
+    def save(self, path):
+        """Write the plan as JSON."""
+        found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, "table": self.table.to_dict()}
+        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path):
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ConfigError
+            If the file is missing or no plan.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(found["num_ranks"], found["num_nodes"], DecisionTable.from_dict(found["table"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"plan {path}: {type(error).__name__}: {error}: give a file that mpillm probe wrote"
+            ) from None

@@ -15,11 +15,16 @@ LINE_EVERY_S = 5.0
 @with_config
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
               help="go on from the newest checkpoint of the run directory, or start anew, or go on from PATH")
-def command(config, resume):
+@click.option("--plan", type=click.Path(), metavar="FILE", help="obey this plan, made by mpillm probe")
+def command(config, resume, plan):
     """Train the model of CONFIG; under mpirun or srun on all ranks."""
+    from mpillm.comm.world import comm_world
+    from mpillm.errors import together
+    from mpillm.plan import Plan
     from mpillm.train.run import Run
 
-    run = Run(config, resume=resume)
+    comm = comm_world()
+    run = Run(config, comm, resume, together(comm, lambda: Plan.load(plan), "plan") if plan else None)
     show = Progress(run) if run.comm.rank == 0 else None
     for metrics in run:
         if show:

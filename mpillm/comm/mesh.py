@@ -5,6 +5,7 @@ import math
 from mpillm.comm.group import Group
 from mpillm.comm.recorder import Recorder
 from mpillm.errors import ConfigError
+from mpillm.plan import DEFAULT_TABLE
 
 AXES = ("data", "pipeline", "tensor")
 
@@ -24,6 +25,8 @@ class Mesh:
         The axes from slowest to fastest varying over ranks.
     sums : {"any", "tree"}
         Order of sums in collectives over the axes (see :class:`~mpillm.comm.group.Group`).
+    table : DecisionTable, optional
+        Which algorithm each collective takes.
 
     Raises
     ------
@@ -39,7 +42,7 @@ class Mesh:
         coord("tensor") 0  1  0  1
     """
 
-    def __init__(self, comm, data=1, pipeline=1, tensor=1, order=AXES, sums="any"):
+    def __init__(self, comm, data=1, pipeline=1, tensor=1, order=AXES, sums="any", table=DEFAULT_TABLE):
         self._sizes = {"data": data, "pipeline": pipeline, "tensor": tensor}
         if math.prod(self._sizes.values()) != comm.size:
             raise ConfigError(
@@ -47,7 +50,7 @@ class Mesh:
                 f"this communicator has {comm.size}: change the degrees or the number of ranks"
             )
         self.recorder = Recorder()
-        self.world = Group(comm.Clone(), "world", sums, self.recorder)
+        self.world = Group(comm.Clone(), "world", sums, self.recorder, table)
         self._coords, self._groups = {}, {}
         rest = self.world.rank
         for axis in reversed(order):
@@ -56,7 +59,7 @@ class Mesh:
             others = [self._coords[name] for name in AXES if name != axis]
             sizes = [self._sizes[name] for name in AXES if name != axis]
             part = self.world.comm.Split(others[0] * sizes[1] + others[1], self._coords[axis])
-            self._groups[axis] = Group(part, axis, sums, self.recorder)
+            self._groups[axis] = Group(part, axis, sums, self.recorder, table)
 
     def size(self, axis):
         """Return the degree of ``axis``."""

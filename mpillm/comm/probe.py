@@ -65,8 +65,9 @@ def make_call(op, x, group, out=None):
 
 
 def only(algorithm):
-    """Return the table that takes ``algorithm`` for everything."""
-    return DecisionTable(tuple((op, ANY, ANY, None, algorithm) for op in plan.OPERATIONS))
+    """Return the table that takes ``algorithm`` for all operations that have it."""
+    return DecisionTable(tuple((op, ANY, ANY, None, algorithm) for op in plan.OPERATIONS
+                               if algorithm in (LIBRARY, WINDOW, *ALGORITHMS[op])))
 
 
 def candidates(op, group):

@@ -14,6 +14,7 @@ from mpillm.nn.init import initialise
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.pipeline import Microbatch, PipelineRunner, Stage
+from mpillm.plan import DEFAULT_TABLE
 from mpillm.planner.stages import default_cuts
 from mpillm.report.trace import Trace
 from mpillm.schedules.blocks import bounds
@@ -35,12 +36,15 @@ class Engine:
         Resolved for ``comm.size``, with ``model.vocab_size`` set.
     comm : Comm
     trace_folder : Path, optional
+    table : DecisionTable, optional
+        Which algorithm each collective takes.
     """
 
-    def __init__(self, config, comm, trace_folder=None):
+    def __init__(self, config, comm, trace_folder=None, table=DEFAULT_TABLE):
         layout, train = config.layout, config.train
         self.config, self.is_exact = config, train.numerics == "exact"
-        self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if self.is_exact else "any")
+        sums = "tree" if self.is_exact else "any"
+        self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table)
         self.device, self.dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
         self.trace = Trace(trace_folder, self.mesh)
         self.stages = self._make_stages()

@@ -6,8 +6,10 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.errors import CheckpointError, ConfigError, DataError, together
+from mpillm.plan import Plan
 from mpillm.train import checkpoint
 from mpillm.train.data import TokenFile, file_digest, training_order
 from mpillm.train.engine import Engine
@@ -29,6 +31,8 @@ class Run:
     resume : str
         ``"auto"`` goes on from the newest complete checkpoint of the run directory, if there is one; ``"never"``
         demands an unused one; else the path of a checkpoint or run.
+    plan : Plan, optional
+        What to obey; made for this number of ranks and nodes.
 
     Raises
     ------
@@ -42,8 +46,11 @@ class Run:
     ...     print(metrics["step"], metrics["loss"])
     """
 
-    def __init__(self, config, comm=None, resume="auto"):
+    def __init__(self, config, comm=None, resume="auto", plan=None):
         self.comm = comm_world() if comm is None else comm
+        num_nodes = len(set(nodes_of(self.comm)))
+        self.plan = Plan(self.comm.size, num_nodes) if plan is None else plan
+        self.plan.check(self.comm.size, num_nodes)
         self.config = together(self.comm, lambda: self._open_data(config.resolve(self.comm.size)), "data")
         self.folder = Path(config.train.run_dir)
         start = together(self.comm, lambda: self._find_start(resume), "resume")
@@ -52,7 +59,7 @@ class Run:
         if self.config.train.numerics == "exact":
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None
-        self.engine = Engine(self.config, self.comm, trace)
+        self.engine = Engine(self.config, self.comm, trace, self.plan.table)
         self.step_number, self.samples_seen = 0, 0
         self._restore(start)
         self._on_rank_0(self._describe)
@@ -196,6 +203,7 @@ class Run:
     def _describe(self):
         """Write what describes the run, once it is sure to start."""
         (self.folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+        self.plan.save(self.folder / "plan.json")
         copy_tokenizer(self.config.data.path, self.folder)
 
     def _on_rank_0(self, work):
