@@ -30,11 +30,15 @@ class DecisionTable:
 
     def choose(self, op, axis, dtype, n_bytes):
         """Return the algorithm for a message; ``"mpi"`` where no row fits. Local."""
+        limits, algorithms = self.choices(op, axis, dtype)
+        return algorithms[bisect_left(limits, n_bytes)]
+
+    def choices(self, op, axis, dtype):
+        """Return limits in bytes, the last infinite, and the algorithm up to each. Local."""
         for key in ((op, axis, dtype), (op, ANY, dtype), (op, axis, ANY), (op, ANY, ANY)):
             if key in self._limits:
-                limits, algorithms = self._limits[key]
-                return algorithms[bisect_left(limits, n_bytes)]
-        return LIBRARY
+                return self._limits[key]
+        return [float("inf")], [LIBRARY]
 
     @cached_property
     def _limits(self):

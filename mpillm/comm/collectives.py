@@ -54,7 +54,7 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
-    n_bytes = x.numel() * x.element_size()
+    n_bytes = x.nbytes
     group.record("allreduce", 2 * (n_bytes - n_bytes // group.size))
     source = staged(x)
     host = host_empty(x.shape, x) if out is None or out.is_cuda else out
@@ -95,7 +95,7 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     cuts = _blocks(counts(rows.shape[0], group.size), rows)
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
-    n_bytes = rows.numel() * x.element_size()
+    n_bytes = rows.nbytes
     group.record("reduce_scatter", n_bytes - out.numel() * x.element_size())
     transport = group.transport("reduce_scatter", x, n_bytes, may_block)
     request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
@@ -165,7 +165,7 @@ def reduce_scatter_blocks(x, comm):
     cuts, host = all_bounds(len(x), group.size), staged(x)
     block = host[slice(*cuts[group.rank])]
     group.record("reduce_scatter", (len(x) - len(block)) * x.element_size())
-    transport = group.transport("reduce_scatter", x, x.numel() * x.element_size(), True)
+    transport = group.transport("reduce_scatter", x, x.nbytes, True)
     finish(transport.reduce_scatter(host, block, cuts, "sum"))
     return x[slice(*cuts[group.rank])].copy_(block) if x.is_cuda else block
 
@@ -181,7 +181,7 @@ def allgather_blocks(x, comm):
     cuts, host = all_bounds(len(x), group.size), staged(x)
     own = host[slice(*cuts[group.rank])]
     group.record("allgather", (group.size - 1) * len(own) * x.element_size())
-    transport = group.transport("allgather", x, x.numel() * x.element_size(), True)
+    transport = group.transport("allgather", x, x.nbytes, True)
     finish(transport.allgather(own, host, cuts))
     if x.is_cuda:
         x.copy_(host)
@@ -205,7 +205,7 @@ def ibcast(x, comm, root=0, may_block=False):
     if group.size == 1:
         return Pending(x.detach().clone())
     out = staged(x).clone()
-    n_bytes = x.numel() * x.element_size()
+    n_bytes = x.nbytes
     group.record("bcast", n_bytes if group.rank == root else 0)
     request = group.transport("bcast", x, n_bytes, may_block).bcast(flat(out), root)
     return Pending(out, request, (), lambda: unstaged(out, x))
@@ -263,7 +263,7 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     rows = staged(x.movedim(dim, 0))
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
-    n_bytes = rows.numel() * x.element_size()
+    n_bytes = rows.nbytes
     group.record("scatter", n_bytes - out.numel() * x.element_size() if group.rank == root else 0)
     request = group.transport("scatter", x, n_bytes, may_block).scatter(
         flat(rows), flat(out), _blocks(counts(rows.shape[0], group.size), rows), root)

@@ -1,5 +1,6 @@
 """A communicator as mpillm uses it: cloned, named, with an order of sums, a decision table and a recorder."""
 
+from bisect import bisect_left
 from copy import copy
 from functools import cached_property
 
@@ -35,7 +36,7 @@ class Group:
         self.comm, self.name, self.order, self.table = comm, name, order, table
         self.recorder = Recorder() if recorder is None else recorder
         self.rank, self.size = comm.rank, comm.size
-        self._libraries = Library(self, False), Library(self, True)
+        self._libraries, self._choices = (Library(self, False), Library(self, True)), {}
 
     @cached_property
     def node(self):
@@ -59,7 +60,7 @@ class Group:
         """Return the same ranks under another decision table; communicators and memory are shared. Collective."""
         shared = {name: getattr(self, name) for name in ("node", "schedules", "levels")}  # made now, for both
         other = copy(self)
-        other.__dict__.update(shared, table=table)
+        other.__dict__.update(shared, table=table, _choices={})
         return other
 
     def transport(self, op, x, n_bytes, may_block):
@@ -68,7 +69,11 @@ class Group:
         Collective on first use. Shared memory makes no progress by itself, so nonblocking calls never take it.
         """
         library = self._libraries[may_block]
-        algorithm = self.table.choose(op, self.name, str(x.dtype).removeprefix("torch."), n_bytes)
+        key = op, x.dtype
+        if key not in self._choices:  # kept, because small messages would feel the search
+            self._choices[key] = self.table.choices(op, self.name, str(x.dtype).removeprefix("torch."))
+        limits, algorithms = self._choices[key]
+        algorithm = algorithms[bisect_left(limits, n_bytes)]
         if algorithm == WINDOW:
             return (self.node if may_block else None) or library
         if algorithm == LIBRARY or self.order == "tree":

@@ -16,8 +16,9 @@ class Recorder:
 
     def add(self, axis, operation, n_bytes):
         """Count one call."""
-        self.calls[axis, operation] += 1
-        self.bytes[axis, operation] += n_bytes
+        key = axis, operation
+        self.calls[key] += 1
+        self.bytes[key] += n_bytes
 
     def reset(self):
         """Start counting anew."""
