@@ -6,14 +6,12 @@
 import random
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
 from tiny import GROUPED, alone, one_for_every_degrees, reference_steps, tiny, train
 
-from mpillm.comm import library, mesh, shared
-from mpillm.comm.group import Group
+from mpillm.comm import library, shared
 from mpillm.comm.probe import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
@@ -79,9 +77,8 @@ def with_delays(config, title, comm):
         patch.setattr(shared.Node, "barrier", delayed(shared.Node.barrier))
         patch.setattr(library.Library, "_call", delayed(library.Library._call))
         for algorithm in (WINDOW, LIBRARY):
-            patch.setattr(mesh, "Group", partial(Group, table=only(algorithm)))
             for layout in one_for_every_degrees(config, comm.size):
-                engine = Engine(layout, comm)
+                engine = Engine(layout, comm, table=only(algorithm))
                 same = train(engine, 500) == history
                 same &= all(torch.equal(values, whole[name][start:start + len(values)])
                             for name, ranges in engine.weight_ranges().items() for start, values in ranges)
