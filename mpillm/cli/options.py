@@ -1,11 +1,13 @@
 """What several commands share: the configuration argument with its ``--section.key VALUE`` overrides."""
 
 import functools
+import json
+from pathlib import Path
 
 import click
 
 from mpillm.config import Config
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, DataError
 
 
 def with_config(function):
@@ -37,3 +39,15 @@ def parse_overrides(words):
             value = words.pop(0)
         overrides[key] = value
     return overrides
+
+
+def write_json(path, found):
+    """Write JSON to a file, or to standard output for ``-``."""
+    text = json.dumps(found, indent=1)
+    if path == "-":
+        click.echo(text)
+        return
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--json {path}: cannot be written ({error.strerror or error})") from error

@@ -17,6 +17,7 @@ takes the same road as the five made here:
 import re
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from pathlib import Path
 
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.schedules.blocks import counts
@@ -166,6 +167,28 @@ def make_schedule(name, num_ranks, num_microbatches, chunks=1):
         warmups = [(chunks - 1) * sizes[0] + ahead * after for after in reversed(range(num_ranks))]
         actions = _alternating(chunks, sizes, warmups)
     return PipelineSchedule(name, num_ranks, num_ranks * chunks, num_microbatches, actions)
+
+
+def named_or_read(name, num_ranks, num_microbatches, chunks=1):
+    """Make one of the named schedules, or read the file of that name, which must have these sizes.
+
+    Local; parameters and errors as for :func:`make_schedule`.
+    """
+    if name in SCHEDULES:
+        return make_schedule(name, num_ranks, num_microbatches, chunks)
+    try:
+        schedule = PipelineSchedule.from_text(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f'schedule "{name}": neither one of {", ".join(SCHEDULES)} nor a file that can be read ({error})') from None
+    found = (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches)
+    needed = (num_ranks, num_ranks * chunks, num_microbatches)
+    if found != needed:
+        raise ConfigError(
+            f"schedule {name}: is for {found[0]} ranks, {found[1]} stages, {found[2]} microbatches; this layout needs "
+            f"{needed[0]}, {needed[1]} and {needed[2]}"
+        )
+    return schedule
 
 
 def _check_request(name, num_ranks, num_microbatches, chunks):

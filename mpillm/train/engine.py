@@ -19,7 +19,7 @@ from mpillm.planner.stages import default_cuts
 from mpillm.report.trace import Trace
 from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check import check
-from mpillm.schedules.pipeline import SCHEDULES, PipelineSchedule, make_schedule
+from mpillm.schedules.pipeline import make_schedule, named_or_read
 from mpillm.train.gradients import GradientSync
 from mpillm.train.optimizers import ShardedOptimizer
 from mpillm.train.storage import Bucket, MicrobatchTree
@@ -172,17 +172,7 @@ class Engine:
     def _schedule(self, num_microbatches):
         """Build, or read, and check the pipeline schedule of this data rank."""
         layout = self.config.layout
-        if layout.schedule in SCHEDULES:
-            schedule = make_schedule(layout.schedule, layout.pipeline, num_microbatches, layout.chunks)
-        else:
-            schedule = PipelineSchedule.from_text(Path(layout.schedule).read_text(encoding="utf-8"))
-            found = (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches)
-            needed = (layout.pipeline, self.num_stages, num_microbatches)
-            if found != needed:
-                raise ConfigError(
-                    f"layout.schedule = {layout.schedule}: is for {found[0]} ranks, {found[1]} stages, {found[2]} "
-                    f"microbatches; this layout needs {needed[0]}, {needed[1]} and {needed[2]}"
-                )
+        schedule = named_or_read(layout.schedule, layout.pipeline, num_microbatches, layout.chunks)
         check(schedule)
         return schedule
 
