@@ -57,8 +57,8 @@ class Topology:
             links = [(str(link["from"]), str(link["to"]), link["bytes_per_s"]) for link in found["links"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"topology {path}: {type(error).__name__}: {error}: it needs nodes with name and compute, and links with "
-                "from, to and bytes_per_s"
+                f"topology {path}: {type(error).__name__}: {error}: it needs nodes with name and compute, and "
+                "links with from, to and bytes_per_s"
             ) from None
         return cls.make(names, computes, links, path)
 

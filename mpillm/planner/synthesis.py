@@ -125,7 +125,7 @@ def _list_schedule(num_microbatches, times, between, limit, weight_memory, patie
 
 
 def _depths(times, between, limit):
-    """Return how many forwards each rank may be ahead of its input halves: as many as its way to the end and back lasts."""
+    """Return how many forwards each rank may be ahead of its input halves: as fill the way to the end and back."""
     forward, input_, _ = times
     depths = []
     for rank in range(len(forward)):

@@ -2,13 +2,11 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.mesh import Mesh
-from mpillm.errors import ConfigError
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initialise
 from mpillm.nn.split import TensorSplit
