@@ -38,7 +38,10 @@ _section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 @_section
 class Model:
-    """A Llama-shaped decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+    """A Llama-shaped decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+    ``kind = "gpt"``, with a feed-forward of two matrices, is for the planner: it can be priced, not trained.
+    """
 
     hidden_size: Positive
     num_layers: Positive
@@ -51,6 +54,7 @@ class Model:
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     tie_embeddings: bool = False
+    kind: Literal["llama", "gpt"] = "llama"
 
     def __post_init__(self):
         if self.num_kv_heads is None:
@@ -132,7 +136,7 @@ class Layout:
     schedule: str = "auto"
     zero: Union[Auto, Literal[0, 1]] = "auto"
     sequence_parallel: Union[Auto, bool] = "auto"
-    recompute: Union[Recompute, tuple[Recompute, ...]] = "none"
+    recompute: Union[Auto, Recompute, tuple[Recompute, ...]] = "auto"
     shares: Union[Auto, tuple[Positive, ...]] = "auto"
 
     def __post_init__(self):
@@ -291,6 +295,7 @@ def _fill_layout(config, ranks):
         layout, **sizes, chunks=chunks, schedule=schedule,
         zero=int(sizes["data"] > 1) if layout.zero == "auto" else layout.zero,
         sequence_parallel=sizes["tensor"] > 1 if layout.sequence_parallel == "auto" else layout.sequence_parallel,
+        recompute="none" if layout.recompute == "auto" else layout.recompute,
     )
 
 

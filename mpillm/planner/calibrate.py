@@ -56,8 +56,8 @@ class Calibration:
         for across, chosen in _regimes(rows):
             if across not in self.coefficients:
                 where = "several nodes" if across else "one node"
-                raise ConfigError(f"rows of {where} (gpus {'>' if across else '<='} {GPUS_PER_NODE}) are to be predicted, "
-                                  "but none of them was measured: add some to --measured")
+                raise ConfigError(f"rows of {where} (gpus {'>' if across else '<='} {GPUS_PER_NODE}) are to be "
+                                  "predicted, but none of them was measured: add some to --measured")
             features = _features(_take(rows, chosen), across, self.grids[across])
             predicted[chosen] = sum(self.coefficients[across][name] * seconds for name, seconds in features.items())
         return predicted
@@ -82,8 +82,8 @@ def read_rows(path, is_measured):
     columns = COLUMNS + ((MEASURED,) if is_measured or MEASURED in names else ())
     missing = [name for name in columns if name not in names]
     if missing:
-        raise DataError(f"{path}: {'has no rows' if not found else 'lacks the columns ' + ', '.join(missing)}; it needs "
-                        f"a header and rows of {', '.join(columns)}")
+        raise DataError(f"{path}: {'has no rows' if not found else 'lacks the columns ' + ', '.join(missing)}; "
+                        f"it needs a header and rows of {', '.join(columns)}")
     return {name: np.array([_number(path, line, name, row[name]) for line, row in enumerate(found, 2)])
             for name in columns}
 

@@ -1,12 +1,21 @@
-"""What a model costs: FLOPs per layer, parameters, and the messages of one training step."""
+"""What a model costs: FLOPs, bytes and messages of a layer, of a stage and of a training step."""
 
+from dataclasses import dataclass
+
+STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+def layer_parameters(model):
+    """Return the parameters of one layer, norms left aside."""
+    heads, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    matrices = 2 if model.kind == "gpt" else 3
+    return model.hidden_size * (2 * heads + 2 * keys + matrices * model.ffn_size)
 
 
 def layer_flops(model, seq_len):
     """Return the forward FLOPs per token of one layer: products of weights, and attention over half of ``seq_len``."""
-    heads, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    weights = model.hidden_size * (2 * heads + 2 * keys + 3 * model.ffn_size)
-    return 2 * weights + 2 * seq_len * heads
+    return 2 * layer_parameters(model) + 2 * seq_len * model.num_heads * model.head_dim
 
 
 def head_flops(model):
@@ -17,3 +26,54 @@ def head_flops(model):
 def step_flops(model, seq_len, tokens):
     """Return the FLOPs of a training step over ``tokens``: forward, and twice that backward (Narayanan et al. 2021)."""
     return 3 * tokens * (model.num_layers * layer_flops(model, seq_len) + head_flops(model))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of forward, input and weight half; bytes kept from forward to backward."""
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    kept_bytes: float
+
+
+def ring_s(level, size, n_bytes, passes=2):
+    """Return the time of a ring over ``size`` ranks: two passes for an allreduce, one for a half of it."""
+    return passes * (size - 1) * (level.alpha_s + n_bytes / size * level.beta_s_per_byte)
+
+
+def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
+    """Price one layer and microbatch on one of ``tensor`` ranks.
+
+    Local. Products at the machine's rate for their smallest dimension; attention at the rate for its head size;
+    elementwise work by the bytes it moves; two allreduces (or their halves) forward and two backward; recompute repeats
+    the forward, or its attention, before the backward (Korthikanti et al. 2022).
+    """
+    h, heads, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    ups = 1 if model.kind == "gpt" else 2
+    shapes = ((h, (heads + 2 * keys) / tensor), (heads / tensor, h), (h, ups * model.ffn_size / tensor),
+              (model.ffn_size / tensor, h))
+    products = sum(2 * tokens * k * n / machine.matmul_flops_per_s(min(tokens, k, n)) for k, n in shapes)
+    attention = 2 * tokens * seq_len * heads / tensor / machine.matmul_flops_per_s(model.head_dim)
+    whole = tokens * h * item_bytes
+    split = tensor if sequence_parallel else 1
+    inner = tokens * ((2 * heads + 2 * keys) + (ups + 1) * model.ffn_size) / tensor * item_bytes
+    elementwise = 2 * (6 * whole / split + inner) / machine.memory_bytes_per_s
+    talk = 2 * ring_s(machine.level_for(tensor), tensor, whole)
+    forward = products + attention + elementwise + machine.call_s + talk
+    again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
+    backward = products + 2 * attention + elementwise + machine.call_s + talk * (1.25 if sequence_parallel else 1)
+    kept = {"none": 4 * whole / split + inner, "selective": 4 * whole / split + inner - tokens * 2 * keys / tensor
+            * item_bytes, "full": whole / split}[recompute]
+    return Work(forward, backward + again, products, kept)
+
+
+def head_work(model, machine, tokens, tensor, item_bytes):
+    """Price the output head and the loss of one microbatch on one of ``tensor`` ranks."""
+    columns = model.vocab_size / tensor
+    product = 2 * tokens * model.hidden_size * columns / machine.matmul_flops_per_s(
+        min(tokens, model.hidden_size, columns))
+    loss = 4 * tokens * columns * item_bytes / machine.memory_bytes_per_s
+    talk = ring_s(machine.level_for(tensor), tensor, tokens * model.hidden_size * item_bytes)
+    return Work(product + loss, product + loss + talk, product, tokens * columns * 4)

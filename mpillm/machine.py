@@ -1,0 +1,156 @@
+"""Machine: what the hardware can do, as the planner sees it; measured by ``mpillm probe``, or a preset."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from mpillm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the machine: ranks that reach each other over the same kind of link.
+
+    Attributes
+    ----------
+    name : str
+    size : int
+        Ranks in one group of this level; the last level holds all.
+    alpha_s, beta_s_per_byte : float
+        Time of a message: ``alpha_s + n beta_s_per_byte``, for each rank while all ranks talk.
+    """
+
+    name: str
+    size: int
+    alpha_s: float
+    beta_s_per_byte: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What every rank of a launch can do, while all others do the same.
+
+    Attributes
+    ----------
+    name, source : str
+        What it is; where the figures come from.
+    levels : tuple of Level
+        From the inside out.
+    matmul : tuple of (int, float)
+        FLOPs a second of matrix products whose smallest dimension is so wide, in ascending order; interpolated in the
+        logarithm, held beyond the ends.
+    memory_bytes, memory_bytes_per_s : float
+        Memory of a rank, and how fast it is read and written.
+    call_s : float
+        Overhead of one layer's forward: launching kernels, the interpreter.
+    shares_memory : bool
+        Whether ranks of a node share windows, so that replicas keep one copy of the weights.
+    num_ranks, num_nodes : int
+        Of the launch that was measured; 0 for a preset, which stands for any number.
+    table : tuple
+        Rows of the measured :class:`mpillm.plan.DecisionTable`.
+    repeatability : dict of str to float
+        For measured figures the median relative deviation between repetitions.
+    """
+
+    name: str
+    source: str
+    levels: tuple
+    matmul: tuple
+    memory_bytes: float
+    memory_bytes_per_s: float
+    call_s: float = 0.0
+    shares_memory: bool = False
+    num_ranks: int = 0
+    num_nodes: int = 0
+    table: tuple = ()
+    repeatability: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        rates = [rate for _, rate in self.matmul] + [self.memory_bytes, self.memory_bytes_per_s]
+        times = [value for level in self.levels for value in (level.alpha_s, level.beta_s_per_byte)] + [self.call_s]
+        if not self.levels or not self.matmul or not all(0 < rate < math.inf for rate in rates) or not all(
+                0 <= time < math.inf for time in times):
+            raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates and memory must be positive "
+                              f"and times at least zero; found rates {rates}, times {times}")
+
+    @property
+    def ranks_per_node(self):
+        """Ranks of the innermost level."""
+        return self.levels[0].size
+
+    def matmul_flops_per_s(self, width):
+        """Return the rate of a product whose smallest dimension is ``width``. Local."""
+        points = self.matmul
+        if width <= points[0][0]:
+            return points[0][1]
+        for (low, slow), (high, fast) in zip(points, points[1:]):
+            if width <= high:
+                return slow + (fast - slow) * math.log(width / low) / math.log(high / low)
+        return points[-1][1]
+
+    def level_for(self, reach):
+        """Return the level over which ``reach`` neighbouring ranks talk. Local."""
+        return next((level for level in self.levels if reach <= level.size), self.levels[-1])
+
+    def scaled(self, what, factor):
+        """Return the machine with one figure changed: ``matmul``, ``memory_bytes``, ``memory_bytes_per_s`` or the
+        bandwidth of a level by its name. Local."""
+        if what == "matmul":
+            return replace(self, matmul=tuple((width, rate * factor) for width, rate in self.matmul))
+        if what in ("memory_bytes", "memory_bytes_per_s"):
+            return replace(self, **{what: getattr(self, what) * factor})
+        return replace(self, levels=tuple(
+            replace(level, beta_s_per_byte=level.beta_s_per_byte / factor) if level.name == what else level
+            for level in self.levels))
+
+    def save(self, path):
+        """Write the machine as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, name):
+        """Return a preset by its name, or read a file that :meth:`save` wrote.
+
+        Raises
+        ------
+        ConfigError
+            If it is neither.
+        """
+        if name in PRESETS:
+            return PRESETS[name]
+        try:
+            found = json.loads(Path(name).read_text(encoding="utf-8"))
+            found["levels"] = tuple(Level(**level) for level in found["levels"])
+            found["matmul"] = tuple((int(width), float(rate)) for width, rate in found["matmul"])
+            found["table"] = tuple(tuple(row) for row in found.get("table", ()))
+            return cls(**found)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"machine {name}: {type(error).__name__}: {error}: give a file that mpillm probe wrote, or one of "
+                f"{', '.join(PRESETS)}"
+            ) from None
+
+
+EVERYWHERE = 1 << 20  # the size of a preset's last level
+
+# Sustained matrix rates are the largest that a search over shapes measured (Bekman, Machine Learning Engineering,
+# 2024); for narrower products half of that at 256 and four fifths at 1024 are assumed. A rank's share of the network is
+# the node's over its ranks; collectives inside reach 78 % of NVLink on A100 and 82 % on H100 (nccl-tests, same book).
+# Latencies: TACCL (Shah et al. 2023), and nccl-tests' 32 KiB over the 14 messages of a ring of eight.
+PRESETS = {machine.name: machine for machine in (
+    Machine("dgx-a100", "NVIDIA A100 SXM 80 GB data sheet; DGX A100: 8 GPUs, 8 x 200 Gb/s",
+            (Level("node", 8, 3e-6, 1 / 235e9), Level("network", EVERYWHERE, 5e-6, 1 / 25e9)),
+            ((256, 130e12), (1024, 220e12), (4096, 271e12)), 80e9, 2.04e12, 1e-4),
+    Machine("dgx-h100", "NVIDIA H100 SXM 80 GB data sheet; DGX H100: 8 GPUs, 8 x 400 Gb/s",
+            (Level("node", 8, 3e-6, 1 / 367e9), Level("network", EVERYWHERE, 5e-6, 1 / 50e9)),
+            ((256, 380e12), (1024, 640e12), (4096, 794e12)), 80e9, 3.35e12, 1e-4),
+    Machine("mi250x-node", "AMD Instinct MI250X data sheet; 8 dies of 64 GB a node, 4 x 200 Gb/s",
+            (Level("node", 8, 5e-6, 1 / 40e9), Level("network", EVERYWHERE, 5e-6, 1 / 12.5e9)),
+            ((256, 60e12), (1024, 100e12), (4096, 125e12)), 64e9, 1.6e12, 1e-4),
+    Machine("cpu-node", "AMD EPYC 7763 data sheet: a rank a socket of 64 cores, 2.45 GHz, 32 FLOPs a cycle, "
+            "8 x DDR4-3200; 100 Gb/s a node",
+            (Level("node", 2, 1e-6, 1 / 20e9), Level("network", EVERYWHERE, 2e-6, 1 / 6.25e9)),
+            ((64, 1.5e12), (256, 3e12), (1024, 4e12)), 256e9, 0.8 * 204.8e9, 5e-4, shares_memory=True),
+)}
