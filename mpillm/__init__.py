@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Config": "mpillm.config",
+    "Machine": "mpillm.machine",
     "Mesh": "mpillm.comm.mesh",
     "Plan": "mpillm.plan",
     "Run": "mpillm.train.run",
     "check_adjoint": "mpillm.autograd.adjoint",
     "launch": "mpillm.comm.world",
+    "make_plan": "mpillm.planner.layout",
 }
 
 __all__ = ["__version__", *_PUBLIC]

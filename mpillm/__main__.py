@@ -11,7 +11,8 @@ from mpillm.errors import FAILURE, USAGE, MpillmError
 COMMANDS = {
     "doctor": "say what this launch is: MPI library, ranks, nodes, threads, binding, GPU, HDF5 (under mpirun or srun)",
     "data": "turn text or JSONL files into tokens",
-    "probe": "measure which algorithm is fastest for each collective and size (under mpirun or srun)",
+    "probe": "measure this machine: rates, links, the fastest algorithms (under mpirun or srun)",
+    "plan": "choose how to train a model on a machine",
     "simulate": "play a pipeline schedule on a clock",
     "bound": "how fast a collective could be on a network",
     "calibrate": "fit the cost model to measured iterations",

@@ -72,7 +72,7 @@ class Machine:
         times = [value for level in self.levels for value in (level.alpha_s, level.beta_s_per_byte)] + [self.call_s]
         if not self.levels or not self.matmul or not all(0 < rate < math.inf for rate in rates) or not all(
                 0 <= time < math.inf for time in times):
-            raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates and memory must be positive "
+            raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates must be positive "
                               f"and times at least zero; found rates {rates}, times {times}")
 
     @property

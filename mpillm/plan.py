@@ -1,8 +1,8 @@
-"""What a run obeys: so far, which algorithm each collective takes."""
+"""What a run obeys: the layout, and which algorithm each collective takes; beside it what was predicted."""
 
 import json
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -87,11 +87,31 @@ DEFAULT_TABLE = DecisionTable(tuple(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run on ``num_ranks`` ranks, on ``num_nodes`` nodes, obeys."""
+    """What a run on ``num_ranks`` ranks, on ``num_nodes`` nodes, obeys.
+
+    Attributes
+    ----------
+    table : DecisionTable
+    model : dict
+        The model it was made for; empty for any.
+    layout : dict
+        Keys of ``[layout]`` and ``microbatch``; empty to leave the configuration's.
+    predicted : dict
+        ``step_s`` and its parts, ``bubble_fraction``, ``memory_bytes_per_rank``, ``lower_bound_s``.
+    binding : list of dict
+        ``what value limit price_s_per_unit``: what limits the step, and what a unit more of it is worth.
+    alternatives : list of dict
+        ``layout step_s memory_bytes_per_rank`` of the next best.
+    """
 
     num_ranks: int
     num_nodes: int
     table: DecisionTable = DEFAULT_TABLE
+    model: dict = field(default_factory=dict)
+    layout: dict = field(default_factory=dict)
+    predicted: dict = field(default_factory=dict)
+    binding: list = field(default_factory=list)
+    alternatives: list = field(default_factory=list)
 
     def check(self, num_ranks, num_nodes):
         """Refuse a launch that the plan was not made for.
@@ -104,12 +124,38 @@ class Plan:
         if (self.num_ranks, self.num_nodes) != (num_ranks, num_nodes):
             raise ConfigError(
                 f"the plan is for {self.num_ranks} ranks on {self.num_nodes} nodes, this launch has {num_ranks} on "
-                f"{num_nodes}: make another with mpillm probe under this launch"
+                f"{num_nodes}: make another with mpillm plan --ranks {num_ranks}, from mpillm probe under this launch"
             )
+
+    def applied_to(self, config):
+        """Return the configuration with the plan's layout.
+
+        Local.
+
+        Raises
+        ------
+        ConfigError
+            If the plan is for another model, or the configuration asks for another layout.
+        """
+        if not self.layout:
+            return config
+        asked = {**{f"model.{key}": value for key, value in asdict(config.model).items()},
+                 **{f"layout.{key}": value for key, value in asdict(config.layout).items()},
+                 "train.microbatch": config.train.microbatch}
+        planned = {**{f"model.{key}": value for key, value in self.model.items()},
+                   **{f"layout.{key}": value for key, value in self.layout.items() if key != "microbatch"},
+                   "train.microbatch": self.layout["microbatch"]}
+        other = [f"{key} = {asked[key]} (the plan: {value})" for key, value in planned.items()
+                 if key != "layout.order" and asked.get(key) not in (None, "auto", value)
+                 and not (isinstance(asked[key], tuple) and list(asked[key]) == value)]
+        if other:
+            raise ConfigError(f"the plan is for another run: {'; '.join(other)}; make one for this configuration")
+        return config.with_values({key: value for key, value in planned.items() if not key.startswith("model.")})
 
     def save(self, path):
         """Write the plan as JSON."""
-        found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, "table": self.table.to_dict()}
+        parts = {name: getattr(self, name) for name in PARTS}
+        found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, **parts, "table": self.table.to_dict()}
         Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -123,8 +169,12 @@ class Plan:
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(found["num_ranks"], found["num_nodes"], DecisionTable.from_dict(found["table"]))
+            parts = {name: kind(found.get(name, ())) for name, kind in PARTS.items()}
+            return cls(found["num_ranks"], found["num_nodes"], DecisionTable.from_dict(found["table"]), **parts)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"plan {path}: {type(error).__name__}: {error}: give a file that mpillm probe wrote"
+                f"plan {path}: {type(error).__name__}: {error}: give a file that mpillm plan wrote"
             ) from None
+
+
+PARTS = {"model": dict, "layout": dict, "predicted": dict, "binding": list, "alternatives": list}

@@ -4,26 +4,31 @@ import click
 
 
 @click.command("probe")
-@click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="write the plan there")
+@click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="write the machine there")
 def command(output):
-    """Measure under mpirun or srun which algorithm is fastest for each collective and size.
+    """Measure this launch under mpirun or srun, all ranks at once as in a run.
 
-    All ranks talk at once, as in a run. mpillm train --plan FILE obeys what was found.
+    Matrix products, memory, links, and which algorithm is fastest for each collective and size. mpillm plan --machine
+    FILE plans with it.
     """
-    import torch
-
     from mpillm.comm.group import as_group
-    from mpillm.comm.probe import measure_table
-    from mpillm.comm.world import comm_world
+    from mpillm.comm.probe import measure_machine, measure_table
+    from mpillm.comm.world import comm_world, set_threads
     from mpillm.errors import together
-    from mpillm.plan import DEFAULT_TABLE, Plan
+    from mpillm.plan import DEFAULT_TABLE
 
     comm = comm_world()
-    torch.set_num_threads(1)
+    set_threads(comm)
     group = as_group(comm)
     table = measure_table(group) if comm.size > 1 else DEFAULT_TABLE
-    plan = Plan(comm.size, len(set(group.schedules.nodes)) if comm.size > 1 else 1, table)
-    together(comm, lambda: plan.save(output) if comm.rank == 0 else None, f"-o {output}")
+    machine = measure_machine(group, table)
+    together(comm, lambda: machine.save(output) if comm.rank == 0 else None, f"-o {output}")
     if comm.rank == 0:
+        for width, rate in machine.matmul:
+            click.echo(f"products of width {width:5}: {rate / 1e9:8.1f} GFLOP/s a rank")
+        click.echo(f"memory: {machine.memory_bytes_per_s / 1e9:.1f} GB/s and {machine.memory_bytes / 1e9:.1f} GB a rank")
+        for level in machine.levels:
+            rate = f"{1e-9 / level.beta_s_per_byte:.2f} GB/s" if level.beta_s_per_byte else "no limit found"
+            click.echo(f"{level.name}: {level.alpha_s * 1e6:.1f} us a message, {rate}")
         for op, _, _, limit, algorithm in table.rows:
             click.echo(f"{op:15} up to {'any size' if limit is None else f'{limit} bytes':>15}: {algorithm}")

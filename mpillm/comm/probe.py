@@ -1,6 +1,7 @@
-"""Measures what a launch can do: so far, which algorithm is fastest for each collective and size."""
+"""Measures what a launch can do: rates and links of the machine, and the fastest algorithm for each collective."""
 
 import math
+import os
 import time
 
 import numpy as np
@@ -8,13 +9,18 @@ import torch
 
 from mpillm import plan
 from mpillm.comm import collectives
+from mpillm.comm.group import Group
 from mpillm.comm.library import finish
+from mpillm.machine import EVERYWHERE, Level, Machine
 from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.generators import ALGORITHMS
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
+WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+_ROWS, _KERNELS = 512, 60  # tokens of a product, and kernels that a layer's forward starts
+_COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
 _TIE = 0.95  # what the size before takes is kept unless another is clearly faster
 
 
@@ -75,6 +81,85 @@ def candidates(op, group):
     shared = [] if group.node is None else [WINDOW]
     passed = ("trees",) if len(set(group.schedules.nodes)) > 1 else ("trees", TWO_LEVEL)
     return [LIBRARY, *shared, *(name for name in ALGORITHMS[op] if name not in passed)]
+
+
+def measure_machine(group, table):
+    """Measure what every rank can do while all others do the same.
+
+    Collective over ``group``; all ranks return the same. Products of 512 rows for several widths, copies of 64 MiB, the
+    start of a kernel, and an allreduce of 4 KiB and 8 MiB inside nodes and between them, from which the ring's two
+    figures follow. Every figure is the median of its repetitions on the slowest rank.
+
+    Parameters
+    ----------
+    group : Group
+    table : DecisionTable
+        Which algorithms to measure with; kept in the machine.
+
+    Returns
+    -------
+    Machine
+    """
+    spread = {}
+
+    def median_s(name, call):
+        times = time_calls(group.comm, {name: call}, budget_s=0.2, repeats=(5, 100))[name]
+        spread[name] = float(np.median(np.abs(times / np.median(times) - 1)))
+        return float(np.median(times))
+
+    matmul = []
+    for width in WIDTHS:
+        a, b = torch.rand(_ROWS, width), torch.rand(width, width)
+        matmul.append((width, 2 * _ROWS * width * width / median_s(f"product {width}", lambda: a @ b)))
+    source, small = torch.rand(_COPY_BYTES // 4), torch.rand(8)
+    target = torch.empty_like(source)
+    copy_s = median_s("copy", lambda: target.copy_(source))
+    kernel_s = median_s("kernels", lambda: [small + 1 for _ in range(_KERNELS)])
+    nodes = group.schedules.nodes if group.size > 1 else (0,)
+    inside = max(nodes.count(node) for node in nodes)
+    levels = [_level("node", group.comm, nodes[group.rank], inside, table, median_s)] if inside > 1 else []
+    if len(set(nodes)) > 1:
+        lane = nodes[:group.rank].count(nodes[group.rank])
+        levels.append(_level("network", group.comm, lane, len(set(nodes)), table, median_s))
+    if not levels:
+        levels = [Level("node", 1, 0.0, 0.0)]
+    levels[-1] = Level(levels[-1].name, EVERYWHERE if len(levels) > 1 else inside, *_times(levels[-1]))
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / inside
+    return Machine(
+        f"{group.size} ranks on {len(set(nodes))} nodes", "mpillm probe", tuple(levels), _rising(matmul),
+        float(min(group.comm.allgather(free))), 2 * _COPY_BYTES / copy_s, kernel_s,
+        shares_memory=group.size > 1 and group.node is not None, num_ranks=group.size, num_nodes=len(set(nodes)),
+        table=table.rows, repeatability=spread,
+    )
+
+
+def _level(name, comm, colour, size, table, median_s):
+    """Measure allreduces among ranks of one colour, all colours at once."""
+    part = comm.Split(colour, comm.rank)
+    member = Group(part, name, table=table)
+    times = []
+    for n_bytes in (_SMALL_BYTES, _LARGE_BYTES):
+        x = torch.zeros(n_bytes // 4)
+        times.append(median_s(f"{name} {n_bytes}", make_call("allreduce", x, member)))
+    member.free()
+    part.Free()
+    messages = 2 * (size - 1)
+    beta = max(0.0, times[1] - times[0]) / (_LARGE_BYTES - _SMALL_BYTES) * size / messages
+    return Level(name, size, max(0.0, times[0] / messages - _SMALL_BYTES / size * beta), beta)
+
+
+def _times(level):
+    return level.alpha_s, level.beta_s_per_byte
+
+
+def _rising(matmul):
+    """Return rates that do not fall with the width: what a wide product does slower is noise or a cache, and a product
+    can be cut."""
+    best, found = 0.0, []
+    for width, rate in matmul:
+        best = max(best, rate)
+        found.append((width, best))
+    return tuple(found)
 
 
 def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=torch.float32, budget_s=0.02):

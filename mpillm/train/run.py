@@ -51,7 +51,9 @@ class Run:
         num_nodes = len(set(nodes_of(self.comm)))
         self.plan = Plan(self.comm.size, num_nodes) if plan is None else plan
         self.plan.check(self.comm.size, num_nodes)
-        self.config = together(self.comm, lambda: self._open_data(config.resolve(self.comm.size)), "data")
+        config = self.plan.applied_to(config).resolve(self.comm.size)
+        self.config = together(self.comm, lambda: self._open_data(config), "data")
+        self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
         start = together(self.comm, lambda: self._find_start(resume), "resume")
         self._on_rank_0(lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True))

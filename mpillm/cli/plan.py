@@ -1,0 +1,60 @@
+"""``mpillm plan``: choose how to train a model on a machine."""
+
+import click
+
+from mpillm.cli.options import CONTEXT, with_config
+
+
+@click.command("plan", context_settings=CONTEXT)
+@with_config
+@click.option("--machine", "name", required=True, metavar="FILE|PRESET", help="what mpillm probe wrote, or a preset")
+@click.option("--ranks", required=True, type=click.IntRange(1), help="ranks to plan for")
+@click.option("-o", "--output", type=click.Path(), metavar="FILE", help="write the plan there")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(0), help="alternatives to keep")
+@click.option("--price", is_flag=True, help="price the configuration's own layout, without a search")
+@click.option("--explain", is_flag=True, help="say what was chosen, what else there is, and what limits it")
+@click.option("--figure", type=click.Path(), metavar="FILE", help="draw the predicted timeline")
+def command(config, name, ranks, output, top, price, explain, figure):
+    """Choose the layout for CONFIG on a machine; needs no data and no MPI."""
+    from mpillm.errors import DataError
+    from mpillm.machine import Machine
+    from mpillm.planner import layout
+
+    machine = Machine.load(name)
+    made = layout.price_layout(config, machine, ranks) if price else layout.make_plan(config, machine, ranks, top)
+    if output:
+        try:
+            made.save(output)
+        except OSError as error:
+            raise DataError(f"-o {output}: cannot be written ({error.strerror or error})") from error
+    predicted = made.predicted
+    click.echo(f"{layout.describe(made.layout)}: {predicted['step_s']:.4g} s a step, "
+               f"{predicted['memory_bytes_per_rank'] / 1e9:.3g} GB a rank, bubble {predicted['bubble_fraction']:.1%}; "
+               f"at least {predicted['lower_bound_s']:.4g} s on any layout "
+               f"(gap {predicted['step_s'] / predicted['lower_bound_s'] - 1:.0%})")
+    if explain:
+        click.echo(explanation(made))
+    if figure:
+        from mpillm.report.figures import draw_predicted
+
+        draw_predicted(layout.predicted_timeline(made, config, machine), figure)
+
+
+def explanation(plan):
+    """Return in words and tables what was chosen, what limits it, and what the alternatives cost."""
+    from mpillm.planner.layout import describe
+
+    predicted, lines = plan.predicted, ["", "where the step goes:"]
+    for part, name in (("pipeline_s", "forward and backward"), ("gradients_s", "reducing gradients"),
+                       ("update_s", "optimiser")):
+        lines.append(f"  {name:22} {predicted[part]:10.4g} s {predicted[part] / predicted['step_s']:7.1%}")
+    lines += ["", "what limits it, and what one per cent more of it would save:"]
+    for one in plan.binding:
+        saved = one["price_s_per_unit"] * one["limit"] * 0.01
+        lines.append(f"  {one['what']:22} {one['limit']:10.4g}   {saved / predicted['step_s']:7.2%} of the step"
+                     + (f" ({one['value'] / one['limit']:.0%} used)" if one["what"] == "memory_bytes" else ""))
+    lines += ["", "next best:"]
+    for other in plan.alternatives:
+        lines.append(f"  {other['step_s']:10.4g} s (+{other['step_s'] / predicted['step_s'] - 1:.1%}) "
+                     f"{other['memory_bytes_per_rank'] / 1e9:8.3g} GB  {describe(other['layout'])}")
+    return "\n".join(lines)
