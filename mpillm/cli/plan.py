@@ -35,9 +35,9 @@ def command(config, name, ranks, output, top, price, explain, figure):
     if explain:
         click.echo(explanation(made))
     if figure:
-        from mpillm.report.figures import draw_predicted
+        from mpillm.report.planned import draw_predicted
 
-        draw_predicted(layout.predicted_timeline(made, config, machine), figure)
+        draw_predicted(layout.predicted_timeline(made, config, machine), predicted, figure)
 
 
 def explanation(plan):

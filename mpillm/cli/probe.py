@@ -26,7 +26,7 @@ def command(output):
     if comm.rank == 0:
         for width, rate in machine.matmul:
             click.echo(f"products of width {width:5}: {rate / 1e9:8.1f} GFLOP/s a rank")
-        click.echo(f"memory: {machine.memory_bytes_per_s / 1e9:.1f} GB/s and {machine.memory_bytes / 1e9:.1f} GB a rank")
+        click.echo(f"memory a rank: {machine.memory_bytes / 1e9:.3g} GB, {machine.memory_bytes_per_s / 1e9:.3g} GB/s")
         for level in machine.levels:
             rate = f"{1e-9 / level.beta_s_per_byte:.2f} GB/s" if level.beta_s_per_byte else "no limit found"
             click.echo(f"{level.name}: {level.alpha_s * 1e6:.1f} us a message, {rate}")

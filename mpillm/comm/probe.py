@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def measure_machine(group, table):
     matmul = []
     for width in WIDTHS:
         a, b = torch.rand(_ROWS, width), torch.rand(width, width)
-        matmul.append((width, 2 * _ROWS * width * width / median_s(f"product {width}", lambda: a @ b)))
+        matmul.append((width, 2 * _ROWS * width * width / median_s(f"product {width}", partial(a.mm, b))))
     source, small = torch.rand(_COPY_BYTES // 4), torch.rand(8)
     target = torch.empty_like(source)
     copy_s = median_s("copy", lambda: target.copy_(source))
@@ -142,7 +143,6 @@ def _level(name, comm, colour, size, table, median_s):
         x = torch.zeros(n_bytes // 4)
         times.append(median_s(f"{name} {n_bytes}", make_call("allreduce", x, member)))
     member.free()
-    part.Free()
     messages = 2 * (size - 1)
     beta = max(0.0, times[1] - times[0]) / (_LARGE_BYTES - _SMALL_BYTES) * size / messages
     return Level(name, size, max(0.0, times[0] / messages - _SMALL_BYTES / size * beta), beta)

@@ -1,7 +1,7 @@
 """Every layout, pruned, priced and ranked: the planner's one entry point, :func:`make_plan`."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 from mpillm.config import AXES
@@ -18,8 +18,6 @@ from mpillm.planner.workload import (
     step_flops,
 )
 from mpillm.schedules.pipeline import make_schedule
-
-PLAYED_ACTIONS = 20_000  # schedules beyond are priced by their closed form alone
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def make_plan(config, machine, ranks, top=5):
     """Choose how to train a model on a machine.
 
     Local; needs no data, no MPI and no accelerator. All layouts are priced, so that the choice is the best within the
-    model; the bubble of the best is then played action by action. Where none fits the memory, the answer is an error
+    model. Where none fits the memory, the answer is an error
     that names the one that needs the least.
 
     Parameters
@@ -278,7 +276,7 @@ def make_plan(config, machine, ranks, top=5):
         ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node),
         DecisionTable(machine.table) if machine.table else DEFAULT_TABLE, model=asdict(config.model),
         layout=to_config(best.layout, pricer),
-        predicted={"step_s": best.step_s, "bubble_fraction": _played_bubble(pricer, best),
+        predicted={"step_s": best.step_s, "bubble_fraction": best.bubble_fraction,
                    "memory_bytes_per_rank": best.memory_bytes, "lower_bound_s": pricer.bound_s(),
                    "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s},
         binding=_binding(pricer, best, priced),
@@ -313,14 +311,12 @@ def describe(layout):
     return text + (f" recompute={shown['recompute']}" if shown["recompute"] != "none" else "")
 
 
-def _played_bubble(pricer, price):
-    """Return the bubble of a layout's schedule, played if that is quick."""
-    layout = price.layout
-    m = math.ceil(pricer.config.train.global_batch / (layout.microbatch * layout.data))
-    if layout.pipeline == 1 or 3 * m * layout.pipeline * layout.chunks > PLAYED_ACTIONS:
-        return price.bubble_fraction
-    times, message = pricer.stage_times(layout)
-    return play(make_schedule(layout.schedule, layout.pipeline, m, layout.chunks), *times, message).bubble_fraction
+def predicted_timeline(plan, config, machine):
+    """Play the pipeline of a plan that was made for this configuration and machine. Local."""
+    layout = Layout(**{field.name: plan.layout[field.name] for field in fields(Layout)})
+    times, message = Pricer(config, machine, plan.num_ranks).stage_times(layout)
+    m = math.ceil(config.train.global_batch / (layout.microbatch * layout.data))
+    return play(make_schedule(layout.schedule, layout.pipeline, m, layout.chunks), *times, message)
 
 
 def _binding(pricer, best, priced):

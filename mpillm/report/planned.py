@@ -1,0 +1,39 @@
+"""A plan as if it had been traced, so that predicted and measured are drawn alike."""
+
+from mpillm.report.figures import Launch, Span, draw_timeline
+
+
+def planned_launch(timeline, predicted):
+    """Return the played pipeline, then the reduction and the update, as the trace of one step named ``predicted``.
+
+    Local.
+
+    Parameters
+    ----------
+    timeline : mpillm.planner.timeline.Timeline
+    predicted : dict
+        ``gradients_s`` and ``update_s`` of the plan.
+    """
+    begin, rows = min(starts[0] for starts in timeline.starts_s), []
+    reduce_s = begin + timeline.total_s
+    update_s = reduce_s + predicted["gradients_s"]
+    for actions, starts, ends in zip(timeline.schedule.actions, timeline.starts_s, timeline.ends_s):
+        spans, free = [], begin
+        for action, start, end in zip(actions, starts, ends):
+            if start > free:
+                spans.append(Span("wait", "message", free, start))
+            spans.append(Span(action.kind, str(action), start, end))
+            free = end
+        spans += [Span("wait", "others", free, reduce_s), Span("reduce", "gradients", reduce_s, update_s),
+                  Span("update", "weights", update_s, update_s + predicted["update_s"])]
+        rows.append([span for span in spans if span.stop_s > span.start_s])
+    coords = [{"data": 0, "pipeline": rank, "tensor": 0} for rank in range(len(rows))]
+    return Launch(coords, {"predicted": rows})
+
+
+def draw_predicted(timeline, predicted, path):
+    """Draw what every pipeline rank is predicted to do in a step; the ending of ``path`` names the format.
+
+    Local.
+    """
+    draw_timeline(planned_launch(timeline, predicted), "predicted").savefig(path, dpi=200, bbox_inches="tight")
