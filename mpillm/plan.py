@@ -171,7 +171,7 @@ class Plan:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             parts = {name: kind(found.get(name, ())) for name, kind in PARTS.items()}
             return cls(found["num_ranks"], found["num_nodes"], DecisionTable.from_dict(found["table"]), **parts)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"plan {path}: {type(error).__name__}: {error}: give a file that mpillm plan wrote"
             ) from None

@@ -46,8 +46,13 @@ def write_json(path, found):
     text = json.dumps(found, indent=1)
     if path == "-":
         click.echo(text)
-        return
+    else:
+        write_text(path, text + "\n")
+
+
+def write_text(path, text):
+    """Write a file that an option names."""
     try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--json {path}: cannot be written ({error.strerror or error})") from error
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error

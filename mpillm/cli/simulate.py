@@ -2,7 +2,7 @@
 
 import click
 
-from mpillm.cli.options import write_json
+from mpillm.cli.options import write_json, write_text
 from mpillm.errors import ConfigError
 
 
@@ -23,9 +23,10 @@ def command():
 @click.option("--memory-limit", type=click.IntRange(1), help="microbatches a rank may hold")
 @click.option("--weight-memory", default=1.0, type=click.FloatRange(0, 1), show_default=True,
               help="for auto: share of a microbatch's memory held from its input half to its weight half")
+@click.option("-o", "saved", type=click.Path(), metavar="FILE", help="write the schedule there, for layout.schedule")
 @click.option("--json", "output", metavar="FILE|-", help="write what came out there, - for standard output")
 def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backward_weight_ms, p2p_ms, chunks,
-             memory_limit, weight_memory, output):
+             memory_limit, weight_memory, saved, output):
     """Play a pipeline schedule: how long it takes, its bubble, and what its ranks hold."""
     from mpillm.planner.synthesis import synthesise
     from mpillm.planner.timeline import play
@@ -42,6 +43,8 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
         made = named_or_read(schedule, ranks, microbatches, chunks)
         check(made, memory_limit)
         played = play(made, *times_s, p2p_ms / 1e3)
+    if saved:
+        write_text(saved, played.schedule.to_text())
     found = {"schedule": schedule, "makespan_ms": played.makespan_s * 1e3, "total_ms": played.total_s * 1e3,
              "bubble_fraction": played.bubble_fraction, "idle_ms": [s * 1e3 for s in played.idle_s.tolist()],
              "in_flight_max": list(played.in_flight_max)}

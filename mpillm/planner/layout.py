@@ -19,6 +19,8 @@ from mpillm.planner.workload import (
 )
 from mpillm.schedules.pipeline import make_schedule
 
+PLAYED_ACTIONS = 200_000  # of the best layouts, those are played whose schedules together have no more actions
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,7 +53,8 @@ class Price:
 class Pricer:
     """Prices layouts of one configuration on one machine; keeps what many layouts share.
 
-    Local. A price takes microseconds: the pipeline by its closed form (Qi et al. 2024; Narayanan et al. 2021).
+    Local. :meth:`price` takes microseconds: the pipeline by its closed form (Qi et al. 2024; Narayanan et al. 2021).
+    :meth:`played` takes the schedule action by action, which is right also where microbatches are too few to fill it.
     """
 
     def __init__(self, config, machine, ranks):
@@ -116,7 +119,7 @@ class Pricer:
         """Return the :class:`Price` of a layout. Local."""
         _, first, last, _, _, message = self._of(layout)
         p, v = layout.pipeline, layout.chunks
-        m = math.ceil(self.config.train.global_batch / (layout.microbatch * layout.data))
+        m = self.num_microbatches(layout)
         f, i, w = map(max, first, last)
         busy = m * max(sum(first), sum(last))
         ramp = {"gpipe": f + i + w, "1f1b": f + i + w, "interleaved": (f + i + w) / v, "zb-h1": f + i - w,
@@ -127,6 +130,22 @@ class Pricer:
         gradients_s, update_s = self._update(layout)
         return Price(layout, pipeline_s + gradients_s + update_s, pipeline_s, gradients_s, update_s,
                      1 - busy / pipeline_s, self._memory_bytes(layout, m))
+
+    def num_microbatches(self, layout):
+        """Return the microbatches of the fullest data rank. Local."""
+        return math.ceil(self.config.train.global_batch / (layout.microbatch * layout.data))
+
+    def timeline(self, layout):
+        """Return the played schedule of a layout's pipeline. Local."""
+        times, message = self.stage_times(layout)
+        made = make_schedule(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
+        return play(made, *times, message)
+
+    def played(self, price):
+        """Return the price with the pipeline's time and bubble from the played schedule. Local."""
+        timeline = self.timeline(price.layout)
+        step_s = timeline.total_s + price.gradients_s + price.update_s
+        return replace(price, step_s=step_s, pipeline_s=timeline.total_s, bubble_fraction=timeline.bubble_fraction)
 
     def _parameters(self, layout):
         """Return the parameters of the fullest rank."""
@@ -213,7 +232,8 @@ def _schedules(pipeline, num_layers, wanted):
     if pipeline == 1:
         pairs = [("1f1b", 1)]
     else:
-        pairs = [(name, 1) for name in ("1f1b", "zb-h1", "zb-h2", "gpipe")]
+        pairs = [(name, 1) for name in ("1f1b", "zb-h1", "zb-h2")]  # gpipe is as long as 1f1b and holds more
+        pairs += [("gpipe", 1)] if wanted.schedule == "gpipe" else []
         pairs += [("interleaved", v) for v in (2, 3, 4, 6, 8) if pipeline * v <= num_layers]
     if pipeline > 1 or wanted.schedule in ("1f1b", "auto"):
         found = [pair for pair in pairs if wanted.schedule in ("auto", pair[0]) and wanted.chunks in ("auto", pair[1])]
@@ -230,8 +250,8 @@ def _recompute(wanted):
 def make_plan(config, machine, ranks, top=5):
     """Choose how to train a model on a machine.
 
-    Local; needs no data, no MPI and no accelerator. All layouts are priced, so that the choice is the best within the
-    model. Where none fits the memory, the answer is an error
+    Local; needs no data, no MPI and no accelerator. All layouts are priced by closed forms, the cheapest ones then by
+    playing their schedules. Where none fits the memory, the answer is an error
     that names the one that needs the least.
 
     Parameters
@@ -271,6 +291,7 @@ def make_plan(config, machine, ranks, top=5):
             f"no layout of {ranks} ranks fits {machine.memory_bytes / 1e9:.4g} GB a rank: the least is "
             f"{least.memory_bytes / 1e9:.4g} GB with {describe(least.layout)}; take at least "
             f"{math.ceil(ranks * least.memory_bytes / machine.memory_bytes)} ranks, or a smaller model or microbatch")
+    fitting = _played_first(pricer, fitting)
     best = fitting[0]
     return Plan(
         ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node),
@@ -314,9 +335,19 @@ def describe(layout):
 def predicted_timeline(plan, config, machine):
     """Play the pipeline of a plan that was made for this configuration and machine. Local."""
     layout = Layout(**{field.name: plan.layout[field.name] for field in fields(Layout)})
-    times, message = Pricer(config, machine, plan.num_ranks).stage_times(layout)
-    m = math.ceil(config.train.global_batch / (layout.microbatch * layout.data))
-    return play(make_schedule(layout.schedule, layout.pipeline, m, layout.chunks), *times, message)
+    return Pricer(config, machine, plan.num_ranks).timeline(layout)
+
+
+def _played_first(pricer, priced):
+    """Return prices with the cheapest ones played, as many as :data:`PLAYED_ACTIONS` allows, and ranked anew."""
+    left, played = PLAYED_ACTIONS, []
+    for price in priced:
+        layout = price.layout
+        left -= 3 * layout.pipeline * layout.chunks * pricer.num_microbatches(layout)
+        if left < 0:
+            break
+        played.append(pricer.played(price))
+    return sorted(played, key=_rank) + priced[len(played):]
 
 
 def _binding(pricer, best, priced):
@@ -325,11 +356,18 @@ def _binding(pricer, best, priced):
     Memory is worth what the next faster layout saves, over the bytes that it lacks: nothing where the fastest fits.
     """
     machine, found = pricer.machine, []
+    is_played = best != pricer.price(best.layout)
+
+    def price_on(other):
+        changed = Pricer(pricer.config, other, pricer.ranks)
+        price = changed.price(best.layout)
+        return (changed.played(price) if is_played else price).step_s
+
+    base = price_on(machine)
     figures = [("matmul", max(rate for _, rate in machine.matmul)), ("memory_bytes_per_s", machine.memory_bytes_per_s)]
     figures += [(level.name, 1 / level.beta_s_per_byte) for level in machine.levels if level.beta_s_per_byte]
     for what, limit in figures:
-        raised = Pricer(pricer.config, machine.scaled(what, 1.01), pricer.ranks).price(best.layout)
-        gain = (best.step_s - raised.step_s) / (0.01 * limit)
+        gain = (base - price_on(machine.scaled(what, 1.01))) / (0.01 * limit)
         if gain > 0:
             found.append({"what": what, "value": limit, "limit": limit, "price_s_per_unit": gain})
     lacking = [(price.memory_bytes - machine.memory_bytes, best.step_s - price.step_s) for price in priced

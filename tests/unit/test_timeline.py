@@ -1,0 +1,137 @@
+"""The player of pipeline schedules and the synthesis, against published bubble rates, closed forms and a bound."""
+
+import json
+import random
+
+import pytest
+from click.testing import CliRunner
+
+from mpillm.cli.simulate import command
+from mpillm.errors import ConfigError
+from mpillm.planner.synthesis import memory_max, synthesise
+from mpillm.planner.timeline import play
+from mpillm.schedules.check import check
+from mpillm.schedules.pipeline import SCHEDULES, make_schedule
+
+# Qi et al. 2024, Tables 4, 5 and 9: chunks, microbatches, ms of F, B, W and a message on 8 ranks; bubble rates of 1f1b,
+# interleaved, zb-h1, zb-h2.
+PUBLISHED = [
+    (3, 24, 18.522, 18.086, 9.337, 0.601, 0.2431, 0.1055, 0.1585, 0.1083),
+    (3, 32, 18.513, 18.086, 9.331, 0.626, 0.1985, 0.0818, 0.1242, 0.0837),
+    (3, 64, 18.546, 18.097, 9.321, 0.762, 0.1240, 0.0443, 0.0674, 0.0444),
+    (4, 24, 29.718, 29.444, 19.927, 0.527, 0.2347, 0.0808, 0.1323, 0.0698),
+    (4, 32, 29.802, 29.428, 19.530, 0.577, 0.1898, 0.0628, 0.1045, 0.0559),
+    (4, 64, 29.935, 29.621, 19.388, 0.535, 0.1091, 0.0320, 0.0554, 0.0294),
+]
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_published_bubble_rates(row):
+    chunks, m, f, i, w, c, *rates = row
+    for name, rate in zip(("1f1b", "interleaved", "zb-h1", "zb-h2"), rates):
+        v = chunks if name == "interleaved" else 1
+        played = play(make_schedule(name, 8, m, v), f / v, i / v, w / v, c)
+        assert played.bubble_fraction == pytest.approx(rate, abs=0.01 if v > 1 else 0.0005), name
+
+
+@pytest.mark.parametrize("p", [1, 2, 5])
+def test_closed_forms(p):
+    m, f, i, w = 12, 3.0, 2.0, 1.0
+    for name, ramp in (("gpipe", f + i + w), ("1f1b", f + i + w), ("zb-h1", f + i - w)):
+        played = play(make_schedule(name, p, m), f, i, w)
+        assert played.makespan_s == pytest.approx(m * (f + i + w) + (p - 1) * ramp), name
+        assert sum(played.busy_s) == pytest.approx(p * m * (f + i + w))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_player_agrees_with_relaxation(seed):
+    """An oracle without a clock: start times as the least fixed point of all inequalities, by sweeps until rest."""
+    rng = random.Random(seed)
+    name = rng.choice(SCHEDULES)
+    chunks = rng.choice([2, 3]) if name in ("interleaved", "gpipe") else 1
+    schedule = make_schedule(name, rng.randint(2, 4), rng.randint(1, 6), chunks)
+    stages = schedule.num_stages
+    times = [[rng.randint(1, 9) for _ in range(stages)] for _ in "FIW"]
+    between = [rng.randint(0, 5) for _ in range(stages - 1)]
+    played = play(schedule, *times, between)
+
+    def seconds(action):
+        f, i, w = (row[action.stage] for row in times)
+        return {"F": f, "I": i, "W": w, "B": i + w}[action.kind]
+
+    start = {action: 0 for row in schedule.actions for action in row}
+    moved = True
+    while moved:
+        moved = False
+        for row in schedule.actions:
+            for place, action in enumerate(row):
+                least = start[row[place - 1]] + seconds(row[place - 1]) if place else 0
+                for other in start:
+                    if other.microbatch != action.microbatch:
+                        continue
+                    down = other.kind == "F" == action.kind and other.stage == action.stage - 1
+                    up = other.kind in "BI" and action.kind in "BI" and other.stage == action.stage + 1
+                    if down or up:
+                        least = max(least, start[other] + seconds(other) + between[min(other.stage, action.stage)])
+                moved |= least > start[action]
+                start[action] = max(start[action], least)
+    for row, starts in zip(schedule.actions, played.starts_s):
+        assert [start[action] for action in row] == starts.tolist()
+
+
+def test_the_critical_path_is_as_long_as_the_schedule():
+    schedule = make_schedule("zb-h1", 4, 9)
+    played = play(schedule, 3.0, 2.0, 1.5, 0.25)
+    path = played.critical_path()
+    places = {action: (rank, i) for rank, row in enumerate(schedule.actions) for i, action in enumerate(row)}
+    length = sum({"F": 3.0, "I": 2.0, "W": 1.5}[action.kind] for _, action in path)
+    crossings = sum(first != second for (first, _), (second, _) in zip(path, path[1:]))
+    assert all(places[action][0] == rank for rank, action in path)
+    assert length + 0.25 * crossings == pytest.approx(max(ends[-1] for ends in played.ends_s))
+
+
+def lower_bound(p, m, f, i, w, c, limit):
+    """When the last rank ends its last input half, at most ``limit`` of its weight halves are left."""
+    return m * (f + i + w) + max(0.0, (p - 1) * (f + i + 2 * c) - (limit - 1) * w)
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_synthesis_reaches_zb_h1_in_its_memory_and_the_bound_in_twice_that(row):
+    chunks, m, f, i, w, c, *rates = row
+    small, large = (synthesise(8, m, f, i, w, c, limit) for limit in (8, 16))
+    assert small.bubble_fraction <= rates[2] + 5e-5
+    bound = lower_bound(8, m, f, i, w, c, 16)
+    assert bound - 1e-9 <= large.makespan_s <= 1.002 * bound
+    assert max(large.in_flight_max) <= 16
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_synthesised_schedules_are_proved_and_no_worse_than_the_textbook(seed):
+    rng = random.Random(seed)
+    p, m, limit = rng.randint(1, 5), rng.randint(1, 9), rng.randint(1, 10)
+    times, c = [[rng.uniform(1, 9) for _ in range(p)] for _ in "FIW"], rng.uniform(0, 3)
+    share = rng.choice([1.0, 0.4])
+    made = synthesise(p, m, *times, c, limit, share)
+    check(made.schedule, limit if share == 1.0 else None)
+    assert memory_max(made.schedule, share) <= limit + 1e-9
+    for name in ("1f1b", "zb-h1", "zb-h2"):
+        textbook = make_schedule(name, p, m)
+        if memory_max(textbook, share) <= limit:
+            assert made.makespan_s <= play(textbook, *times, c).makespan_s + 1e-9
+
+
+def simulate(*words):
+    return CliRunner().invoke(command, ["pipeline", *words])
+
+
+TIMES = ["--pipeline", "4", "--microbatches", "8", "--forward-ms", "10", "--backward-input-ms", "10",
+         "--backward-weight-ms", "10"]
+
+
+def test_the_command_writes_json_and_refuses_chunks_for_auto():
+    found = json.loads(simulate("--schedule", "1f1b", *TIMES, "--json", "-").output)
+    assert found["makespan_ms"] == pytest.approx(8 * 30 + 3 * 30)
+    assert found["bubble_fraction"] == pytest.approx(3 / 11)
+    assert found["in_flight_max"] == [4, 3, 2, 1]
+    refused = simulate("--schedule", "auto", *TIMES, "--chunks", "2").exception
+    assert isinstance(refused, ConfigError) and "interleaved" in str(refused)
