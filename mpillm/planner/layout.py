@@ -19,7 +19,7 @@ from mpillm.planner.workload import (
 )
 from mpillm.schedules.pipeline import make_schedule
 
-PLAYED_ACTIONS = 200_000  # of the best layouts, those are played whose schedules together have no more actions
+PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def make_plan(config, machine, ranks, top=5):
                    "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s},
         binding=_binding(pricer, best, priced),
         alternatives=[{"layout": to_config(price.layout, pricer), "step_s": price.step_s,
-                       "memory_bytes_per_rank": price.memory_bytes} for price in fitting[1:top + 1]],
+                       "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
     )
 
 
