@@ -42,6 +42,9 @@ class Machine:
         logarithm, held beyond the ends.
     memory_bytes, memory_bytes_per_s : float
         Memory of a rank, and how fast it is read and written.
+    elementwise_bytes_per_s, attention_flops_per_s : float
+        What kernels that are neither copies nor products reach: activations and norms by the bytes they read and write,
+        attention by its products. 0 stands for the memory's rate, and for the product of a head's size.
     call_s : float
         Overhead of one layer's forward: launching kernels, the interpreter.
     shares_memory : bool
@@ -61,6 +64,8 @@ class Machine:
     memory_bytes: float
     memory_bytes_per_s: float
     call_s: float = 0.0
+    elementwise_bytes_per_s: float = 0.0
+    attention_flops_per_s: float = 0.0
     shares_memory: bool = False
     num_ranks: int = 0
     num_nodes: int = 0
@@ -95,11 +100,14 @@ class Machine:
         return next((level for level in self.levels if reach <= level.size), self.levels[-1])
 
     def scaled(self, what, factor):
-        """Return the machine with one figure changed: ``matmul``, ``memory_bytes``, ``memory_bytes_per_s`` or the
-        bandwidth of a level by its name. Local."""
+        """Return the machine with one figure multiplied.
+
+        Local. ``what`` is ``matmul``, the attribute of a figure of memory, elementwise work or attention, or the name
+        of a level for its bandwidth.
+        """
         if what == "matmul":
             return replace(self, matmul=tuple((width, rate * factor) for width, rate in self.matmul))
-        if what in ("memory_bytes", "memory_bytes_per_s"):
+        if what in ("memory_bytes", "memory_bytes_per_s", "elementwise_bytes_per_s", "attention_flops_per_s"):
             return replace(self, **{what: getattr(self, what) * factor})
         return replace(self, levels=tuple(
             replace(level, beta_s_per_byte=level.beta_s_per_byte / factor) if level.name == what else level

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from mpillm import plan
 from mpillm.comm import collectives
@@ -20,7 +21,7 @@ from mpillm.schedules.generators import ALGORITHMS
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
-_ROWS, _KERNELS = 512, 60  # tokens of a product, and kernels that a layer's forward starts
+_ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels that a layer's forward starts
 _COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
 _TIE = 0.95  # what the size before takes is kept unless another is clearly faster
 
@@ -87,9 +88,10 @@ def candidates(op, group):
 def measure_machine(group, table):
     """Measure what every rank can do while all others do the same.
 
-    Collective over ``group``; all ranks return the same. Products of 512 rows for several widths, copies of 64 MiB, the
-    start of a kernel, and an allreduce of 4 KiB and 8 MiB inside nodes and between them, from which the ring's two
-    figures follow. Every figure is the median of its repetitions on the slowest rank.
+    Collective over ``group``; all ranks return the same. Products of 512 rows for several widths, copies of 64 MiB,
+    a gated activation and an attention there and back, the start of a kernel; an allreduce of 4 KiB and 8 MiB inside
+    nodes and between them, from which the ring's two figures follow. Every figure is the median of its repetitions on the
+    slowest rank.
 
     Parameters
     ----------
@@ -115,6 +117,11 @@ def measure_machine(group, table):
     source, small = torch.rand(_COPY_BYTES // 4), torch.rand(8)
     target = torch.empty_like(source)
     copy_s = median_s("copy", lambda: target.copy_(source))
+    gate, up = (torch.rand(_ROWS, _FFN, requires_grad=True) for _ in range(2))
+    gated_s = median_s("elementwise", lambda: (functional.silu(gate) * up).sum().backward())
+    heads = torch.rand(2, 1, 8, _SEQ, 64, requires_grad=True)
+    attention_s = median_s("attention", lambda: functional.scaled_dot_product_attention(
+        heads[0], heads[1], heads[1], is_causal=True).sum().backward())
     kernel_s = median_s("kernels", lambda: [small + 1 for _ in range(_KERNELS)])
     nodes = group.schedules.nodes if group.size > 1 else (0,)
     inside = max(nodes.count(node) for node in nodes)
@@ -129,6 +136,8 @@ def measure_machine(group, table):
     return Machine(
         f"{group.size} ranks on {len(set(nodes))} nodes", "mpillm probe", tuple(levels), _rising(matmul),
         float(min(group.comm.allgather(free))), 2 * _COPY_BYTES / copy_s, kernel_s,
+        elementwise_bytes_per_s=2 * 2 * 3 * gate.nbytes / gated_s,  # three tensors, read and written, both ways
+        attention_flops_per_s=3 * 2 * 8 * 64 * _SEQ * _SEQ / attention_s,
         shares_memory=group.size > 1 and group.node is not None, num_ranks=group.size, num_nodes=len(set(nodes)),
         table=table.rows, repeatability=spread,
     )

@@ -365,6 +365,8 @@ def _binding(pricer, best, priced):
 
     base = price_on(machine)
     figures = [("matmul", max(rate for _, rate in machine.matmul)), ("memory_bytes_per_s", machine.memory_bytes_per_s)]
+    figures += [(what, getattr(machine, what)) for what in ("elementwise_bytes_per_s", "attention_flops_per_s")
+                if getattr(machine, what)]
     figures += [(level.name, 1 / level.beta_s_per_byte) for level in machine.levels if level.beta_s_per_byte]
     for what, limit in figures:
         gain = (base - price_on(machine.scaled(what, 1.01))) / (0.01 * limit)

@@ -55,11 +55,12 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     shapes = ((h, (heads + 2 * keys) / tensor), (heads / tensor, h), (h, ups * model.ffn_size / tensor),
               (model.ffn_size / tensor, h))
     products = sum(2 * tokens * k * n / machine.matmul_flops_per_s(min(tokens, k, n)) for k, n in shapes)
-    attention = 2 * tokens * seq_len * heads / tensor / machine.matmul_flops_per_s(model.head_dim)
+    attention = 2 * tokens * seq_len * heads / tensor / (
+        machine.attention_flops_per_s or machine.matmul_flops_per_s(model.head_dim))
     whole = tokens * h * item_bytes
     split = tensor if sequence_parallel else 1
     inner = tokens * ((2 * heads + 2 * keys) + (ups + 1) * model.ffn_size) / tensor * item_bytes
-    elementwise = 2 * (6 * whole / split + inner) / machine.memory_bytes_per_s
+    elementwise = 2 * (6 * whole / split + inner) / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     talk = 2 * ring_s(machine.level_for(tensor), tensor, whole)
     forward = products + attention + elementwise + machine.call_s + talk
     again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
@@ -74,6 +75,6 @@ def head_work(model, machine, tokens, tensor, item_bytes):
     columns = model.vocab_size / tensor
     product = 2 * tokens * model.hidden_size * columns / machine.matmul_flops_per_s(
         min(tokens, model.hidden_size, columns))
-    loss = 4 * tokens * columns * item_bytes / machine.memory_bytes_per_s
+    loss = 4 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     talk = ring_s(machine.level_for(tensor), tensor, tokens * model.hidden_size * item_bytes)
     return Work(product + loss, product + loss + talk, product, tokens * columns * 4)

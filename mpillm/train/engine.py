@@ -7,6 +7,7 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.mesh import Mesh
+from mpillm.errors import ConfigError
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initialise
 from mpillm.nn.split import TensorSplit
@@ -40,6 +41,8 @@ class Engine:
 
     def __init__(self, config, comm, trace_folder=None, table=DEFAULT_TABLE):
         layout, train = config.layout, config.train
+        if config.model.kind != "llama":
+            raise ConfigError(f'model.kind = "{config.model.kind}": it can be planned for, not trained; set "llama"')
         self.config, self.is_exact = config, train.numerics == "exact"
         sums = "tree" if self.is_exact else "any"
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table)
