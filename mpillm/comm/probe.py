@@ -90,8 +90,8 @@ def measure_machine(group, table):
 
     Collective over ``group``; all ranks return the same. Products of 512 rows for several widths, copies of 64 MiB,
     a gated activation and an attention there and back, the start of a kernel; an allreduce of 4 KiB and 8 MiB inside
-    nodes and between them, from which the ring's two figures follow. Every figure is the median of its repetitions on the
-    slowest rank.
+    nodes and between them, from which the ring's two figures follow. Every figure is the median of its repetitions on
+    the slowest rank.
 
     Parameters
     ----------

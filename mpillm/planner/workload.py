@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
+# A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
+SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -47,26 +49,32 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     """Price one layer and microbatch on one of ``tensor`` ranks.
 
     Local. Products at the machine's rate for their smallest dimension; attention at the rate for its head size;
-    elementwise work by the bytes it moves; two allreduces (or their halves) forward and two backward; recompute repeats
-    the forward, or its attention, before the backward (Korthikanti et al. 2022).
+    elementwise work by the bytes it moves, the scores among them where they are kept as a matrix (``kind = "gpt"``);
+    two allreduces (or their halves) forward and two backward; recompute repeats the forward, or its attention, before
+    the backward (Korthikanti et al. 2022).
     """
     h, heads, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     ups = 1 if model.kind == "gpt" else 2
     shapes = ((h, (heads + 2 * keys) / tensor), (heads / tensor, h), (h, ups * model.ffn_size / tensor),
               (model.ffn_size / tensor, h))
     products = sum(2 * tokens * k * n / machine.matmul_flops_per_s(min(tokens, k, n)) for k, n in shapes)
-    attention = 2 * tokens * seq_len * heads / tensor / (
+    # Without a mask half of the scores are computed for nothing.
+    attention = (4 if model.kind == "gpt" else 2) * tokens * seq_len * heads / tensor / (
         machine.attention_flops_per_s or machine.matmul_flops_per_s(model.head_dim))
     whole = tokens * h * item_bytes
     split = tensor if sequence_parallel else 1
     inner = tokens * ((2 * heads + 2 * keys) + (ups + 1) * model.ffn_size) / tensor * item_bytes
-    elementwise = 2 * (6 * whole / split + inner) / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
+    scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
+    touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
+    elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     talk = 2 * ring_s(machine.level_for(tensor), tensor, whole)
     forward = products + attention + elementwise + machine.call_s + talk
-    again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
+    again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
+    again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
     backward = products + 2 * attention + elementwise + machine.call_s + talk * (1.25 if sequence_parallel else 1)
-    kept = {"none": 4 * whole / split + inner, "selective": 4 * whole / split + inner - tokens * 2 * keys / tensor
-            * item_bytes, "full": whole / split}[recompute]
+    stored = 4 * whole / split + inner
+    kept = {"none": stored + SCORES_KEPT * scores, "selective": stored - tokens * 2 * keys / tensor * item_bytes,
+            "full": whole / split}[recompute]
     return Work(forward, backward + again, products, kept)
 
 

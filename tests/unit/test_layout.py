@@ -10,7 +10,7 @@ from mpillm.cli.plan import command
 from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Level, Machine
 from mpillm.plan import Plan
-from mpillm.planner.layout import Pricer, layouts, make_plan, predicted_timeline, price_layout
+from mpillm.planner.layout import Layout, Pricer, layouts, make_plan, predicted_timeline, price_layout
 
 SMALL = Config.from_dict({
     "model": {"vocab_size": 64, "hidden_size": 64, "ffn_size": 128, "num_layers": 6, "num_heads": 4, "max_seq_len": 32},
@@ -104,6 +104,41 @@ def test_a_trillion_parameters_are_planned_with_every_preset(tmp_path):
         path = tmp_path / f"{name}.json"
         PRESETS[name].save(path)
         assert Machine.load(path) == PRESETS[name]
+
+
+# Narayanan et al. 2021, Table 1: layers, hidden, heads, tensor, pipeline, data, microbatch, batch, chunks, TFLOP/s a GPU
+# with full recompute; 2048 tokens, 51,200 words, A100.
+MEGATRON = [
+    (24, 2304, 24, 1, 1, 32, 16, 512, 1, 137), (30, 3072, 32, 2, 1, 32, 16, 512, 1, 138),
+    (36, 4096, 32, 4, 1, 32, 16, 512, 1, 142), (40, 6144, 48, 8, 1, 32, 8, 1024, 1, 135),
+    (48, 8192, 64, 8, 2, 32, 4, 1536, 1, 138), (60, 10240, 80, 8, 4, 32, 2, 1792, 3, 140),
+    (80, 12288, 96, 8, 8, 24, 2, 2304, 2, 148), (96, 16384, 128, 8, 16, 15, 1, 2160, 2, 155),
+    (105, 20480, 128, 8, 35, 9, 1, 2520, 3, 163), (128, 25600, 160, 8, 64, 6, 1, 3072, 1, 163),
+]
+# Korthikanti et al. 2022, Table 5: layers, hidden, heads, pipeline, microbatch, batch, chunks, seconds with full
+# recompute, seconds with selective recompute and sequence parallelism; tensor 8.
+SELECTIVE = [(48, 6144, 64, 1, 4, 4, 1, 1.42, 1.10), (96, 12288, 96, 8, 1, 64, 3, 18.13, 13.75)]
+
+
+def test_published_iterations_from_published_rates_alone():
+    errors = []
+
+    def error(layers, hidden, heads, layout, batch, measured_s):
+        config = LARGE.with_values({
+            "model.num_layers": layers, "model.hidden_size": hidden, "model.ffn_size": 4 * hidden, "model.num_heads": heads,
+            "model.num_kv_heads": heads, "model.head_dim": hidden // heads, "train.global_batch": batch})
+        ranks = layout.data * layout.pipeline * layout.tensor
+        errors.append(abs(Pricer(config, PRESETS["dgx-a100"], ranks).price(layout).step_s / measured_s - 1))
+
+    for layers, hidden, heads, t, p, d, size, batch, v, tflops in MEGATRON:
+        flops = 96 * batch * 2048 * layers * hidden ** 2 * (1 + 2048 / 6 / hidden + 51200 / 16 / layers / hidden)
+        layout = Layout(d, p, t, v, "interleaved" if v > 1 else "1f1b", size, 0, False, "full")
+        error(layers, hidden, heads, layout, batch, flops / (t * p * d * tflops * 1e12))
+    for layers, hidden, heads, p, size, batch, v, full_s, selective_s in SELECTIVE:
+        name = "interleaved" if v > 1 else "1f1b"
+        error(layers, hidden, heads, Layout(1, p, 8, v, name, size, 0, False, "full"), batch, full_s)
+        error(layers, hidden, heads, Layout(1, p, 8, v, name, size, 0, True, "selective"), batch, selective_s)
+    assert sum(errors) / len(errors) < 0.12 and max(errors) < 0.2
 
 
 def test_plans_are_refused_for_other_models_and_layouts(tmp_path):
