@@ -8,6 +8,7 @@ import click
 import numpy as np
 
 from mpillm.errors import DataError
+from mpillm.plan import Plan
 from mpillm.report.figures import (
     draw_loss,
     draw_step_time,
@@ -16,6 +17,7 @@ from mpillm.report.figures import (
     read_trace,
     step_shares,
 )
+from mpillm.report.planned import compare_with_plan
 
 DOTS_PER_IN = 240
 
@@ -30,14 +32,17 @@ def command(run, output, step):
 
     loss: training and validation loss over steps, bits per byte over minutes of training. Of a run that was
     traced also timeline: what every rank did in one step; and step_time: how the steps' time is shared among
-    the kinds of work, on average without the first step.
+    the kinds of work, on average without the first step. Of a run that obeyed a plan also comparison: the
+    predicted and the measured time of each phase.
     """
     output = output or run / "figures"
     metrics, launches = read_metrics(_metrics_path(run)), read_trace(run / "trace")
     launch, number = _choose(launches, step, run / "trace")
     rows = loss_rows(metrics)
     _save(output / "loss", draw_loss(rows, find_restarts(metrics, launches)), rows)
+    predicted = Plan.load(run / "plan.json").predicted if (run / "plan.json").is_file() else {}
     if launch is None:
+        _show_comparison(output, predicted, metrics)
         click.echo(f"{run / 'trace'}: no complete step, so no timeline and step_time; set train.trace = true")
         return
     _save(output / "timeline", draw_timeline(launch, number), timeline_rows(launch.steps[number]))
@@ -45,6 +50,18 @@ def command(run, output, step):
     shares, step_s = step_shares([launch.steps[number] for number in numbers])
     _save(output / "step_time", draw_step_time(launch, numbers),
           [{"rank": rank, "step_s": step_s, **own} for rank, own in enumerate(shares)])
+    _show_comparison(output, predicted, metrics, shares)
+
+
+def _show_comparison(output, predicted, metrics, shares=()):
+    """Print and save what a plan predicted beside what was measured, if the run had one."""
+    if not predicted:
+        return
+    rows = compare_with_plan(predicted, metrics, shares)
+    for row in rows:
+        error = "" if row["error"] is None else f" ({row['error']:+.1%})"
+        click.echo(f"{row['phase']:10} predicted {row['predicted_s']:.4g} s, measured {row['measured_s']:.4g} s{error}")
+    _write_csv(output / "comparison.csv", rows)
 
 
 def loss_rows(metrics):
@@ -121,10 +138,17 @@ def _save(path, figure, rows):
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".png", ".svg"):
             figure.savefig(path.with_suffix(suffix), dpi=DOTS_PER_IN)
-        with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}): choose another -o") from error
+    _write_csv(path.with_suffix(".csv"), rows)
+    click.echo(f"{path}.png, .svg, .csv")
+
+
+def _write_csv(path, rows):
+    try:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}): choose another -o") from error
-    click.echo(f"{path}.png, .svg, .csv")

@@ -1,4 +1,6 @@
-"""A plan as if it had been traced, so that predicted and measured are drawn alike."""
+"""A plan beside its run: drawn as if it had been traced, and its prediction phase by phase beside what was measured."""
+
+import statistics
 
 from mpillm.report.figures import Launch, Span, draw_timeline
 
@@ -37,3 +39,28 @@ def draw_predicted(timeline, predicted, path):
     Local.
     """
     draw_timeline(planned_launch(timeline, predicted), "predicted").savefig(path, dpi=200, bbox_inches="tight")
+
+
+def compare_with_plan(predicted, metrics, shares=()):
+    """Return predicted beside measured: a list of ``{"phase", "predicted_s", "measured_s", "error"}``.
+
+    Local. The step is the median of all but the first; of a traced run also its phases, as means over ranks.
+
+    Parameters
+    ----------
+    predicted : dict
+        Of a plan.
+    metrics : list of dict
+        Of :func:`mpillm.report.figures.read_metrics`.
+    shares : list of dict
+        Of :func:`mpillm.report.figures.step_shares`: for every rank the share of a step that each kind of work takes.
+    """
+    steps = [record["step_s"] for record in metrics]
+    measured = {"step": statistics.median(steps[1:] or steps)}
+    if shares:
+        for phase, kind in (("gradients", "reduce"), ("update", "update")):
+            measured[phase] = statistics.fmean(own.get(kind, 0.0) for own in shares) * measured["step"]
+        measured["pipeline"] = measured["step"] - measured["gradients"] - measured["update"]
+    pairs = {phase: (predicted[f"{phase}_s"], seconds) for phase, seconds in measured.items()}
+    return [{"phase": phase, "predicted_s": expected, "measured_s": seconds,
+             "error": expected / seconds - 1 if seconds else None} for phase, (expected, seconds) in pairs.items()]

@@ -106,8 +106,8 @@ def test_a_trillion_parameters_are_planned_with_every_preset(tmp_path):
         assert Machine.load(path) == PRESETS[name]
 
 
-# Narayanan et al. 2021, Table 1: layers, hidden, heads, tensor, pipeline, data, microbatch, batch, chunks, TFLOP/s a GPU
-# with full recompute; 2048 tokens, 51,200 words, A100.
+# Narayanan et al. 2021, Table 1: layers, hidden, heads, tensor, pipeline, data, microbatch, batch, chunks, TFLOP/s a
+# GPU with full recompute; 2048 tokens, 51,200 words, A100.
 MEGATRON = [
     (24, 2304, 24, 1, 1, 32, 16, 512, 1, 137), (30, 3072, 32, 2, 1, 32, 16, 512, 1, 138),
     (36, 4096, 32, 4, 1, 32, 16, 512, 1, 142), (40, 6144, 48, 8, 1, 32, 8, 1024, 1, 135),
@@ -125,8 +125,9 @@ def test_published_iterations_from_published_rates_alone():
 
     def error(layers, hidden, heads, layout, batch, measured_s):
         config = LARGE.with_values({
-            "model.num_layers": layers, "model.hidden_size": hidden, "model.ffn_size": 4 * hidden, "model.num_heads": heads,
-            "model.num_kv_heads": heads, "model.head_dim": hidden // heads, "train.global_batch": batch})
+            "model.num_layers": layers, "model.hidden_size": hidden, "model.ffn_size": 4 * hidden,
+            "model.num_heads": heads, "model.num_kv_heads": heads, "model.head_dim": hidden // heads,
+            "train.global_batch": batch})
         ranks = layout.data * layout.pipeline * layout.tensor
         errors.append(abs(Pricer(config, PRESETS["dgx-a100"], ranks).price(layout).step_s / measured_s - 1))
 

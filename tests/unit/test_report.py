@@ -359,3 +359,20 @@ def test_loss_has_a_second_panel_only_when_evaluated():
     marks = [axes.collections[0].get_paths()[0].vertices[0, 0] for axes in (top, bottom)]
     assert marks == pytest.approx([3.5, 2 / 60])
     assert [text.get_text() for text in bottom.texts] == ["1.250"]
+
+
+def test_a_plan_is_drawn_and_compared_as_a_trace():
+    from mpillm.planner.timeline import play
+    from mpillm.report.planned import compare_with_plan, planned_launch
+    from mpillm.schedules.pipeline import make_schedule
+
+    predicted = {"step_s": 2.0, "pipeline_s": 1.5, "gradients_s": 0.3, "update_s": 0.2}
+    launch = planned_launch(play(make_schedule("1f1b", 2, 3), 0.1, 0.1, 0.1), predicted)
+    for own in launch.steps["predicted"]:
+        assert all(first.stop_s == pytest.approx(second.start_s) for first, second in zip(own, own[1:]))
+        assert own[-1].stop_s - own[0].start_s == pytest.approx(0.3 * 3 + 0.3 + 0.5)
+    metrics = [{"step_s": 9.0}, {"step_s": 1.0}, {"step_s": 4.0}, {"step_s": 2.5}]
+    rows = {row["phase"]: row for row in compare_with_plan(predicted, metrics, [{"reduce": 0.2, "update": 0.08}, {}])}
+    assert rows["step"]["measured_s"] == 2.5 and rows["step"]["error"] == pytest.approx(-0.2)
+    assert rows["gradients"]["measured_s"] == 0.25 and rows["update"]["error"] == pytest.approx(1.0)
+    assert rows["pipeline"]["measured_s"] == pytest.approx(2.15)
