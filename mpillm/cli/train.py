@@ -7,6 +7,7 @@ import click
 from tqdm import tqdm
 
 from mpillm.cli.options import CONTEXT, with_config
+from mpillm.errors import OK, RESUME
 
 LINE_EVERY_S = 5.0
 
@@ -15,23 +16,32 @@ LINE_EVERY_S = 5.0
 @with_config
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
               help="go on from the newest checkpoint of the run directory, or start anew, or go on from PATH")
-@click.option("--plan", type=click.Path(), metavar="FILE", help="obey this plan, made by mpillm probe")
+@click.option("--plan", type=click.Path(), metavar="FILE", help="obey this plan, made by mpillm plan")
 def command(config, resume, plan):
-    """Train the model of CONFIG; under mpirun or srun on all ranks."""
+    """Train the model of CONFIG; under mpirun or srun on all ranks.
+
+    SIGUSR1 or SIGTERM to any rank ends the run at the next step with a checkpoint and exit code 85: the same command
+    goes on from there.
+    """
     from mpillm.comm.world import comm_world
     from mpillm.errors import together
     from mpillm.plan import Plan
     from mpillm.train.run import Run
+    from mpillm.train.stop import StopRequest
 
-    comm = comm_world()
-    run = Run(config, comm, resume, together(comm, lambda: Plan.load(plan), "plan") if plan else None)
+    stop, comm = StopRequest(), comm_world()
+    run = Run(config, comm, resume, together(comm, lambda: Plan.load(plan), "plan") if plan else None, stop)
     show = Progress(run) if run.comm.rank == 0 else None
     for metrics in run:
         if show:
             show.update(metrics)
     if show:
         show.close()
+        if run.stopped_by:
+            click.echo(f"mpillm train: stopped by {run.stopped_by} after step {run.step_number}; the same command goes "
+                       "on from there", err=True)
     run.free()
+    return RESUME if run.stopped_by else OK
 
 
 class Progress:

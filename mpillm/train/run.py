@@ -33,6 +33,9 @@ class Run:
         demands an unused one; else the path of a checkpoint or run.
     plan : Plan, optional
         What to obey; made for this number of ranks and nodes.
+    stop : StopRequest, optional
+        Asked before every step and between batches of an evaluation. Once a rank has been told to stop, all save a
+        checkpoint and the iteration ends; :attr:`stopped_by` then names the signal.
 
     Raises
     ------
@@ -46,7 +49,7 @@ class Run:
     ...     print(metrics["step"], metrics["loss"])
     """
 
-    def __init__(self, config, comm=None, resume="auto", plan=None):
+    def __init__(self, config, comm=None, resume="auto", plan=None, stop=None):
         self.comm = comm_world() if comm is None else comm
         num_nodes = len(set(nodes_of(self.comm)))
         self.plan = Plan(self.comm.size, num_nodes) if plan is None else plan
@@ -62,14 +65,15 @@ class Run:
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None
         self.engine = Engine(self.config, self.comm, trace, self.plan.table)
-        self.step_number, self.samples_seen = 0, 0
+        self.step_number, self.samples_seen, self.saved_step = 0, 0, 0
+        self.stop, self.stopped_by = stop, None
         self._restore(start)
         self._on_rank_0(self._describe)
         self._metrics_file = self._open_metrics() if self.comm.rank == 0 else None
 
     def __iter__(self):
         train = self.config.train
-        while self.step_number < train.steps:
+        while self.step_number < train.steps and not self._must_stop():
             metrics = self.step()
             is_last = self.step_number == train.steps
             if train.eval_every and (is_last or self.step_number % train.eval_every == 0):
@@ -78,6 +82,8 @@ class Run:
                 self.save()
             self._record(metrics)
             yield metrics
+        if self.stopped_by and self.saved_step < self.step_number:
+            self.save()
 
     def step(self):
         """Train one step; return its metrics as a dict, equal on all ranks but for times."""
@@ -95,16 +101,27 @@ class Run:
                 "tokens": self.step_number * tokens, "step_s": step_s, "tokens_per_s": tokens / step_s}
 
     def evaluate(self):
-        """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples."""
+        """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples.
+
+        Returns nothing if told to stop before the end.
+        """
         train, tokens = self.config.train, self.validation_tokens
         count = min(tokens.num_samples, train.eval_batches * train.global_batch or tokens.num_samples)
         total = 0.0
         with self.engine.trace.span("evaluate", "validation"):
             for first in range(0, count, train.global_batch):
+                if self._must_stop():
+                    return {}
                 order = list(range(first, min(first + train.global_batch, count)))
                 total += self.engine.loss(self._reader(tokens, order), len(order))
         loss = total / (count * train.seq_len)
         return {"validation_loss": loss, "bits_per_byte": loss / math.log(2) * len(tokens.tokens) / tokens.bytes}
+
+    def _must_stop(self):
+        """Return whether to stop; collective, and only asked until the answer is yes."""
+        if self.stop and not self.stopped_by:
+            self.stopped_by = self.stop.agreed(self.comm)
+        return self.stopped_by is not None
 
     def save(self):
         """Write a checkpoint of this step; return its path."""
@@ -114,8 +131,10 @@ class Run:
             manifest = {"model": asdict(self.config.model), "optimizer": self.config.train.optimizer,
                         "data": {"sha256": self.data_digest, "samples_seen": self.samples_seen},
                         "seed": self.config.train.seed}
-            return checkpoint.save(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
+            path = checkpoint.save(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
                                    self.config.train.checkpoint_keep)
+        self.saved_step = self.step_number
+        return path
 
     def free(self):
         """Release communicators and files."""
@@ -185,6 +204,7 @@ class Run:
         self.engine.optimizer.restore(
             lambda kind, piece: start.read(piece.name, kind, piece.start, piece.stop), start.step)
         self.step_number, self.samples_seen = start.step, saved["data"]["samples_seen"]
+        self.saved_step = start.step
 
     def _load_weights(self):
         source = checkpoint.Checkpoint(self.config.train.init_from)

@@ -1,6 +1,8 @@
 """Stop and go on: the same bytes at the same layout, the same curve at another; and what must be refused."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from mpillm.errors import MpillmError
 from mpillm.train import optimizers
 from mpillm.train.checkpoint import Checkpoint
 from mpillm.train.run import Run
+from mpillm.train.stop import StopRequest
 
 pytestmark = pytest.mark.mpi
 
@@ -156,3 +159,42 @@ def test_weights_to_start_from(comm, data_path):
     assert_all(weights and equal and trainer.step_number == 0, "weights differ", comm)
 
 
+
+
+@pytest.mark.parametrize("during", ["training", "evaluation", "start"])
+def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(comm, data_path, during, monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    more = {"train.eval_every": 3, "train.steps": 6, "train.checkpoint_every": 0, **LAYOUTS[comm.size]}
+    whole, parts = (tiny(configure(data_path, f"{name}-{during}", **more)) for name in ("whole", "parts"))
+    unbroken = Run(whole, comm)
+    losses = [metrics["loss"] for metrics in unbroken]
+    unbroken.free()
+
+    def interrupt():
+        if comm.rank == comm.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    try:
+        stop = StopRequest()
+        trainer, found = Run(parts, comm, stop=stop), []
+        if during == "start":
+            interrupt()
+        if during == "evaluation":
+            evaluate = trainer.evaluate
+            monkeypatch.setattr(trainer, "evaluate", lambda: (interrupt(), evaluate())[1])
+        for metrics in trainer:
+            found.append(metrics["loss"])
+            if during == "training" and metrics["step"] == 2:
+                interrupt()
+        expected = {"start": 0, "training": 2, "evaluation": 3}[during]
+        assert_all(trainer.stopped_by == "SIGUSR1" and trainer.step_number == expected, trainer.step_number, comm)
+        assert_all("validation_loss" not in metrics if found else True, found, comm)
+        trainer.free()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    resumed = Run(parts, comm)
+    assert_all(resumed.step_number == expected, resumed.step_number, comm)
+    found += [metrics["loss"] for metrics in resumed]
+    resumed.free()
+    assert_all(found == losses and same(data_path, f"whole-{during}", f"parts-{during}"), f"{found} {losses}", comm)
