@@ -1,5 +1,7 @@
 """``mpillm plan``: choose how to train a model on a machine."""
 
+from pathlib import Path
+
 import click
 
 from mpillm.cli.options import CONTEXT, with_config
@@ -15,12 +17,17 @@ from mpillm.cli.options import CONTEXT, with_config
 @click.option("--explain", is_flag=True, help="say what was chosen, what else there is, and what limits it")
 @click.option("--figure", type=click.Path(), metavar="FILE", help="draw the predicted timeline")
 def command(config, name, ranks, output, top, price, explain, figure):
-    """Choose the layout for CONFIG on a machine; needs no data and no MPI."""
+    """Choose the layout for CONFIG on a machine; needs no MPI, and no data if the vocabulary's size is given."""
     from mpillm.errors import DataError
     from mpillm.machine import Machine
     from mpillm.planner import layout
 
     machine = Machine.load(name)
+    if config.model.vocab_size is None and Path(config.data.path).exists():
+        from mpillm.train.data import TokenFile
+
+        tokens = TokenFile(config.data.path, "train", config.train.seq_len)
+        config = config.with_values({"model.vocab_size": tokens.vocab_size})
     made = layout.price_layout(config, machine, ranks) if price else layout.make_plan(config, machine, ranks, top)
     if output:
         try:

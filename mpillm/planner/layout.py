@@ -273,7 +273,7 @@ def make_plan(config, machine, ranks, top=5):
         When no layout is left, or none fits.
     """
     if config.model.vocab_size is None:
-        raise ConfigError("model.vocab_size is not given: a plan is made without the data, so set it "
+        raise ConfigError("model.vocab_size is not given, and there is no data to take it from: set it "
                           "(--model.vocab_size N)")
     if machine.num_ranks not in (0, ranks):
         raise ConfigError(f"machine {machine.name} was measured with {machine.num_ranks} ranks, the plan is for "
