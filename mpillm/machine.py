@@ -99,6 +99,14 @@ class Machine:
         """Return the level over which ``reach`` neighbouring ranks talk. Local."""
         return next((level for level in self.levels if reach <= level.size), self.levels[-1])
 
+    def level_between(self, rank, other):
+        """Return the innermost level that holds both ranks in one group. Local."""
+        return next((level for level in self.levels if rank // level.size == other // level.size), self.levels[-1])
+
+    def node_of(self, rank):
+        """Return the node that a rank is on. Local."""
+        return rank // self.ranks_per_node
+
     def scaled(self, what, factor):
         """Return the machine with one figure multiplied.
 

@@ -1,9 +1,12 @@
 """``mpillm simulate``: play a schedule on a clock."""
 
+import json
+from pathlib import Path
+
 import click
 
 from mpillm.cli.options import write_json, write_text
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, ScheduleError
 
 
 @click.group("simulate")
@@ -56,3 +59,44 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
         for rank, (span, idle) in enumerate(zip(played.spans_s, played.idle_s)):
             click.echo(f"  rank {rank}: {span * 1e3:.3f} ms from first to last action, idle {idle * 1e3:.3f} ms of the "
                        f"whole, holds {played.in_flight_max[rank]}")
+
+
+@command.command("collective")
+@click.option("--op", required=True, metavar="OP", help="allreduce, reduce_scatter, allgather, bcast, alltoall ...")
+@click.option("--schedule", required=True, metavar="NAME|FILE", help="an algorithm, or a file with a schedule as JSON")
+@click.option("--ranks", required=True, type=click.IntRange(1), help="ranks that take part")
+@click.option("--bytes", "n_bytes", required=True, type=click.IntRange(0), help="of the whole vector")
+@click.option("--machine", "name", required=True, metavar="FILE|PRESET", help="what mpillm probe wrote, or a preset")
+@click.option("--json", "output", metavar="FILE|-", help="write what came out there, - for standard output")
+def collective(op, schedule, ranks, n_bytes, name, output):
+    """Play the schedule of a collective on a machine: how long it takes, and what every link carries."""
+    from mpillm.machine import Machine
+    from mpillm.planner.messages import play_collective
+
+    machine = Machine.load(name)
+    played = play_collective(read_collective(op, schedule, ranks, machine), machine, n_bytes)
+    if output:
+        links = {f"{source}>{target}": carried for (source, target), carried in sorted(played.bytes_per_link.items())}
+        write_json(output, {"op": op, "schedule": schedule, "ranks": ranks, "bytes": n_bytes, "machine": machine.name,
+                            "seconds": played.total_s, "bytes_per_link": links})
+    if output != "-":
+        most = max(played.bytes_per_link.values(), default=0)
+        click.echo(f"{op} by {schedule}, {ranks} ranks, {n_bytes} bytes on {machine.name}: {played.total_s:.4g} s; "
+                   f"{len(played.bytes_per_link)} links carry {sum(played.bytes_per_link.values())} bytes, at most "
+                   f"{most} each")
+
+
+def read_collective(op, schedule, ranks, machine):
+    """Return the schedule of an algorithm, or that in a file; the file's must fit operation and ranks."""
+    from mpillm.schedules.collective import CollectiveSchedule
+    from mpillm.schedules.generators import ALGORITHMS, make_collective
+
+    if schedule in ALGORITHMS.get(op, ()) or not Path(schedule).is_file():
+        return make_collective(op, schedule, ranks, nodes=[machine.node_of(rank) for rank in range(ranks)])
+    try:
+        made = CollectiveSchedule.from_dict(json.loads(Path(schedule).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ScheduleError(f"--schedule {schedule}: cannot be read as a schedule ({error})") from error
+    if (made.op, made.num_ranks) != (op, ranks):
+        raise ConfigError(f"--schedule {schedule}: holds {made.op} of {made.num_ranks} ranks, not {op} of {ranks}")
+    return made

@@ -7,6 +7,7 @@ from functools import lru_cache
 from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
+from mpillm.planner.hierarchy import decide
 from mpillm.planner.timeline import play
 from mpillm.planner.workload import (
     ITEM_BYTES,
@@ -295,7 +296,7 @@ def make_plan(config, machine, ranks, top=5):
     best = fitting[0]
     return Plan(
         ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node),
-        DecisionTable(machine.table) if machine.table else DEFAULT_TABLE, model=asdict(config.model),
+        _table(machine, ranks), model=asdict(config.model),
         layout=to_config(best.layout, pricer),
         predicted={"step_s": best.step_s, "bubble_fraction": best.bubble_fraction,
                    "memory_bytes_per_rank": best.memory_bytes, "lower_bound_s": pricer.bound_s(),
@@ -304,6 +305,13 @@ def make_plan(config, machine, ranks, top=5):
         alternatives=[{"layout": to_config(price.layout, pricer), "step_s": price.step_s,
                        "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
     )
+
+
+def _table(machine, ranks):
+    """Return the measured table; without one, shared memory inside a node, else what the levels make best."""
+    if machine.table:
+        return DecisionTable(machine.table)
+    return DEFAULT_TABLE if machine.shares_memory and ranks <= machine.ranks_per_node else decide(machine, ranks)
 
 
 def _rank(price):

@@ -2,26 +2,83 @@
 
 from itertools import accumulate
 
+import numpy as np
+
 from mpillm.planner.workload import head_flops, layer_flops
 
 
-def balanced_cuts(costs, num_stages):
-    """Return the first item of every stage after the first, so that the costliest stage costs as little as possible.
+def balanced_cuts(costs, num_stages, microbatches=None, speeds=None):
+    """Return the first item of every stage after the first, so that a pipeline ends as early as possible.
 
-    Local. ``costs`` are those of the layers in order; every stage gets at least one. Among equal optima the later
-    stages get the fewer layers. Time: ``O(len(costs)**2 * num_stages)``.
+    Local. A pipeline of stages that take ``t`` a microbatch ends after ``sum(t) + (m - 1) max(t)`` (Zheng et al. 2022).
+    A state is what is placed and on how many stages; of each, all pairs of sum and maximum are kept that no other beats
+    in both. Among equal optima the later stages get the fewer layers.
+
+    Parameters
+    ----------
+    costs : sequence of float
+        Of the layers in order; every stage gets at least one.
+    num_stages : int
+    microbatches : int, optional
+        As many as make the costliest stage alone decide, unless given.
+    speeds : sequence of float, optional
+        Of every stage: its costs are divided by it. Equal unless given.
+
+    Returns
+    -------
+    tuple of int
+
+    Notes
+    -----
+    Time: ``O(len(costs)**2 num_stages)`` times the pairs that are kept, one where speeds are equal.
     """
-    sums = [0, *accumulate(costs)]
-    best = {stop: (sums[stop], ()) for stop in range(1, len(costs) + 1)}
-    for stage in range(2, num_stages + 1):
-        best = {
-            stop: min(
-                ((max(best[cut][0], sums[stop] - sums[cut]), (*best[cut][1], cut)) for cut in range(stage - 1, stop)),
-                key=lambda found: (found[0], [-cut for cut in found[1]]),
-            )
-            for stop in range(stage, len(costs) + 1)
-        }
-    return best[len(costs)][1]
+    sums = np.array([0.0, *accumulate(costs)])
+    speeds = np.ones(num_stages) if speeds is None else np.asarray(speeds, float)
+    last, weight = len(costs), 1e9 if microbatches is None else microbatches - 1
+    limit = _limit(sums, speeds, weight)
+    # Of every number of placed layers: sums, maxima, and where each came from (layers before, pair of those).
+    states = {0: (np.zeros(1), np.zeros(1), np.zeros((1, 2), int))}
+    history = []
+    for stage in range(num_stages):
+        following = {}
+        left = num_stages - stage - 1
+        for stop in range(stage + 1, last - left + 1) if left else [last]:
+            before = [(start, state) for start, state in states.items() if start < stop
+                      and weight * (sums[stop] - sums[start]) / speeds[stage] <= limit]
+            if not before:
+                continue
+            times = [(sums[stop] - sums[start]) / speeds[stage] for start, _ in before]
+            total = np.concatenate([state[0] + time for (_, state), time in zip(before, times)])
+            most = np.concatenate([np.maximum(state[1], time) for (_, state), time in zip(before, times)])
+            origin = np.concatenate([np.stack([np.full(len(state[0]), start), np.arange(len(state[0]))], 1)
+                                     for start, state in before])
+            following[stop] = _undominated(total, most, origin)
+        history.append(following)
+        states = following
+    total, most, _ = states[last]
+    place, index, cuts = last, int(np.argmin(total + weight * most)), []
+    for following in reversed(history):
+        place, index = following[place][2][index]
+        cuts.append(int(place))
+    return tuple(reversed(cuts[:-1]))
+
+
+def _limit(sums, speeds, weight):
+    """Return what cuts in proportion to the speeds would cost, which no part of a better answer exceeds."""
+    stages, last = len(speeds), len(sums) - 1
+    wanted = np.searchsorted(sums, sums[-1] * np.cumsum(speeds)[:-1] / speeds.sum())
+    cuts = np.maximum.accumulate(np.clip(wanted, np.arange(1, stages), last - stages + np.arange(1, stages)))
+    cuts = np.r_[0, np.maximum.accumulate(cuts - np.arange(stages - 1)) + np.arange(stages - 1), last]
+    times = np.diff(sums[cuts]) / speeds
+    return (times.sum() + weight * times.max()) * (1 + 1e-9)
+
+
+def _undominated(total, most, origin):
+    """Keep the pairs that no other beats in both; of equal ones that with the most layers on earlier stages."""
+    order = np.lexsort((-origin[:, 0], most.round(12), total.round(12)))
+    total, most, origin = total[order], most[order], origin[order]
+    is_kept = np.r_[True, most[1:] < np.minimum.accumulate(most)[:-1] * (1 - 1e-12)]
+    return total[is_kept], most[is_kept], origin[is_kept]
 
 
 def default_cuts(config):

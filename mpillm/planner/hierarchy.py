@@ -1,0 +1,121 @@
+"""Dynamic program: collectives over the levels of a machine → the algorithm for each size."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, DecisionTable
+
+SIZES_BYTES = tuple(1 << k for k in range(8, 31))
+# Rounds, and bytes that a rank sends as a share of the whole (Thakur et al. 2005; Bruck et al. 1997).
+FORMULAS = {
+    "allreduce": {
+        "recursive_doubling": lambda p: (_log(p), _log(p)),
+        "halving_doubling": lambda p: (2 * _log(p), 2 * (p - 1) / p + (0 if _is_power(p) else 1)),
+        "ring": lambda p: (2 * (p - 1), 2 * (p - 1) / p),
+    },
+    "reduce_scatter": {
+        "recursive_halving": lambda p: (_log(p), (p - 1) / p + (0 if _is_power(p) else 1)),
+        "ring": lambda p: (p - 1, (p - 1) / p),
+    },
+    "allgather": {
+        "bruck": lambda p: (_log(p), (p - 1) / p),
+        "ring": lambda p: (p - 1, (p - 1) / p),
+    },
+    "bcast": {
+        "binomial": lambda p: (_log(p), _log(p)),
+        "scatter_allgather": lambda p: (_log(p) + p - 1, 2 * (p - 1) / p),
+    },
+    "alltoall": {
+        "bruck": lambda p: (_log(p), _log(p) / 2),
+        "pairwise": lambda p: (p - 1, (p - 1) / p),
+    },
+}
+# What is done inside a group of the level below before and after the same at the level above, on what part of the
+# bytes. An alltoall has no such form here.
+INSIDE = {
+    "allreduce": (("reduce_scatter",), True, ("allgather",)),
+    "reduce_scatter": (("reduce_scatter",), True, ()),
+    "allgather": ((), True, ("allgather",)),
+    "bcast": ((), False, ("bcast",)),
+}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest way of a collective: an algorithm over all ranks, or ``two_level`` and what it is made of."""
+
+    time_s: float
+    algorithm: str
+    parts: tuple = ()
+
+
+class Hierarchy:
+    """Collectives over levels of ``sizes`` groups each, from the inside out.
+
+    Local.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Groups of the level below that a group of each level has; their product is the number of ranks.
+    levels : sequence of Level
+        The link of each.
+    """
+
+    def __init__(self, sizes, levels):
+        self.sizes, self.levels = tuple(sizes), tuple(levels)
+        self.best = lru_cache(None)(self._best)
+
+    def _best(self, op, n_bytes, low=0, high=None):
+        """Return the :class:`Best` of ``op`` over the levels ``[low, high)``.
+
+        Either one algorithm over all their ranks, at the pace of the outermost link; or the innermost level first, then
+        the others on what is left, each rank of a group in its own lane.
+        """
+        high = len(self.sizes) if high is None else high
+        ranks, link = math.prod(self.sizes[low:high]), self.levels[max(high, 1) - 1]
+        if ranks == 1:
+            return Best(0.0, LIBRARY)
+        found = [Best(_time_s(formula(ranks), link, n_bytes), name) for name, formula in FORMULAS[op].items()]
+        if high - low > 1 and self.sizes[low] > 1 and op in INSIDE:
+            before, is_split, after = INSIDE[op]
+            part = n_bytes / self.sizes[low] if is_split else n_bytes
+            parts = [self.best(other, n_bytes, low, low + 1) for other in before]
+            parts += [self.best(op, part, low + 1, high)]
+            parts += [self.best(other, n_bytes, low, low + 1) for other in after]
+            found.append(Best(sum(one.time_s for one in parts), TWO_LEVEL, tuple(one.algorithm for one in parts)))
+        return min(found, key=lambda one: one.time_s)
+
+
+def decide(machine, ranks):
+    """Return the :class:`DecisionTable` of a machine: for each operation the best algorithm up to each size. Local."""
+    sizes, levels, below = [], [], 1
+    for level in machine.levels:
+        size = math.ceil(min(ranks, level.size) / below)
+        if size > 1:
+            sizes.append(size)
+            levels.append(level)
+            below *= size
+    hierarchy, rows = Hierarchy(sizes, levels or machine.levels[:1]), []
+    for op in FORMULAS:
+        names = [hierarchy.best(op, n_bytes).algorithm for n_bytes in SIZES_BYTES]
+        for limit, name, following in zip(SIZES_BYTES, names, names[1:] + [None]):
+            if following is None:
+                rows.append((op, ANY, ANY, None, name))
+            elif following != name:
+                rows.append((op, ANY, ANY, limit, name))
+    return DecisionTable(tuple(rows))
+
+
+def _time_s(formula, link, n_bytes):
+    rounds, share = formula
+    return rounds * link.alpha_s + share * n_bytes * link.beta_s_per_byte
+
+
+def _log(p):
+    return (p - 1).bit_length()
+
+
+def _is_power(p):
+    return p & (p - 1) == 0

@@ -1,0 +1,147 @@
+"""The planner's small programs against brute force and finite differences, and their time at full size."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from mpillm.errors import ConfigError
+from mpillm.machine import Level, Machine
+from mpillm.planner.balance import balance
+from mpillm.planner.buckets import bucket_cuts
+from mpillm.planner.hierarchy import FORMULAS, INSIDE, Hierarchy, decide
+from mpillm.planner.memory import UNITS, choose_modes
+from mpillm.planner.stages import balanced_cuts
+
+SEEDS = range(25)
+
+
+def parts(n, count):
+    """All ways to cut ``n`` items into ``count`` parts that are not empty."""
+    return itertools.combinations(range(1, n), count - 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stages_end_as_early_as_the_best_cuts(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 9))
+    count, microbatches = int(rng.integers(1, n + 1)), int(rng.integers(1, 12))
+    costs, speeds = rng.random(n) + 0.05, rng.random(count) + 0.2
+
+    def end(cuts):
+        times = [costs[low:high].sum() / speed for low, high, speed in zip((0, *cuts), (*cuts, n), speeds)]
+        return sum(times) + (microbatches - 1) * max(times)
+
+    found = balanced_cuts(costs, count, microbatches, speeds)
+    assert end(found) == pytest.approx(min(map(end, parts(n, count))), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shares_are_the_best_whole_ones(seed):
+    rng = np.random.default_rng(seed)
+    ranks, items = int(rng.integers(1, 5)), int(rng.integers(1, 8))
+    item_s, start_s = rng.random(ranks) + 0.1, rng.random(ranks) * 0.1
+    found = balance(items, item_s, start_s)
+    every = [x for x in itertools.product(range(items + 1), repeat=ranks) if sum(x) == items]
+    best = min(max(s + t * x for s, t, x in zip(start_s, item_s, shares) if x) for shares in every)
+    assert sum(found.shares) == items
+    assert found.time_s == pytest.approx(best)
+    assert found.bound_s <= found.time_s + 1e-12 or 0 in found.shares
+
+
+def test_shares_keep_to_what_ranks_hold_and_prices_are_true():
+    item_s = np.array([1.0, 1.0, 4.0])
+    found = balance(9, item_s, most=[3, 9, 9])
+    assert found.shares == (3, 5, 1)
+    dearer = balance(9, item_s * [1, 1, 1.001], most=[3, 9, 9]).bound_s - found.bound_s
+    filled = found.bound_s / item_s[2]  # items that the slow rank has at the bound
+    assert dearer == pytest.approx(found.rank_prices[2] * filled * 0.004, rel=0.01)
+    assert balance(10, item_s, most=[3, 9, 9]).bound_s - found.bound_s == pytest.approx(found.item_price_s)
+    with pytest.raises(ConfigError, match="ranks hold"):
+        balance(9, item_s, most=[1, 1, 1])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_buckets_arrive_as_early_as_the_best_ones(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 9))
+    ready_s, n_bytes = np.sort(rng.random(n)), rng.integers(1, 100, n)
+
+    def time_s(x):
+        return np.minimum(0.05 + 0.002 * x, 0.15 + 0.001 * x)
+
+    def end(cuts):
+        now = 0.0
+        for low, high in zip((0, *cuts), (*cuts, n)):
+            now = max(now, ready_s[high - 1]) + time_s(n_bytes[low:high].sum())
+        return now
+
+    cuts, end_s = bucket_cuts(ready_s, n_bytes, time_s)
+    assert end(cuts) == pytest.approx(end_s)
+    assert end_s == pytest.approx(min(end(c) for count in range(1, n + 1) for c in parts(n, count)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_modes_are_the_best_that_fit(seed):
+    rng = np.random.default_rng(seed)
+    layers = int(rng.integers(1, 7))
+    time_s, n_bytes = rng.random((3, layers)), rng.integers(0, 9, (3, layers)) * 1000.0
+    limit = float(rng.integers(int(n_bytes.min(0).sum()), int(n_bytes.max(0).sum()) + 1000))
+    found = choose_modes(time_s, n_bytes, limit)
+    every = [(sum(time_s[m, i] for i, m in enumerate(modes)), sum(n_bytes[m, i] for i, m in enumerate(modes)))
+             for modes in itertools.product(range(3), repeat=layers)]
+    assert found.n_bytes <= limit
+    # Needs are rounded up to units: it beats whatever fits with that much less.
+    rounding = layers * limit / UNITS
+    assert min(t for t, b in every if b <= limit) <= found.time_s + 1e-12
+    assert found.time_s <= min((t for t, b in every if b <= limit - rounding), default=np.inf) + 1e-12
+    assert found.bound_s <= found.time_s + 1e-9
+    more = choose_modes(time_s, n_bytes, limit * (1 + 1e-6)).bound_s
+    assert found.bound_s - more == pytest.approx(found.price_s_per_byte * limit * 1e-6, rel=0.01, abs=1e-9)
+
+
+def test_what_cannot_fit_is_refused():
+    with pytest.raises(ConfigError, match="at least 6"):
+        choose_modes([[1.0, 1.0], [2.0, 2.0]], [[5, 5], [3, 3]], 5)
+
+
+def test_collectives_over_levels_equal_all_their_compositions():
+    levels = (Level("core", 2, 1e-7, 1e-11), Level("node", 6, 1e-6, 1e-10), Level("network", 24, 1e-5, 1e-9))
+    hierarchy = Hierarchy((2, 3, 4), levels)
+
+    def every(op, n_bytes, low, high):
+        ranks, link = int(np.prod(hierarchy.sizes[low:high])), levels[high - 1]
+        for formula in FORMULAS[op].values():
+            rounds, share = formula(ranks)
+            yield rounds * link.alpha_s + share * n_bytes * link.beta_s_per_byte
+        if high - low > 1 and op in INSIDE:
+            before, is_split, after = INSIDE[op]
+            part = n_bytes / hierarchy.sizes[low] if is_split else n_bytes
+            lists = [list(every(other, n_bytes, low, low + 1)) for other in (*before, *after)]
+            for chosen in itertools.product(*lists, list(every(op, part, low + 1, high))):
+                yield sum(chosen)
+
+    for op in FORMULAS:
+        for n_bytes in (100, 10**5, 10**8):
+            assert hierarchy.best(op, n_bytes).time_s == pytest.approx(min(every(op, n_bytes, 0, 3)))
+
+
+def test_tables_change_with_size_and_with_the_network():
+    machine = Machine("two levels", "made up", (Level("node", 4, 1e-6, 1e-10), Level("network", 64, 1e-5, 1e-8)),
+                      ((32, 1e9),), 1e9, 1e10)
+    table, inside = decide(machine, 16), decide(machine, 4)
+    assert table.choose("allreduce", "data", "float32", 1 << 30) == "two_level"
+    assert inside.choose("allreduce", "data", "float32", 256) == "recursive_doubling"
+    assert inside.choose("allreduce", "data", "float32", 1 << 30) in ("ring", "halving_doubling")
+    assert table.from_dict(table.to_dict()) == table
+
+
+def test_full_sizes_take_no_time():
+    """Counts of 128 layers on 64 stages and 1,000 gradients; limits far above what they take, which is measured
+    elsewhere, so that only another order of growth fails."""
+    rng = np.random.default_rng(0)
+    start = time.process_time()
+    balanced_cuts(1 + 0.1 * rng.random(128), 64, 256, 1 + 0.3 * rng.random(64))
+    bucket_cuts(np.sort(rng.random(1000)), rng.integers(1, 10**6, 1000), lambda x: 1e-5 + 1e-9 * x)
+    assert time.process_time() - start < 20
