@@ -53,6 +53,8 @@ class Machine:
         Of the launch that was measured; 0 for a preset, which stands for any number.
     table : tuple
         Rows of the measured :class:`mpillm.plan.DecisionTable`.
+    speeds : tuple of float
+        What every rank sustains, as a multiple of ``matmul``; empty where all are about equal.
     repeatability : dict of str to float
         For measured figures the median relative deviation between repetitions.
     """
@@ -70,6 +72,7 @@ class Machine:
     num_ranks: int = 0
     num_nodes: int = 0
     table: tuple = ()
+    speeds: tuple = ()
     repeatability: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -79,6 +82,9 @@ class Machine:
                 0 <= time < math.inf for time in times):
             raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates must be positive "
                               f"and times at least zero; found rates {rates}, times {times}")
+        if self.speeds and (len(self.speeds) != self.num_ranks or not all(0 < s < math.inf for s in self.speeds)):
+            raise ConfigError(f"machine {self.name}: speeds {list(self.speeds)}: needs one positive number for each of "
+                              f"its {self.num_ranks} ranks")
 
     @property
     def ranks_per_node(self):
@@ -141,6 +147,7 @@ class Machine:
             found["levels"] = tuple(Level(**level) for level in found["levels"])
             found["matmul"] = tuple((int(width), float(rate)) for width, rate in found["matmul"])
             found["table"] = tuple(tuple(row) for row in found.get("table", ()))
+            found["speeds"] = tuple(float(speed) for speed in found.get("speeds", ()))
             return cls(**found)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(

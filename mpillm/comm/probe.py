@@ -23,6 +23,8 @@ SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 _ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels that a layer's forward starts
 _COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
+_SUSTAINED_S = 0.5
+_UNEQUAL = 1.2  # ranks that differ by less are taken as equal
 _TIE = 0.95  # what the size before takes is kept unless another is clearly faster
 
 
@@ -139,8 +141,23 @@ def measure_machine(group, table):
         elementwise_bytes_per_s=2 * 2 * 3 * gate.nbytes / gated_s,  # three tensors, read and written, both ways
         attention_flops_per_s=3 * 2 * 8 * 64 * _SEQ * _SEQ / attention_s,
         shares_memory=group.size > 1 and group.node is not None, num_ranks=group.size, num_nodes=len(set(nodes)),
-        table=table.rows, repeatability=spread,
+        table=table.rows, speeds=_speeds(group.comm, dict(matmul)[_ROWS]), repeatability=spread,
     )
+
+
+def _speeds(comm, flops_per_s):
+    """Return what each rank sustains as a multiple of the measured rate; nothing where all are about equal.
+
+    A rank that shares its core with another program gets it in slices longer than one product.
+    """
+    a, b, count = torch.rand(_ROWS, _ROWS), torch.rand(_ROWS, _ROWS), 0
+    comm.Barrier()
+    start = time.perf_counter()
+    while time.perf_counter() - start < _SUSTAINED_S:
+        a.mm(b)
+        count += 1
+    rates = comm.allgather(2 * _ROWS**3 * count / (time.perf_counter() - start))
+    return tuple(rate / flops_per_s for rate in rates) if max(rates) > _UNEQUAL * min(rates) else ()
 
 
 def _level(name, comm, colour, size, table, median_s):

@@ -1,0 +1,257 @@
+"""What a layout costs: its step in parts, and the memory of its fullest rank."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from mpillm.config import AXES
+from mpillm.planner.balance import balance
+from mpillm.planner.stages import balanced_cuts
+from mpillm.planner.timeline import play
+from mpillm.planner.workload import (
+    ITEM_BYTES,
+    STATES,
+    head_work,
+    layer_parameters,
+    layer_work,
+    ring_s,
+    step_flops,
+)
+from mpillm.schedules.pipeline import make_schedule
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to split the work; the names are those of the configuration."""
+
+    data: int
+    pipeline: int
+    tensor: int
+    chunks: int
+    schedule: str
+    microbatch: int
+    zero: int
+    sequence_parallel: bool
+    recompute: str
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes."""
+
+    layout: Layout
+    step_s: float
+    pipeline_s: float
+    gradients_s: float
+    update_s: float
+    bubble_fraction: float
+    memory_bytes: float
+
+
+class Pricer:
+    """Prices layouts of one configuration on one machine; keeps what many layouts share.
+
+    Local. :meth:`price` takes microseconds: the pipeline by its closed form (Qi et al. 2024; Narayanan et al. 2021).
+    :meth:`played` takes the schedule action by action, which is right also where microbatches are too few to fill it.
+    """
+
+    def __init__(self, config, machine, ranks):
+        self.config, self.machine, self.ranks = config, machine, ranks
+        self.item = ITEM_BYTES[config.train.dtype]
+        self._works = lru_cache(None)(self._make_works)
+        self._ends = lru_cache(None)(self._make_ends)
+
+    def _make_works(self, tokens, tensor, recompute, sequence_parallel):
+        model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
+        return (layer_work(model, machine, seq_len, tokens, tensor, self.item, recompute, sequence_parallel),
+                head_work(model, machine, tokens, tensor, self.item))
+
+    def shares(self, layout):
+        """Return the sequences of every data rank, ``None`` where ranks are equal. Local."""
+        if not self.machine.speeds or layout.data == 1:
+            return None
+        speeds = self._speeds(layout)[0]
+        return balance(self.config.train.global_batch, 1 / speeds).shares
+
+    def _speeds(self, layout):
+        """Return the speeds of data ranks and of pipeline ranks, each that of its slowest rank.
+
+        Unequal ranks are made up for along one axis: along the pipeline by its cuts, else by shares of the batch.
+        """
+        d, p, t = layout.data, layout.pipeline, layout.tensor
+        if not self.machine.speeds:
+            return np.ones(d), np.ones(p)
+        speeds = np.reshape(self.machine.speeds, (d, p, t))
+        return (speeds.min((1, 2)), np.ones(1)) if p == 1 else (np.ones(d), speeds.min((0, 2)))
+
+    def stage_sizes(self, layout):
+        """Return the layers of every stage: as many each, but the last fewer by what the head weighs. Local.
+
+        Where ranks are unequal, the dynamic program of :mod:`mpillm.planner.stages` decides.
+        """
+        num_layers, stages = self.config.model.num_layers, layout.pipeline * layout.chunks
+        if stages == 1:
+            return [num_layers]
+        layer, head = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, layout.recompute,
+                                  layout.sequence_parallel)
+        weight = (head.forward_s + head.input_s + head.weight_s) / (layer.forward_s + layer.input_s + layer.weight_s)
+        if self.machine.speeds:
+            speeds = np.tile(self._speeds(layout)[1], layout.chunks)
+            cuts = balanced_cuts([1.0] * (num_layers - 1) + [1 + weight], stages, self.num_microbatches(layout), speeds)
+            return np.diff([0, *cuts, num_layers]).tolist()
+        even, most, others = (num_layers - weight * (stages - 1)) / stages, num_layers - stages + 1, stages - 1
+        last = min((min(most, max(1, size)) for size in (math.ceil(even), math.floor(even))),
+                   key=lambda size: max(size + weight, math.ceil((num_layers - size) / others)))
+        each, extra = divmod(num_layers - last, others)
+        return [each + 1] * extra + [each] * (others - extra) + [last]
+
+    def stage_times(self, layout):
+        """Return seconds of forward, input and weight half of every stage, and of a message. Local."""
+        layer, head = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, layout.recompute,
+                                  layout.sequence_parallel)
+        sizes = self.stage_sizes(layout)
+        speeds = np.tile(self._speeds(layout)[1], layout.chunks)
+        times = [[size * each for size in sizes] for each in (layer.forward_s, layer.input_s, layer.weight_s)]
+        for row, more in zip(times, (head.forward_s, head.input_s, head.weight_s)):
+            row[-1] += more
+        times = [(np.array(row) / speeds).tolist() for row in times]
+        return times, self._message_s(layout)
+
+    def _message_s(self, layout):
+        if layout.pipeline == 1:
+            return 0.0
+        reach = layout.tensor * layout.pipeline
+        level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * layout.tensor)
+        n_bytes = layout.microbatch * self.config.train.seq_len * self.config.model.hidden_size * self.item
+        return level.alpha_s + n_bytes / (layout.tensor if layout.sequence_parallel else 1) * level.beta_s_per_byte
+
+    def _make_ends(self, p, chunks, microbatch, tensor, recompute, sequence_parallel, data):
+        """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
+        input, weight)."""
+        layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute)
+        sizes = self.stage_sizes(layout)
+        layer, head = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, layout.recompute,
+                                  layout.sequence_parallel)
+        layers, speeds = [sum(sizes[rank::p]) for rank in range(p)], self._speeds(layout)[1]
+        fullest = max(range(max(1, p - 1)), key=lambda rank: layers[rank] / speeds[rank])
+        first, last = ([layers[rank] * each / speeds[rank] for each in (layer.forward_s, layer.input_s, layer.weight_s)]
+                       for rank in (fullest, -1))
+        last = [own + more / speeds[-1] for own, more in zip(last, (head.forward_s, head.input_s, head.weight_s))]
+        return (max(layers[:-1], default=layers[0]), layers[-1]), first, last, layer, head, self._message_s(layout)
+
+    def _of(self, layout):
+        return self._ends(layout.pipeline, layout.chunks, layout.microbatch, layout.tensor, layout.recompute,
+                          layout.sequence_parallel, layout.data if self.machine.speeds else 1)
+
+    def price(self, layout):
+        """Return the :class:`Price` of a layout. Local."""
+        layers, first, last, layer, head, message = self._of(layout)
+        p, v = layout.pipeline, layout.chunks
+        f, i, w = map(max, first, last)
+        ramp = {"gpipe": f + i + w, "1f1b": f + i + w, "interleaved": (f + i + w) / v, "zb-h1": f + i - w,
+                "zb-h2": f + i - 2 * w}[layout.schedule]
+        # A message holds up the ramp there and back, and the steady part once more each way for every round of ranks.
+        m = self.num_microbatches(layout)
+        waits = (2 * (p - 1) * v + 2 * m / p) * message if p > 1 else 0.0
+        busy = self._fullest(layout, m) * max(sum(first), sum(last))
+        pipeline_s = busy + (p - 1) * max(ramp, 0.0) + waits
+        parameters = self._parameters(layout, layers)
+        gradients_s, update_s = self._update(layout, parameters)
+        memory_bytes = self._memory_bytes(layout, m, parameters, max(layers) * layer.kept_bytes, head.kept_bytes)
+        return Price(layout, pipeline_s + gradients_s + update_s, pipeline_s, gradients_s, update_s,
+                     1 - busy / pipeline_s, memory_bytes)
+
+    def _fullest(self, layout, microbatches):
+        """Return the microbatches of the data rank that ends last, over its speed."""
+        if not self.machine.speeds:
+            return microbatches
+        shares = self.shares(layout) or (microbatches * layout.microbatch,)
+        return max(share / layout.microbatch / speed for share, speed in zip(shares, self._speeds(layout)[0]))
+
+    def num_microbatches(self, layout):
+        """Return the microbatches of the fullest data rank. Local."""
+        shares = self.shares(layout)
+        most = self.config.train.global_batch / layout.data if shares is None else max(shares)
+        return math.ceil(most / layout.microbatch)
+
+    def timeline(self, layout):
+        """Return the played schedule of a layout's pipeline. Local."""
+        times, message = self.stage_times(layout)
+        made = make_schedule(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
+        return play(made, *times, message)
+
+    def played(self, price):
+        """Return the price with the pipeline's time and bubble from the played schedule. Local."""
+        if price.layout.pipeline == 1:
+            return price
+        timeline = self.timeline(price.layout)
+        step_s = timeline.total_s + price.gradients_s + price.update_s
+        return replace(price, step_s=step_s, pipeline_s=timeline.total_s, bubble_fraction=timeline.bubble_fraction)
+
+    def _parameters(self, layout, layers):
+        """Return the parameters of the fullest rank."""
+        model, (first, last) = self.config.model, layers
+        table, each = model.vocab_size * model.hidden_size, layer_parameters(model)
+        if layout.pipeline == 1:
+            return (first * each + table * (1 if model.tie_embeddings else 2)) / layout.tensor
+        return (max(first, last) * each + table) / layout.tensor
+
+    def _update(self, layout, parameters):
+        """Return the seconds of reducing gradients, and of the optimiser with what it touches."""
+        d, inner = layout.data, layout.tensor * layout.pipeline
+        machine = self.machine
+        n_bytes, reduce_s = parameters * max(4, self.item), 0.0
+        inside = min(d, max(1, machine.ranks_per_node // inner))
+        keeps_one_copy = machine.shares_memory and layout.zero == 1 and inside == d
+        if inside > 1:
+            reduce_s += ring_s(machine.levels[0], inside, n_bytes, passes=1 if keeps_one_copy else 2)
+        if d > inside:
+            level = machine.level_for(inner * d)
+            reduce_s += ring_s(level, math.ceil(d / inside), n_bytes / inside)
+        states = STATES[self.config.train.optimizer]
+        own = parameters / (d if layout.zero else 1)
+        touched = own * 4 * (3 + 2 * states) + parameters * (4 + self.item)
+        return reduce_s, touched / machine.memory_bytes_per_s
+
+    def _memory_bytes(self, layout, microbatches, parameters, kept_bytes, head_bytes):
+        p, v, item = layout.pipeline, layout.chunks, self.item
+        held = {"gpipe": microbatches, "1f1b": p, "zb-h1": p, "zb-h2": 2 * p - 1,
+                "interleaved": p * (1 + (p - 1) / (p * v))}[layout.schedule]
+        masters = STATES[self.config.train.optimizer] + (item == 2)
+        shards = layout.data if layout.zero else 1
+        state = parameters * (item + max(4, item) * (1 + masters / shards))
+        again = 0.0
+        if layout.recompute == "full":  # one layer at a time is there as a whole
+            again = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, "none",
+                                layout.sequence_parallel)[0].kept_bytes
+        return state + min(held, microbatches) * kept_bytes + head_bytes + again
+
+    def bound_s(self):
+        """Return a time that no layout can beat: all products at the best rate, shared evenly. Local."""
+        train = self.config.train
+        flops = step_flops(self.config.model, train.seq_len, train.global_batch * train.seq_len)
+        return flops / self.ranks / max(rate for _, rate in self.machine.matmul)
+
+
+def to_config(layout, pricer):
+    """Return the keys of ``[layout]``, and the microbatch, that a layout stands for. Local."""
+    sizes, cuts = pricer.stage_sizes(layout), []
+    for size in sizes[:-1]:
+        cuts.append(size + (cuts[-1] if cuts else 0))
+    found = {**asdict(layout), "stage_cuts": cuts, "order": list(AXES)}
+    shares = pricer.shares(layout)
+    return found if shares is None or len(set(shares)) == 1 else {**found, "shares": list(shares)}
+
+
+def describe(layout):
+    """Return a layout in one line of words. Local."""
+    shown = layout if isinstance(layout, dict) else asdict(layout)
+    text = f"data={shown['data']} pipeline={shown['pipeline']} tensor={shown['tensor']}"
+    text += f" microbatch={shown['microbatch']}"
+    if shown["pipeline"] > 1:
+        text += f" {shown['schedule']}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
+    text += f" zero={shown['zero']}" if shown["data"] > 1 else ""
+    text += " sequence-parallel" if shown["sequence_parallel"] else ""
+    return text + (f" recompute={shown['recompute']}" if shown["recompute"] != "none" else "")
