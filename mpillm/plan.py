@@ -102,6 +102,8 @@ class Plan:
         ``what value limit price_s_per_unit``: what limits the step, and what a unit more of it is worth.
     alternatives : list of dict
         ``layout step_s memory_bytes_per_rank`` of the next best.
+    tried : list of dict
+        ``layout predicted_s measured_s`` of the plans that were run for a few steps before this one was taken.
     """
 
     num_ranks: int
@@ -112,6 +114,7 @@ class Plan:
     predicted: dict = field(default_factory=dict)
     binding: list = field(default_factory=list)
     alternatives: list = field(default_factory=list)
+    tried: list = field(default_factory=list)
 
     def check(self, num_ranks, num_nodes):
         """Refuse a launch that the plan was not made for.
@@ -177,4 +180,4 @@ class Plan:
             ) from None
 
 
-PARTS = {"model": dict, "layout": dict, "predicted": dict, "binding": list, "alternatives": list}
+PARTS = {"model": dict, "layout": dict, "predicted": dict, "binding": list, "alternatives": list, "tried": list}

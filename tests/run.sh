@@ -14,6 +14,7 @@ results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 trap 'exit 130' INT
 
+export XDG_CACHE_HOME=$results  # where a measured machine is remembered
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Four ranks on fewer cores: waiting ranks give way; Open MPI 5 and 4 want to be asked.
 export MPIR_CVAR_POLLS_BEFORE_YIELD=${MPIR_CVAR_POLLS_BEFORE_YIELD:-100}

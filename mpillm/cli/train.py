@@ -17,20 +17,32 @@ LINE_EVERY_S = 5.0
 @click.option("--resume", default="auto", show_default=True, metavar="auto|never|PATH",
               help="go on from the newest checkpoint of the run directory, or start anew, or go on from PATH")
 @click.option("--plan", type=click.Path(), metavar="FILE", help="obey this plan, made by mpillm plan")
-def command(config, resume, plan):
+@click.option("--probe-top", type=click.IntRange(1), metavar="K",
+              help="plan what [layout] leaves open, try the best K for a few steps each, take the fastest")
+def command(config, resume, plan, probe_top):
     """Train the model of CONFIG; under mpirun or srun on all ranks.
+
+    Without data, pipeline and tensor in [layout] the launch is measured, once for its kind, and planned for.
 
     SIGUSR1 or SIGTERM to any rank ends the run at the next step with a checkpoint and exit code 85: the same command
     goes on from there.
     """
     from mpillm.comm.world import comm_world
-    from mpillm.errors import together
+    from mpillm.errors import ConfigError, together
     from mpillm.plan import Plan
+    from mpillm.train.choose import choose_plan, is_open
     from mpillm.train.run import Run
     from mpillm.train.stop import StopRequest
 
     stop, comm = StopRequest(), comm_world()
-    run = Run(config, comm, resume, together(comm, lambda: Plan.load(plan), "plan") if plan else None, stop)
+    obeyed = together(comm, lambda: Plan.load(plan), "plan") if plan else None
+    if plan and probe_top:
+        raise ConfigError("--plan and --probe-top: a plan is obeyed, not searched for; give one of them")
+    if probe_top or not plan and comm.size > 1 and is_open(config):
+        obeyed, origin = choose_plan(config, comm, probe_top or 1)
+        if comm.rank == 0:
+            report_choice(obeyed, origin)
+    run = Run(config, comm, resume, obeyed, stop)
     show = Progress(run) if run.comm.rank == 0 else None
     for metrics in run:
         if show:
@@ -42,6 +54,17 @@ def command(config, resume, plan):
                        "on from there", err=True)
     run.free()
     return RESUME if run.stopped_by else OK
+
+
+def report_choice(plan, origin):
+    """Say which plan will be obeyed and why."""
+    from mpillm.planner.pricing import describe
+
+    for one in plan.tried:
+        click.echo(f"mpillm train: tried {describe(one['layout'])}: {one['measured_s']:.4g} s a step, predicted "
+                   f"{one['predicted_s']:.4g} s", err=True)
+    click.echo(f"mpillm train: planned {describe(plan.layout)}, {plan.predicted['step_s']:.4g} s a step ({origin})",
+               err=True)
 
 
 class Progress:

@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 _ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels that a layer's forward starts
 _COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
+_COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
 _SUSTAINED_S = 0.5
 _UNEQUAL = 1.2  # ranks that differ by less are taken as equal
 _TIE = 0.95  # what the size before takes is kept unless another is clearly faster
@@ -114,8 +114,10 @@ def measure_machine(group, table):
 
     matmul = []
     for width in WIDTHS:
-        a, b = torch.rand(_ROWS, width), torch.rand(width, width)
-        matmul.append((width, 2 * _ROWS * width * width / median_s(f"product {width}", partial(a.mm, b))))
+        count = max(2, _COLD_BYTES // (4 * width * (2 * _ROWS + width)))
+        pairs = [(torch.rand(_ROWS, width), torch.rand(width, width)) for _ in range(count)]
+        seconds = median_s(f"product {width}", lambda pairs=pairs: [a.mm(b) for a, b in pairs]) / count
+        matmul.append((width, 2 * _ROWS * width * width / seconds))
     source, small = torch.rand(_COPY_BYTES // 4), torch.rand(8)
     target = torch.empty_like(source)
     copy_s = median_s("copy", lambda: target.copy_(source))

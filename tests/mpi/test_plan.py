@@ -5,15 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import assert_all
-from tiny import one_for_every_degrees, reference_steps, tiny, train
+from tiny import one_for_every_degrees, reference_steps, tiny, train, write_token_file
 
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.probe import measure_machine, only
 from mpillm.comm.scheduled import Scheduled
-from mpillm.machine import Machine
+from mpillm.config import AXES
+from mpillm.errors import ConfigError
+from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE
 from mpillm.planner.layout import make_plan
+from mpillm.train import choose
 from mpillm.train.engine import Engine
+from mpillm.train.run import Run
 
 pytestmark = pytest.mark.mpi
 
@@ -72,3 +76,41 @@ def test_a_plan_changed_by_hand_changes_what_runs(comm):
         orders.append(engine.schedule.to_text().split("\n")[1:])
         engine.free()
     assert orders[0] != orders[1]
+
+
+MACHINE = Machine("made up", "a test", (Level("node", 64, 1e-6, 1e-9),), ((32, 1e9), (128, 2e9)), 1e9, 1e10, 1e-5)
+
+
+def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path, monkeypatch):
+    measured = []
+
+    def measure(group, table):
+        measured.append(table)
+        return MACHINE
+
+    monkeypatch.setattr(choose, "measure_machine", measure)
+    monkeypatch.setattr(choose, "measure_table", lambda group: DEFAULT_TABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(comm_path / "cache"))
+    if comm.rank == 0:
+        write_token_file(comm_path / "tokens.h5")
+    comm.Barrier()
+    config = tiny({"model.num_layers": 4, "train.run_dir": str(comm_path / "run"), "train.microbatch": 1,
+                   "data.path": str(comm_path / "tokens.h5"), "train.numerics": "fast"})
+    assert choose.is_open(config) and not choose.is_open(config.with_values({"layout.data": 1}))
+    plan, origin = choose.choose_plan(config, comm, probe_top=2)
+    assert_all(len(set(comm.allgather(repr(plan)))) == 1, plan, comm)
+    assert_all(len(measured) == 1 and "measured now" in origin, origin, comm)
+    best = min(plan.tried, key=lambda one: one["measured_s"])
+    assert_all(comm.size == 1 or len(plan.tried) == 2 and plan.layout == best["layout"], plan.tried, comm)
+    again, origin = choose.choose_plan(config, comm)
+    assert_all(len(measured) == 1 and "measured before" in origin and not again.tried, origin, comm)
+    run = Run(config, comm, plan=plan)  # whose directory now has the plan
+    assert_all(run.config.layout.sizes() == {axis: plan.layout[axis] for axis in AXES}, run.config.layout, comm)
+    run.free()
+    kept, origin = choose.choose_plan(config, comm)
+    assert_all(kept == plan and str(comm_path / "run") in origin, origin, comm)
+    other, _ = choose.choose_plan(config.with_values({"model.num_layers": 5}), comm)
+    assert_all(other.model["num_layers"] == 5, other, comm)
+    with pytest.raises(ConfigError, match="fits"):
+        monkeypatch.setattr(choose, "known_machine", lambda comm: (replace(MACHINE, memory_bytes=1e3), ""))
+        choose.choose_plan(config.with_values({"model.num_layers": 6}), comm)

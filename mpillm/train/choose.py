@@ -1,0 +1,164 @@
+"""Before a run that leaves its layout open: the machine is measured or remembered, planned for, the best few tried."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpillm.comm.group import as_group
+from mpillm.comm.probe import measure_machine, measure_table
+from mpillm.comm.scheduled import nodes_of
+from mpillm.comm.world import set_threads
+from mpillm.errors import MpillmError, together
+from mpillm.machine import Machine
+from mpillm.plan import DEFAULT_TABLE, Plan
+from mpillm.planner.layout import make_plan, price_layout
+from mpillm.train.data import TokenFile
+from mpillm.train.engine import Engine
+
+TRIED_STEPS = 5
+
+
+def is_open(config):
+    """Tell whether a configuration leaves the degrees of all axes to the planner. Local."""
+    return set(config.layout.sizes().values()) == {"auto"}
+
+
+def choose_plan(config, comm, probe_top=1):
+    """Return the plan for a configuration on this launch, and in a line where it comes from.
+
+    Collective over ``comm``. The plan that the run directory already has is kept if it is for this launch; so a run
+    goes on as it began.
+
+    Parameters
+    ----------
+    config : Config
+        What its ``[layout]`` fixes is kept.
+    comm : Comm
+    probe_top : int
+        Of so many best plans each is run for a few steps, and the fastest taken.
+
+    Returns
+    -------
+    plan : Plan
+    origin : str
+
+    Raises
+    ------
+    MpillmError
+        On every rank, if no layout is left or none fits the memory, or the data cannot be read.
+    """
+    def read():
+        vocab_size = config.model.vocab_size or TokenFile(config.data.path, "train", config.train.seq_len).vocab_size
+        return config.with_values({"model.vocab_size": vocab_size})
+
+    config = together(comm, read, "data")
+    num_nodes = len(set(nodes_of(comm)))
+    kept = comm.bcast(_kept_plan(config, comm.size, num_nodes) if comm.rank == 0 else None)
+    if kept:
+        return kept, f"plan of {config.train.run_dir}"
+    machine, origin = known_machine(comm)
+
+    def plan():
+        made = make_plan(config, machine, comm.size, top=probe_top - 1) if comm.rank == 0 else None
+        others = made.alternatives if made else ()
+        return [made, *(price_layout(Plan(0, 0, layout=other["layout"]).applied_to(config), machine, comm.size)
+                        for other in others)]
+
+    error, plans = None, None
+    try:
+        plans = plan()
+    except MpillmError as caught:
+        error = caught
+    error, plans = comm.bcast((error, plans))  # planned once: all obey the same
+    if error:
+        raise error
+    return (plans[0] if len(plans) == 1 else _fastest(plans, config, comm)), origin
+
+
+def known_machine(comm):
+    """Return this launch's :class:`Machine`, from an earlier launch of its kind or measured now; and its origin.
+
+    Collective over ``comm``. It is remembered below ``$XDG_CACHE_HOME/mpillm`` for launches with as many ranks on as
+    many nodes, the same processors, threads and libraries.
+    """
+    threads = set_threads(comm)
+    library = "none"
+    if comm.size > 1:
+        from mpi4py import MPI
+
+        library = MPI.Get_library_version()
+    kinds = comm.allgather([_processor(), len(os.sched_getaffinity(0)), threads, library, torch.__version__])
+    places = [nodes_of(comm).index(node) for node in nodes_of(comm)]
+    digest = hashlib.sha256(json.dumps([kinds, places]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm" / f"machine-{digest}.json"
+    machine = comm.bcast(_remembered(cache) if comm.rank == 0 else None)
+    if machine:
+        return machine, f"machine as measured before, {cache}; remove it to measure again"
+    group = as_group(comm)
+    machine = measure_machine(group, measure_table(group) if comm.size > 1 else DEFAULT_TABLE)
+    if comm.rank == 0:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            machine.save(cache)
+        except OSError as error:  # a launch without a home directory measures every time
+            return machine, f"machine measured now, and not remembered: {error}"
+    return machine, f"machine measured now, {cache}"
+
+
+def _kept_plan(config, num_ranks, num_nodes):
+    """Return the plan of the run directory if this run could obey it."""
+    try:
+        plan = Plan.load(Path(config.train.run_dir) / "plan.json")
+        plan.check(num_ranks, num_nodes)
+        plan.applied_to(config)
+    except MpillmError:
+        return None
+    return plan if plan.layout else None
+
+
+def _remembered(path):
+    try:
+        return Machine.load(path)
+    except MpillmError:
+        return None
+
+
+def _processor():
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _fastest(plans, config, comm):
+    """Run each plan for a few steps on random tokens and return the fastest, with what was found."""
+    tried = []
+    for plan in plans:
+        resolved = plan.applied_to(config).resolve(comm.size)
+        engine = Engine(resolved, comm, table=plan.table)
+        times = [_time_step(engine, resolved, comm) for _ in range(TRIED_STEPS)]
+        engine.free()
+        tried.append({"layout": plan.layout, "predicted_s": plan.predicted["step_s"],
+                      "measured_s": float(np.median(times[1:]))})  # the first makes windows and requests
+    best = min(range(len(plans)), key=lambda i: tried[i]["measured_s"])
+    return replace(plans[best], tried=tried, alternatives=plans[0].alternatives)
+
+
+def _time_step(engine, config, comm):
+    """Return the seconds of one step, of the slowest rank; the same on all."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    tokens = torch.randint(config.model.vocab_size, (config.train.global_batch, config.train.seq_len + 1),
+                           generator=generator).numpy()
+    comm.Barrier()
+    start = time.perf_counter()
+    engine.train_step(lambda low, high: (tokens[low:high, :-1], tokens[low:high, 1:], None), config.train.lr)
+    return max(comm.allgather(time.perf_counter() - start))
