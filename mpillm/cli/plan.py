@@ -44,7 +44,7 @@ def command(config, name, ranks, output, top, price, explain, figure):
     if figure:
         from mpillm.report.planned import draw_predicted
 
-        draw_predicted(layout.predicted_timeline(made, config, machine), predicted, figure)
+        draw_predicted(layout.predicted_timeline(made), predicted, figure)
 
 
 def explanation(plan):

@@ -7,17 +7,13 @@ from pathlib import Path
 import click
 import numpy as np
 
+from mpillm.cli.options import write_json
 from mpillm.errors import DataError
 from mpillm.plan import Plan
-from mpillm.report.figures import (
-    draw_loss,
-    draw_step_time,
-    draw_timeline,
-    read_metrics,
-    read_trace,
-    step_shares,
-)
-from mpillm.report.planned import compare_with_plan
+from mpillm.report.chrome import trace_events
+from mpillm.report.figures import draw_loss, draw_step_time, draw_timeline
+from mpillm.report.planned import compare_with_plan, draw_both
+from mpillm.report.records import read_metrics, read_trace, step_shares
 
 DOTS_PER_IN = 240
 
@@ -32,17 +28,18 @@ def command(run, output, step):
 
     loss: training and validation loss over steps, bits per byte over minutes of training. Of a run that was
     traced also timeline: what every rank did in one step; and step_time: how the steps' time is shared among
-    the kinds of work, on average without the first step. Of a run that obeyed a plan also comparison: the
-    predicted and the measured time of each phase.
+    the kinds of work, on average without the first step; and trace.json, which Perfetto opens. Of a run that
+    obeyed a plan also comparison: the predicted and the measured time of each phase; and, if traced, planned:
+    the predicted timeline above the measured one.
     """
     output = output or run / "figures"
     metrics, launches = read_metrics(_metrics_path(run)), read_trace(run / "trace")
     launch, number = _choose(launches, step, run / "trace")
     rows = loss_rows(metrics)
     _save(output / "loss", draw_loss(rows, find_restarts(metrics, launches)), rows)
-    predicted = Plan.load(run / "plan.json").predicted if (run / "plan.json").is_file() else {}
+    plan = Plan.load(run / "plan.json") if (run / "plan.json").is_file() else None
     if launch is None:
-        _show_comparison(output, predicted, metrics)
+        _show_comparison(output, plan, metrics)
         click.echo(f"{run / 'trace'}: no complete step, so no timeline and step_time; set train.trace = true")
         return
     _save(output / "timeline", draw_timeline(launch, number), timeline_rows(launch.steps[number]))
@@ -50,14 +47,21 @@ def command(run, output, step):
     shares, step_s = step_shares([launch.steps[number] for number in numbers])
     _save(output / "step_time", draw_step_time(launch, numbers),
           [{"rank": rank, "step_s": step_s, **own} for rank, own in enumerate(shares)])
-    _show_comparison(output, predicted, metrics, shares)
+    write_json(output / "trace.json", trace_events(launch))
+    click.echo(f"{output / 'trace'}.json, for https://ui.perfetto.dev")
+    if plan and "stages" in plan.predicted:
+        from mpillm.planner.layout import predicted_timeline
+
+        figure = draw_both(predicted_timeline(plan), plan.predicted, launch, number)
+        _save(output / "planned", figure, timeline_rows(launch.steps[number]))
+    _show_comparison(output, plan, metrics, shares)
 
 
-def _show_comparison(output, predicted, metrics, shares=()):
+def _show_comparison(output, plan, metrics, shares=()):
     """Print and save what a plan predicted beside what was measured, if the run had one."""
-    if not predicted:
+    if not plan or not plan.predicted:
         return
-    rows = compare_with_plan(predicted, metrics, shares)
+    rows = compare_with_plan(plan.predicted, metrics, shares)
     for row in rows:
         error = "" if row["error"] is None else f" ({row['error']:+.1%})"
         click.echo(f"{row['phase']:10} predicted {row['predicted_s']:.4g} s, measured {row['measured_s']:.4g} s{error}")

@@ -1,12 +1,14 @@
 """Every layout, pruned, priced and ranked: the planner's one entry point, :func:`make_plan`."""
 
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.hierarchy import decide
 from mpillm.planner.pricing import Layout, Pricer, describe, to_config
+from mpillm.planner.timeline import play
+from mpillm.schedules.pipeline import named_or_read
 
 PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions
 
@@ -111,13 +113,16 @@ def make_plan(config, machine, ranks, top=5):
             f"{math.ceil(ranks * least.memory_bytes / machine.memory_bytes)} ranks, or a smaller model or microbatch")
     fitting = _played_first(pricer, fitting)
     best = fitting[0]
+    (forward_s, input_s, weight_s), message_s = pricer.stage_times(best.layout)
     return Plan(
         ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node),
         _table(machine, ranks), model=asdict(config.model),
         layout=to_config(best.layout, pricer),
         predicted={"step_s": best.step_s, "bubble_fraction": best.bubble_fraction,
                    "memory_bytes_per_rank": best.memory_bytes, "lower_bound_s": pricer.bound_s(),
-                   "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s},
+                   "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s,
+                   "stages": {"forward_s": forward_s, "input_s": input_s, "weight_s": weight_s, "message_s": message_s,
+                              "microbatches": pricer.num_microbatches(best.layout)}},
         binding=_binding(pricer, best, priced),
         alternatives=[{"layout": to_config(price.layout, pricer), "step_s": price.step_s,
                        "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
@@ -137,10 +142,11 @@ def _rank(price):
     return price.step_s, layout.pipeline, layout.tensor, layout.chunks, price.memory_bytes
 
 
-def predicted_timeline(plan, config, machine):
-    """Play the pipeline of a plan that was made for this configuration and machine. Local."""
-    layout = Layout(**{field.name: plan.layout[field.name] for field in fields(Layout)})
-    return Pricer(config, machine, plan.num_ranks).timeline(layout)
+def predicted_timeline(plan):
+    """Play the pipeline of a plan as it was priced. Local."""
+    layout, stages = plan.layout, plan.predicted["stages"]
+    made = named_or_read(layout["schedule"], layout["pipeline"], stages["microbatches"], layout["chunks"])
+    return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"])
 
 
 def _played_first(pricer, priced):

@@ -2,7 +2,8 @@
 
 import statistics
 
-from mpillm.report.figures import Launch, Span, draw_timeline
+from mpillm.report.figures import as_time, draw_timeline
+from mpillm.report.records import Launch, Span, bubble, window
 
 
 def planned_launch(timeline, predicted):
@@ -41,6 +42,31 @@ def draw_predicted(timeline, predicted, path):
     draw_timeline(planned_launch(timeline, predicted), "predicted").savefig(path, dpi=200, bbox_inches="tight")
 
 
+def draw_both(timeline, predicted, launch, number):
+    """Return the figure of a measured step below the prediction of each of its ranks, on one axis of time.
+
+    Local.
+
+    Parameters
+    ----------
+    timeline, predicted
+        As of :func:`planned_launch`.
+    launch : Launch
+    number : int
+        A step of the launch.
+    """
+    planned, measured = planned_launch(timeline, predicted).steps["predicted"], launch.steps[number]
+    planned = [planned[own["pipeline"]] for own in launch.coords]
+    rows, titles = [], []
+    for name, spans in (("planned", planned), ("measured", measured)):
+        begin, end = window(spans)
+        rows += [[s._replace(start_s=s.start_s - begin, stop_s=s.stop_s - begin) for s in own] for own in spans]
+        titles.append(f"{name} {as_time(end - begin)}, bubble {100 * bubble(spans)[0]:.1f} %")
+    labels = [f"{rank} {name}" for name in ("planned", "measured") for rank in range(len(measured))]
+    return draw_timeline(Launch(launch.coords * 2, {number: rows}), number, f"Step {number}: {'; '.join(titles)}",
+                         (labels, "rank"))
+
+
 def compare_with_plan(predicted, metrics, shares=()):
     """Return predicted beside measured: a list of ``{"phase", "predicted_s", "measured_s", "error"}``.
 
@@ -51,9 +77,9 @@ def compare_with_plan(predicted, metrics, shares=()):
     predicted : dict
         Of a plan.
     metrics : list of dict
-        Of :func:`mpillm.report.figures.read_metrics`.
+        Of :func:`mpillm.report.records.read_metrics`.
     shares : list of dict
-        Of :func:`mpillm.report.figures.step_shares`: for every rank the share of a step that each kind of work takes.
+        Of :func:`mpillm.report.records.step_shares`: for every rank the share of a step that each kind of work takes.
     """
     steps = [record["step_s"] for record in metrics]
     measured = {"step": statistics.median(steps[1:] or steps)}

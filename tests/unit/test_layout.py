@@ -170,5 +170,5 @@ def test_the_command_explains_and_draws(tmp_path):
         assert text in found.output
     assert figure.read_bytes().startswith(b"\x89PNG")
     plan = Plan.load(tmp_path / "plan.json")
-    played = predicted_timeline(plan, SMALL, Machine.load("cpu-node"))
+    played = predicted_timeline(plan)
     assert played.total_s == pytest.approx(plan.predicted["pipeline_s"])

@@ -13,17 +13,11 @@ from click.testing import CliRunner
 
 from mpillm.cli.report import command, find_restarts, loss_rows, running_mean, timeline_rows
 from mpillm.errors import ConfigError, DataError
-from mpillm.report.figures import (
-    KINDS,
-    Launch,
-    Span,
-    bubble,
-    draw_loss,
-    draw_timeline,
-    read_metrics,
-    read_trace,
-    step_shares,
-)
+from mpillm.planner import timeline
+from mpillm.report.chrome import trace_events
+from mpillm.report.figures import KINDS, draw_loss, draw_timeline
+from mpillm.report.planned import compare_with_plan, draw_both, planned_launch
+from mpillm.report.records import Launch, Span, bubble, read_metrics, read_trace, step_shares
 from mpillm.report.trace import Trace
 from mpillm.schedules.pipeline import make_schedule
 
@@ -362,12 +356,8 @@ def test_loss_has_a_second_panel_only_when_evaluated():
 
 
 def test_a_plan_is_drawn_and_compared_as_a_trace():
-    from mpillm.planner.timeline import play
-    from mpillm.report.planned import compare_with_plan, planned_launch
-    from mpillm.schedules.pipeline import make_schedule
-
     predicted = {"step_s": 2.0, "pipeline_s": 1.5, "gradients_s": 0.3, "update_s": 0.2}
-    launch = planned_launch(play(make_schedule("1f1b", 2, 3), 0.1, 0.1, 0.1), predicted)
+    launch = planned_launch(timeline.play(make_schedule("1f1b", 2, 3), 0.1, 0.1, 0.1), predicted)
     for own in launch.steps["predicted"]:
         assert all(first.stop_s == pytest.approx(second.start_s) for first, second in zip(own, own[1:]))
         assert own[-1].stop_s - own[0].start_s == pytest.approx(0.3 * 3 + 0.3 + 0.5)
@@ -376,3 +366,24 @@ def test_a_plan_is_drawn_and_compared_as_a_trace():
     assert rows["step"]["measured_s"] == 2.5 and rows["step"]["error"] == pytest.approx(-0.2)
     assert rows["gradients"]["measured_s"] == 0.25 and rows["update"]["error"] == pytest.approx(1.0)
     assert rows["pipeline"]["measured_s"] == pytest.approx(2.15)
+
+
+def test_planned_lies_above_measured_on_one_axis():
+    planned = timeline.play(make_schedule("1f1b", 2, 3), 0.1, 0.1, 0.1)
+    predicted = {"step_s": 2.0, "pipeline_s": 1.5, "gradients_s": 0.3, "update_s": 0.2}
+    measured = planned_launch(timeline.play(make_schedule("1f1b", 2, 3), 0.2, 0.2, 0.2), predicted).steps["predicted"]
+    coords = [{"data": 0, "pipeline": rank, "tensor": 0} for rank in range(2)]
+    [axes] = draw_both(planned, predicted, Launch(coords, {4: measured}), 4).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0 planned", "1 planned", "0 measured",
+                                                                      "1 measured"]
+    assert "planned 1.7 s" in axes.get_title(loc="left") and "measured 2.9 s" in axes.get_title(loc="left")
+
+
+def test_a_chrome_trace_has_every_span_of_every_rank():
+    spans = [[Span("F", "0F0", 1.0, 1.5), Span("wait", "message", 1.5, 1.75)], [Span("reduce", "gradients", 1.25, 2.0)]]
+    launch = Launch([{"data": 0, "pipeline": rank, "tensor": 0} for rank in range(2)], {3: spans})
+    events = trace_events(launch)["traceEvents"]
+    assert [(e["pid"], e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [
+        (0, 0, 0.0, 5e5), (0, 1, 5e5, 2.5e5), (1, 2, 2.5e5, 7.5e5)]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {
+        "rank 0 (data 0 pipeline 0 tensor 0)", "rank 1 (data 0 pipeline 1 tensor 0)"}
