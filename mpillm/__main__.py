@@ -13,7 +13,7 @@ COMMANDS = {
     "data": "turn text or JSONL files into tokens",
     "probe": "measure this machine: rates, links, the fastest algorithms (under mpirun or srun)",
     "plan": "choose how to train a model on a machine",
-    "simulate": "play a pipeline schedule on a clock",
+    "simulate": "play a pipeline schedule or a collective on a clock",
     "bound": "how fast a collective could be on a network",
     "calibrate": "fit the cost model to measured iterations",
     "train": "train a model (under mpirun or srun)",
@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "sample text from a run (under mpirun or srun)",
     "bench": "measure, beside PyTorch when asked",
     "convert": "Hugging Face Llama weights out of a run, or into a new one",
+    "diagnose": "why a run hung: the rank and the call that stopped first",
     "report": "draw the pictures of a run",
 }
 UNDER_MPI = ("doctor", "probe", "train", "verify", "generate", "bench collectives")

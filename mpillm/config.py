@@ -111,9 +111,13 @@ class Train:
     eval_batches: Count = 20
     checkpoint_every: Count = 100
     checkpoint_keep: Positive = 3
+    checkpoint_background: bool = False
     init_from: str = ""
     trace: bool = False
     checked: bool = False
+    hang_limit_s: NonNegative = 60.0
+    skip_limit: Positive = 3
+    digests: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self):

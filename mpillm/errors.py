@@ -42,6 +42,10 @@ class ShapeError(MpillmError, ValueError):
     """Tensors whose shapes or dtypes do not fit the operation."""
 
 
+class NumbersError(MpillmError, ArithmeticError):
+    """Numbers that no training should go on with."""
+
+
 class CollectiveError(MpillmError, RuntimeError):
     """An error that every rank of a communicator raises, because at least one of them failed."""
 

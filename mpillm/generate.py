@@ -181,7 +181,7 @@ def load_weights(module, source):
     with torch.no_grad():
         for parameter in module.parameters():
             shard = parameter.shard
-            values = source.read(shard.name, "weight", shard.start, shard.stop)
+            values = source.read(shard.name, "weight", shard.start, shard.stop, shard.shape)
             parameter.copy_(torch.from_numpy(values).view(parameter.shape))
 
 

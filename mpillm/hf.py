@@ -81,8 +81,8 @@ def to_hf(run, folder, file_elements=FILE_ELEMENTS):
         table = parameter_table(model)
         files = _spread(table, file_elements)
         for file, names in files.items():
-            tensors = {_hf_name(name): np.ascontiguousarray(_turned(name, source.read(name).reshape(table[name][0])))
-                       for name in names}
+            read = {name: source.read(name, shape=table[name][0]).reshape(table[name][0]) for name in names}
+            tensors = {_hf_name(name): np.ascontiguousarray(_turned(name, values)) for name, values in read.items()}
             safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library leaves it to its owner alone
         if len(files) > 1:

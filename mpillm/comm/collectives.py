@@ -55,7 +55,7 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     if group.size == 1:
         return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
     n_bytes = x.nbytes
-    group.record("allreduce", 2 * (n_bytes - n_bytes // group.size))
+    group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x.dtype, x.shape)
     source = staged(x)
     host = host_empty(x.shape, x) if out is None or out.is_cuda else out
     request = group.transport("allreduce", x, n_bytes, may_block).allreduce(flat(source), flat(host), op)
@@ -96,7 +96,7 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
-    group.record("reduce_scatter", n_bytes - out.numel() * x.element_size())
+    group.enter("reduce_scatter", n_bytes - out.numel() * x.element_size(), x.dtype, x.shape)
     transport = group.transport("reduce_scatter", x, n_bytes, may_block)
     request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
@@ -137,6 +137,7 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
+    group.enter("allgather", (group.size - 1) * x.nbytes, x.dtype, (*x.shape[:dim], size, *x.shape[dim + 1:]))
     if size is None:
         lengths = group.comm.allgather(x.shape[dim])
     else:
@@ -148,7 +149,6 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
             )
     rows = staged(x.movedim(dim, 0))
     out = host_empty((sum(lengths), *rows.shape[1:]), x)
-    group.record("allgather", (group.size - 1) * rows.numel() * x.element_size())
     transport = group.transport("allgather", x, out.numel() * x.element_size(), may_block)
     request = transport.allgather(flat(rows), flat(out), _blocks(lengths, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
@@ -164,7 +164,7 @@ def reduce_scatter_blocks(x, comm):
         return x
     cuts, host = all_bounds(len(x), group.size), staged(x)
     block = host[slice(*cuts[group.rank])]
-    group.record("reduce_scatter", (len(x) - len(block)) * x.element_size())
+    group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x.dtype, x.shape)
     transport = group.transport("reduce_scatter", x, x.nbytes, True)
     finish(transport.reduce_scatter(host, block, cuts, "sum"))
     return x[slice(*cuts[group.rank])].copy_(block) if x.is_cuda else block
@@ -180,7 +180,7 @@ def allgather_blocks(x, comm):
         return
     cuts, host = all_bounds(len(x), group.size), staged(x)
     own = host[slice(*cuts[group.rank])]
-    group.record("allgather", (group.size - 1) * len(own) * x.element_size())
+    group.enter("allgather", (group.size - 1) * len(own) * x.element_size(), x.dtype, x.shape)
     transport = group.transport("allgather", x, x.nbytes, True)
     finish(transport.allgather(own, host, cuts))
     if x.is_cuda:
@@ -206,7 +206,7 @@ def ibcast(x, comm, root=0, may_block=False):
         return Pending(x.detach().clone())
     out = staged(x).clone()
     n_bytes = x.nbytes
-    group.record("bcast", n_bytes if group.rank == root else 0)
+    group.enter("bcast", n_bytes if group.rank == root else 0, x.dtype, x.shape, root)
     request = group.transport("bcast", x, n_bytes, may_block).bcast(flat(out), root)
     return Pending(out, request, (), lambda: unstaged(out, x))
 
@@ -237,7 +237,7 @@ def ialltoall(x, comm, dim=0, may_block=False):
     sends = counts(rows.shape[0], group.size)
     mine, n_bytes = sends[group.rank], rows.numel() * x.element_size()
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
-    group.record("alltoall", n_bytes - out.numel() // group.size * x.element_size())
+    group.enter("alltoall", n_bytes - out.numel() // group.size * x.element_size(), x.dtype, x.shape)
     request = group.transport("alltoall", x, n_bytes, may_block).alltoall(
         flat(rows), flat(out), _blocks(sends, rows), _blocks([mine] * group.size, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
@@ -264,7 +264,8 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
-    group.record("scatter", n_bytes - out.numel() * x.element_size() if group.rank == root else 0)
+    sent = n_bytes - out.numel() * x.element_size() if group.rank == root else 0
+    group.enter("scatter", sent, x.dtype, x.shape, root)
     request = group.transport("scatter", x, n_bytes, may_block).scatter(
         flat(rows), flat(out), _blocks(counts(rows.shape[0], group.size), rows), root)
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
@@ -287,10 +288,10 @@ def igather(x, comm, dim=0, root=0, may_block=False):
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
+    group.enter("gather", 0 if group.rank == root else x.nbytes, x.dtype, (*x.shape[:dim], *x.shape[dim + 1:]), root)
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(x.movedim(dim, 0))
     out = host_empty((sum(lengths) if group.rank == root else 0, *rows.shape[1:]), x)
-    group.record("gather", 0 if group.rank == root else rows.numel() * x.element_size())
     cuts = _blocks(lengths, rows)
     transport = group.transport("gather", x, cuts[-1][1] * x.element_size(), may_block)
     return Pending(out, transport.gather(flat(rows), flat(out), cuts, root), (rows,),

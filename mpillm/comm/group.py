@@ -6,7 +6,7 @@ from functools import cached_property
 
 from mpillm.comm.levels import make_levels
 from mpillm.comm.library import Library
-from mpillm.comm.recorder import Recorder
+from mpillm.comm.recorder import Checker, Recorder
 from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
 from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
@@ -30,12 +30,15 @@ class Group:
         Where calls are counted.
     table : DecisionTable, optional
         Which algorithm each collective takes.
+    is_checked : bool
+        Compare what the ranks call before they do it (:class:`~mpillm.comm.recorder.Checker`).
     """
 
-    def __init__(self, comm, name="world", order="any", recorder=None, table=DEFAULT_TABLE):
+    def __init__(self, comm, name="world", order="any", recorder=None, table=DEFAULT_TABLE, is_checked=False):
         self.comm, self.name, self.order, self.table = comm, name, order, table
         self.recorder = Recorder() if recorder is None else recorder
         self.rank, self.size = comm.rank, comm.size
+        self._checker = Checker(comm, name) if is_checked and comm.size > 1 else None
         self._libraries, self._choices = (Library(self, False), Library(self, True)), {}
 
     @cached_property
@@ -82,15 +85,20 @@ class Group:
             return self.levels
         return self.schedules.transport(algorithm)
 
-    def record(self, operation, n_bytes):
-        """Count one call of ``operation`` that sends ``n_bytes`` from this rank."""
+    def enter(self, operation, n_bytes, dtype, shape, root=None):
+        """Note a call of ``operation`` that sends ``n_bytes`` from this rank; in checked mode compare it with the
+        others': dtype, shape and root must be the same on all."""
         self.recorder.add(self.name, operation, n_bytes)
+        if self._checker:
+            self._checker.check(operation, dtype, shape, root)
 
     def free(self):
         """Release the shared memory and the communicator. Collective."""
         for made in (self.__dict__.get(name) for name in ("levels", "node", "schedules")):
             if made is not None:
                 made.free()
+        if self._checker:
+            self._checker.free()
         self.comm.Free()
 
 

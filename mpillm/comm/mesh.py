@@ -27,6 +27,8 @@ class Mesh:
         Order of sums in collectives over the axes (see :class:`~mpillm.comm.group.Group`).
     table : DecisionTable, optional
         Which algorithm each collective takes.
+    is_checked : bool
+        Compare what the ranks call before they do it.
 
     Raises
     ------
@@ -42,7 +44,8 @@ class Mesh:
         coord("tensor") 0  1  0  1
     """
 
-    def __init__(self, comm, data=1, pipeline=1, tensor=1, order=AXES, sums="any", table=DEFAULT_TABLE):
+    def __init__(self, comm, data=1, pipeline=1, tensor=1, order=AXES, sums="any", table=DEFAULT_TABLE,
+                 is_checked=False):
         self._sizes = {"data": data, "pipeline": pipeline, "tensor": tensor}
         if math.prod(self._sizes.values()) != comm.size:
             raise ConfigError(
@@ -50,7 +53,7 @@ class Mesh:
                 f"this communicator has {comm.size}: change the degrees or the number of ranks"
             )
         self.recorder = Recorder()
-        self.world = Group(comm.Clone(), "world", sums, self.recorder, table)
+        self.world = Group(comm.Clone(), "world", sums, self.recorder, table, is_checked)
         self._coords, self._groups = {}, {}
         rest = self.world.rank
         for axis in reversed(order):
@@ -59,7 +62,7 @@ class Mesh:
             others = [self._coords[name] for name in AXES if name != axis]
             sizes = [self._sizes[name] for name in AXES if name != axis]
             part = self.world.comm.Split(others[0] * sizes[1] + others[1], self._coords[axis])
-            self._groups[axis] = Group(part, axis, sums, self.recorder, table)
+            self._groups[axis] = Group(part, axis, sums, self.recorder, table, is_checked)
 
     def size(self, axis):
         """Return the degree of ``axis``."""

@@ -17,7 +17,7 @@ def isend(x, group, to, tag):
     Local start; rank ``to`` must receive. ``x`` must not change before ``wait()``, which returns ``x``.
     """
     source = staged(x)
-    group.record("send", x.numel() * x.element_size())
+    group.recorder.add(group.name, "send", x.nbytes)
     return Pending(x, group.comm.Isend(as_bytes(source), to, tag), (source,))
 
 

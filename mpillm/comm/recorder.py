@@ -1,26 +1,111 @@
-"""Counts what each rank sends: calls and bytes by axis and operation."""
+"""What each rank did: bytes by axis and operation, the last calls, and checked mode."""
 
-from collections import Counter
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+from mpillm.errors import CollectiveError
+
+KEPT = 512  # of the last calls
+_PACKAGE = str(Path(__file__).parent)
 
 
 class Recorder:
-    """What this rank sent since :meth:`reset`, by ``(axis, operation)``.
+    """What this rank sent since :meth:`reset`, by ``(axis, operation)``, and its last calls.
 
     ``bytes`` counts what an operation must send at least, per rank: allreduce ``2 (p-1)/p n``, reduce_scatter and
     alltoall ``n`` less the own block, allgather ``(p-1)`` times the own block, a message its length, bcast ``n`` on the
     root.
+
+    Attributes
+    ----------
+    last : deque of dict
+        The last calls: ``at`` in seconds since 1970, and either ``axis call number bytes`` or ``kind name`` of a span.
+    beats : int
+        How much was noted; grows as long as the rank makes progress.
+    kind : str
+        Of the span that the rank is in.
+    ended : set of str
+        Kinds of spans that came to their end.
+    step : int
     """
 
     def __init__(self):
-        self.calls, self.bytes = Counter(), Counter()
+        self.calls, self.bytes, self._numbers = Counter(), Counter(), Counter()
+        self.last, self.beats, self.kind, self.ended, self.step = deque(maxlen=KEPT), 0, "start", set(), 0
 
     def add(self, axis, operation, n_bytes):
         """Count one call."""
         key = axis, operation
         self.calls[key] += 1
         self.bytes[key] += n_bytes
+        if operation != "send":
+            self._numbers[axis] += 1
+        self._note({"axis": axis, "call": operation, "number": self._numbers[axis], "bytes": n_bytes})
+
+    def begin(self, kind, name):
+        """Note that a span begins."""
+        self.kind = kind
+        self._note({"kind": kind, "name": name, "step": self.step})
+
+    def end(self, kind):
+        """Note that a span has ended."""
+        self.kind = "between"
+        self.ended.add(kind)
+        self.beats += 1
+
+    def _note(self, entry):
+        self.beats += 1
+        entry["at"] = time.time()
+        self.last.append(entry)
 
     def reset(self):
-        """Start counting anew."""
+        """Start counting bytes anew."""
         self.calls.clear()
         self.bytes.clear()
+
+
+class Checker:
+    """Compares what the ranks of a group are about to do, before they do it.
+
+    Collective over ``comm`` to make and to use. Operations that MPI would let meet, or hang in, meet here first: a
+    mismatch is an error on every rank that names both calls.
+
+    Parameters
+    ----------
+    comm : Comm
+        Cloned; nothing else talks on the clone.
+    axis : str
+    """
+
+    def __init__(self, comm, axis):
+        self._comm, self._axis, self._number = comm.Clone(), axis, 0
+
+    def check(self, operation, dtype, shape, root):
+        """Raise on all ranks unless all call the same operation with the same dtype, shape and root."""
+        self._number += 1
+        mine = operation, str(dtype), tuple(shape), root
+        calls = self._comm.allgather((*mine, call_site()))
+        other = next((rank for rank, call in enumerate(calls) if call[:4] != calls[0][:4]), None)
+        if other is not None:
+            raise CollectiveError(f"checked collectives: call {self._number} of axis {self._axis} differs: "
+                                  f"{_describe(0, calls[0])}; {_describe(other, calls[other])}")
+
+    def free(self):
+        """Release the communicator."""
+        self._comm.Free()
+
+
+def call_site():
+    """Return file, line and function of the caller outside this package. Local."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _describe(rank, call):
+    operation, dtype, shape, root, where = call
+    to = "" if root is None else f" root {root}"
+    return f"rank {rank} calls {operation} of {dtype} {list(shape)}{to} at {where}"

@@ -63,7 +63,7 @@ def draw_both(timeline, predicted, launch, number):
         rows += [[s._replace(start_s=s.start_s - begin, stop_s=s.stop_s - begin) for s in own] for own in spans]
         titles.append(f"{name} {as_time(end - begin)}, bubble {100 * bubble(spans)[0]:.1f} %")
     labels = [f"{rank} {name}" for name in ("planned", "measured") for rank in range(len(measured))]
-    return draw_timeline(Launch(launch.coords * 2, {number: rows}), number, f"Step {number}: {'; '.join(titles)}",
+    return draw_timeline(Launch(launch.coords * 2, {number: rows}), number, f"Step {number}: {titles[0]}\n{titles[1]}",
                          (labels, "rank"))
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Trace:
-    """Spans of time of one rank, written to ``rank-00000.jsonl``; records nothing without a folder.
+    """Spans of time of one rank, written to ``rank-00000.jsonl`` if there is a folder, and noted by the recorder.
 
     The first line names the rank; each other line is ``{"step", "kind", "name", "start_s", "stop_s"}`` with times since
     a moment that all ranks share (a barrier at the start). Kinds: ``F B I W`` the pipeline's actions, ``wait`` for a
@@ -20,7 +20,7 @@ class Trace:
     """
 
     def __init__(self, folder, mesh):
-        self.step, self._spans, self._file = 0, [], None
+        self.recorder, self._spans, self._file = mesh.recorder, [], None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,14 +33,23 @@ class Trace:
     @contextmanager
     def span(self, kind, name):
         """Record how long the block takes."""
-        if self._file is None:
-            yield
-            return
+        self.recorder.begin(kind, name)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._spans.append((kind, name, start, time.perf_counter()))
+            self.recorder.end(kind)
+            if self._file is not None:
+                self._spans.append((kind, name, start, time.perf_counter()))
+
+    @property
+    def step(self):
+        """The step that spans belong to."""
+        return self.recorder.step
+
+    @step.setter
+    def step(self, number):
+        self.recorder.step = number
 
     def end_step(self):
         """Write the spans of the step. Call outside what is timed."""

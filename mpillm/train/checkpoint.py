@@ -6,71 +6,118 @@ after all files are written, synced and agreed on; what the manifest lists is wh
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 
-from mpillm.errors import CheckpointError, together
+from mpillm.errors import CheckpointError, DataError, together
 
 VERSION = 1
+DTYPES = ("float64", "float32")
 _NAME = re.compile(r"step-(\d{8})")
 
 
 def save(folder, step, shards, manifest, comm, keep=3):
-    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``.
+    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``; return its path.
 
-    Collective over ``comm``.
+    Collective over ``comm``; parameters and errors are those of :class:`Saving`.
+    """
+    return Saving(folder, step, shards, manifest, comm, keep).finish()
+
+
+class Saving:
+    """A checkpoint that is being written.
+
+    Collective over ``comm``, as are all methods. Nothing is announced before :meth:`finish`.
 
     Parameters
     ----------
     folder : Path
         The run's ``checkpoints``.
+    step : int
     shards : iterable of (name, shape, start, {kind: Tensor})
         What this rank writes: flat tensors that begin at element ``start`` of the whole parameter ``name``.
     manifest : dict
         What else to keep; equal on all ranks.
-
-    Returns
-    -------
-    Path
+    comm : Comm
+    keep : int
+        How many of the newest stay.
+    in_background : bool
+        Copy the tensors now, and let a thread write them. MPI is left to the calling thread.
 
     Raises
     ------
     CollectiveError
         On every rank if any could not write; nothing is announced then, and older checkpoints stay.
     """
-    final, temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    action = f"save {final}"
-    together(comm, lambda: _clear(temporary) if comm.rank == 0 else None, action)
-    entries = together(comm, lambda: _write_file(temporary / f"rank-{comm.rank:05d}.h5", shards), action)
-    gathered = comm.gather(entries)
 
-    def publish():
+    def __init__(self, folder, step, shards, manifest, comm, keep=3, in_background=False):
+        self.step, self._comm, self._keep, self._manifest = step, comm, keep, manifest
+        self._final, self._temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
+        self._action, self._error, self._entries, self._thread = f"save {self._final}", None, None, None
+        together(comm, lambda: _clear(self._temporary) if comm.rank == 0 else None, self._action)
+        if in_background:
+            shards = [(*where, {kind: tensor.detach().clone() for kind, tensor in tensors.items()})
+                      for *where, tensors in shards]
+            self._thread = threading.Thread(target=self._write, args=(shards,), daemon=True)
+            self._thread.start()
+        else:
+            self._write(shards)
+
+    def _write(self, shards):
+        try:
+            self._entries = _write_file(self._temporary / f"rank-{self._comm.rank:05d}.h5", shards)
+        except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
+            self._error = error
+
+    def is_written(self):
+        """Tell whether all ranks have written their files."""
+        return all(self._comm.allgather(self._thread is None or not self._thread.is_alive()))
+
+    def finish(self):
+        """Wait for all ranks' files, announce the checkpoint and drop old ones; return its path."""
+        if self._thread:
+            self._thread.join()
+
+        def written():
+            if self._error:
+                raise DataError(f"{self._action}: {self._error}: free some space, or choose another train.run_dir")
+            return self._entries
+
+        gathered = self._comm.gather(together(self._comm, written, self._action))
+        together(self._comm, lambda: self._publish(gathered) if self._comm.rank == 0 else None, self._action)
+        return self._final
+
+    def _publish(self, gathered):
         tensors = {}
         for kind, name, shape, dtype, shard in (entry for part in gathered for entry in part):
             known = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "dtype": dtype, "shards": []})
             known["shards"].append(shard)
-        _write_manifest(temporary, {"version": VERSION, "step": step, **manifest, "tensors": tensors})
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        _sync_folder(folder)
-        for old in complete_checkpoints(folder)[:-keep]:
+        _write_manifest(self._temporary, {"version": VERSION, "step": self.step, **self._manifest, "tensors": tensors})
+        if self._final.exists():
+            shutil.rmtree(self._final)
+        os.rename(self._temporary, self._final)
+        _sync_folder(self._final.parent)
+        for old in complete_checkpoints(self._final.parent)[:-self._keep]:
             shutil.rmtree(old)
-
-    together(comm, publish if comm.rank == 0 else lambda: None, action)
-    return final
 
 
 def complete_checkpoints(folder):
     """Return the complete checkpoints below ``folder``, oldest first."""
     found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(path for path in found if (path / "manifest.json").is_file())
+
+
+def step_of(path):
+    """Return the step that a checkpoint's folder is named after."""
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 class Checkpoint:
@@ -95,7 +142,11 @@ class Checkpoint:
                 raise CheckpointError(
                     f"checkpoint {self.path}: format version {self.manifest['version']}, this mpillm reads {VERSION}"
                 )
+            if self.manifest.pop("sha256") != _digest(self.manifest):
+                raise ValueError("its digest does not match")
             self.step, self.tensors = int(self.manifest["step"]), self.manifest["tensors"]
+            if not all(isinstance(named, dict) for named in (self.tensors, *self.tensors.values())):
+                raise TypeError("tensors must be named by kind and name")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {self.path}: manifest.json cannot be used ({error!r})") from error
 
@@ -107,25 +158,36 @@ class Checkpoint:
         """Return the whole shape of a tensor."""
         return tuple(self.tensors[kind][name]["shape"])
 
-    def read(self, name, kind="weight", start=0, stop=None):
+    def read(self, name, kind="weight", start=0, stop=None, shape=None):
         """Return elements ``[start, stop)`` of the row-major order of a tensor, joined from its shards.
+
+        ``shape`` is what the tensor must have, if it is known: nothing larger is then made room for.
 
         Raises
         ------
         CheckpointError
-            If the tensor or a part of it is missing, or a shard does not match its digest.
+            If the tensor or a part of it is missing, has another shape, or a shard does not match its digest.
         """
         try:
             entry = self.tensors[kind][name]
+            whole = tuple(int(size) for size in entry["shape"])
+            dtype = np.dtype(DTYPES[DTYPES.index(entry["dtype"])])
+            shards = sorted((int(shard["start"]), int(shard["stop"]), str(shard["file"]), str(shard["dataset"]),
+                             str(shard["sha256"])) for shard in entry["shards"])
         except KeyError:
             raise CheckpointError(f"checkpoint {self.path}: holds no {kind} of {name}") from None
-        stop = int(np.prod(entry["shape"])) if stop is None else stop
-        out, end = np.empty(stop - start, np.dtype(entry["dtype"])), start
-        for shard in sorted(entry["shards"], key=lambda shard: shard["start"]):
-            low, high = max(start, shard["start"]), min(stop, shard["stop"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self.path}: the entry of {kind} of {name} cannot be used ({error})"
+                                  ) from None
+        if shape is not None and whole != tuple(shape):
+            raise CheckpointError(f"checkpoint {self.path}: {kind} of {name} has the shape {whole}, the model's is "
+                                  f"{tuple(shape)}")
+        stop = math.prod(whole) if stop is None else stop
+        out, end = np.empty(stop - start, dtype), start
+        for first, last, *where in shards:
+            low, high = max(start, first), min(stop, last)
             if low < high and low == end:
-                values = self._read_shard(shard, out.dtype)
-                out[low - start:high - start] = values[low - shard["start"]:high - shard["start"]]
+                out[low - start:high - start] = self._read_shard(last - first, dtype, *where)[low - first:high - first]
                 end = high
         if end != stop:
             raise CheckpointError(
@@ -134,24 +196,41 @@ class Checkpoint:
             )
         return out
 
-    def _read_shard(self, shard, dtype):
-        """Read one shard and hold it against its digest; follows no link out of the file."""
-        file_path, where = self.path / Path(shard["file"]).name, shard["dataset"]
+    def _read_shard(self, count, dtype, file_name, where, digest):
+        """Read one shard and hold it against its digest.
+
+        Follows no link, reads only plain data that lie in the file, and makes room for no more than the file holds.
+        """
+        file_path = self.path / Path(file_name).name
         try:
+            if file_path.is_symlink():
+                raise CheckpointError(f"checkpoint file {file_path}: is a link: checkpoints hold plain files")
             with h5py.File(file_path, "r") as file:
-                link = file.get(where, getlink=True)
-                dataset = file[where] if isinstance(link, h5py.HardLink) else None
-                if dataset is None or dataset.is_virtual or dataset.external or dataset.shape != (
-                        shard["stop"] - shard["start"],) or dataset.dtype != dtype:
+                dataset = _plain_dataset(file, where)
+                if dataset is None or dataset.shape != (count,) or dataset.dtype != dtype:
                     raise CheckpointError(
                         f"checkpoint file {file_path}: {where} is not the shard the manifest lists"
                     )
                 values = dataset[:]
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"checkpoint file {file_path}: {where} cannot be read ({error})") from error
-        if hashlib.sha256(values).hexdigest() != shard["sha256"]:
+        if hashlib.sha256(values).hexdigest() != digest:
             raise CheckpointError(f"checkpoint file {file_path}: {where} is damaged, its digest does not match")
         return values
+
+
+def _plain_dataset(file, where):
+    """Return the dataset at a path of hard links whose bytes lie in this file as they are, else None."""
+    place = file
+    for part in where.split("/"):
+        if not isinstance(place, h5py.Group) or not isinstance(place.get(part, getlink=True), h5py.HardLink):
+            return None
+        place = place[part]
+    if not isinstance(place, h5py.Dataset) or place.is_virtual or place.external or place.chunks:
+        return None
+    return place if place.id.get_storage_size() == place.nbytes else None
 
 
 def _find(path):
@@ -185,9 +264,14 @@ def _as_numpy(tensor):
     return np.ascontiguousarray(tensor.detach().cpu().numpy() if torch.is_tensor(tensor) else tensor)
 
 
+def _digest(manifest):
+    """Return the SHA-256 of what a manifest says, however it is spaced and ordered."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _write_manifest(folder, manifest):
     with open(folder / "manifest.json", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(folder)

@@ -1,5 +1,6 @@
 """The engine: a model, its optimiser and its schedule on this launch's ranks; a batch goes in, an update comes out."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from mpillm.report.trace import Trace
 from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import make_schedule, named_or_read
+from mpillm.train.digests import Digests
 from mpillm.train.gradients import GradientSync
 from mpillm.train.optimizers import ShardedOptimizer
 from mpillm.train.storage import Bucket, MicrobatchTree
@@ -45,7 +47,7 @@ class Engine:
             raise ConfigError(f'model.kind = "{config.model.kind}": it can be planned for, not trained; set "llama"')
         self.config, self.is_exact = config, train.numerics == "exact"
         sums = "tree" if self.is_exact else "any"
-        self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table)
+        self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table, is_checked=train.checked)
         self.device, self.dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
         self.trace = Trace(trace_folder, self.mesh)
         self.stages = self._make_stages()
@@ -72,6 +74,12 @@ class Engine:
         -------
         (float, float)
             Mean loss over the batch's tokens before the update, and the gradient norm before clipping; on all ranks.
+            Where either is not finite, weights and state are as before.
+
+        Raises
+        ------
+        NumbersError
+            On every rank, with ``train.digests``, if weights or state are not what the last update left.
         """
         train = self.config.train
         for bucket in self.all_buckets:
@@ -91,10 +99,13 @@ class Engine:
             reduced = self.gradients.reduce()
             norm = self.gradients.clip(reduced, train.grad_clip)
             self.reduced = self.gradients.ranges(reduced)
-        with self.trace.span("update", "weights"):
-            self.optimizer.step(self.reduced, lr)
-            self.publish()
-        return self._sum_losses(losses, self.first_microbatch, self.num_microbatches), norm
+        loss = self._sum_losses(losses, self.first_microbatch, self.num_microbatches)
+        if math.isfinite(loss) and math.isfinite(norm):  # the same on all ranks
+            with self.trace.span("update", "weights"):
+                self.digests.check()
+                self.optimizer.step(self.reduced, lr)
+                self.publish()
+        return loss, norm
 
     def loss(self, samples, count):
         """Return the summed loss over all tokens of ``count`` samples, without gradients; on all ranks."""
@@ -113,6 +124,7 @@ class Engine:
         """Give every data rank the updated weights."""
         for bucket in self.buckets:
             bucket.publish()
+        self.digests.take()
 
     def gradient_ranges(self):
         """Return ``{name: [(start, flat values)]}``: what this rank holds of the last step's clipped gradients."""
@@ -169,6 +181,7 @@ class Engine:
         self.buckets = [bucket for bucket in self.all_buckets if bucket.tied_to is None]
         self.gradients = GradientSync(mesh, self.config.model, self.buckets, tied, self.is_exact)
         self.optimizer = ShardedOptimizer(self.config.train, self.buckets)
+        self.digests = Digests(self, is_on=self.config.train.digests)
 
     def _schedule(self, num_microbatches):
         """Build, or read, and check the pipeline schedule of this data rank."""

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
-from mpillm.errors import CheckpointError, ConfigError, DataError, together
+from mpillm.config import AXES
+from mpillm.errors import CheckpointError, CollectiveError, ConfigError, DataError, NumbersError, together
 from mpillm.plan import Plan
 from mpillm.train import checkpoint
 from mpillm.train.data import TokenFile, file_digest, training_order
@@ -16,6 +19,7 @@ from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 from mpillm.train.selftest import check_exact
 from mpillm.train.text import copy_tokenizer
+from mpillm.train.watchdog import Watchdog
 
 
 class Run:
@@ -65,9 +69,11 @@ class Run:
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None
         self.engine = Engine(self.config, self.comm, trace, self.plan.table)
+        self.watchdog = self._watch()
         self.step_number, self.samples_seen, self.saved_step = 0, 0, 0
+        self.skipped, self.skipped_in_a_row, self._saving = 0, 0, None
         self.stop, self.stopped_by = stop, None
-        self._restore(start)
+        self._restore(start, resume)
         self._on_rank_0(self._describe)
         self._metrics_file = self._open_metrics() if self.comm.rank == 0 else None
 
@@ -75,6 +81,8 @@ class Run:
         train = self.config.train
         while self.step_number < train.steps and not self._must_stop():
             metrics = self.step()
+            if self._saving and self._saving.is_written():
+                self.finish_save()
             is_last = self.step_number == train.steps
             if train.eval_every and (is_last or self.step_number % train.eval_every == 0):
                 metrics.update(self.evaluate())
@@ -82,11 +90,21 @@ class Run:
                 self.save()
             self._record(metrics)
             yield metrics
+        self.finish_save()
         if self.stopped_by and self.saved_step < self.step_number:
             self.save()
+            self.finish_save()
 
     def step(self):
-        """Train one step; return its metrics as a dict, equal on all ranks but for times."""
+        """Train one step; return its metrics as a dict, equal on all ranks but for times.
+
+        A step whose loss or gradient is not finite changes nothing but the place in the data.
+
+        Raises
+        ------
+        NumbersError
+            On every rank, after ``train.skip_limit`` such steps in a row.
+        """
         train, begin = self.config.train, time.perf_counter()
         self.engine.trace.step = self.step_number + 1
         order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch)
@@ -96,9 +114,27 @@ class Run:
         self.samples_seen += train.global_batch
         step_s = time.perf_counter() - begin
         self.engine.trace.end_step()
+        self._count_skips(loss, norm)
         tokens = train.global_batch * train.seq_len
         return {"step": self.step_number, "loss": loss, "grad_norm": norm, "lr": lr,
                 "tokens": self.step_number * tokens, "step_s": step_s, "tokens_per_s": tokens / step_s}
+
+    def _count_skips(self, loss, norm):
+        """Count steps that changed nothing; all ranks come to the same decision."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        found = f"step {self.step_number}: loss {loss}, gradient norm {norm}"
+        if self.skipped_in_a_row == self.config.train.skip_limit:
+            raise NumbersError(
+                f"{found}: not finite for {self.skipped_in_a_row} steps in a row (train.skip_limit); none of them "
+                f"changed the weights, the last checkpoint is of step {self.saved_step}: lower train.lr, or look "
+                "at the data from there on"
+            )
+        if self.comm.rank == 0:
+            warnings.warn(f"{found}: not finite, the update is left out", stacklevel=3)
 
     def evaluate(self):
         """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples.
@@ -124,20 +160,35 @@ class Run:
         return self.stopped_by is not None
 
     def save(self):
-        """Write a checkpoint of this step; return its path."""
+        """Write a checkpoint of this step; return its path.
+
+        With ``train.checkpoint_background`` what is held is copied, and written while training goes on; the checkpoint
+        is there once :meth:`finish_save` has been called, as the iteration does.
+        """
+        self.finish_save()
         with self.engine.trace.span("save", "checkpoint"):
             shards = [(piece.name, piece.shape, piece.start, tensors)
                       for piece, tensors in self.engine.optimizer.state() if piece.is_counted]
             manifest = {"model": asdict(self.config.model), "optimizer": self.config.train.optimizer,
                         "data": {"sha256": self.data_digest, "samples_seen": self.samples_seen},
-                        "seed": self.config.train.seed}
-            path = checkpoint.save(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
-                                   self.config.train.checkpoint_keep)
-        self.saved_step = self.step_number
-        return path
+                        "skipped": self.skipped, "seed": self.config.train.seed}
+            self._saving = checkpoint.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
+                                             self.config.train.checkpoint_keep, self.config.train.checkpoint_background)
+        if not self.config.train.checkpoint_background:
+            self.finish_save()
+        return self.folder / "checkpoints" / f"step-{self.step_number:08d}"
+
+    def finish_save(self):
+        """Wait for what is being written, and announce it."""
+        if self._saving:
+            with self.engine.trace.span("save", "announce"):
+                self._saving.finish()
+            self._saving, self.saved_step = None, self._saving.step
 
     def free(self):
         """Release communicators and files."""
+        if self.watchdog:
+            self.watchdog.stop()
         self.engine.free()
         if self._metrics_file:
             self._metrics_file.close()
@@ -169,22 +220,42 @@ class Run:
             raise ConfigError(
                 f"--resume never: {self.folder} holds a run already: choose another train.run_dir, or --resume auto"
             )
-        found = checkpoint.complete_checkpoints(folder) if folder.is_dir() else []
-        return checkpoint.Checkpoint(found[-1]) if found else None
+        return self._newest(folder)
 
-    def _restore(self, start):
+    def _newest(self, folder, before=None):
+        """Return the newest complete checkpoint of a step below ``before``, or None."""
+        found = checkpoint.complete_checkpoints(folder) if folder.is_dir() else []
+        usable = [path for path in found if before is None or checkpoint.step_of(path) < before]
+        return checkpoint.Checkpoint(usable[-1]) if usable else None
+
+    def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
         self.data_digest = self.comm.bcast(file_digest(self.config.data.path) if self.comm.rank == 0 else None)
         if start is not None:
-            together(self.comm, lambda: self._load(start), f"resume from {start.path}")
+            self._load_or_older(start, resume)
         elif self.config.train.init_from:
             together(self.comm, self._load_weights, f"train.init_from = {self.config.train.init_from}")
         else:
             return
         self.engine.publish()
 
-    def _load(self, start):
-        """Take up weights, optimiser state, step and data cursor of a checkpoint of the same model and data."""
+    def _load_or_older(self, start, resume):
+        """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""
+        while True:
+            together(self.comm, lambda: self._check_same(start), f"resume from {start.path}")  # noqa: B023
+            try:
+                return together(self.comm, lambda: self._load(start), f"resume from {start.path}")  # noqa: B023
+            except (CheckpointError, CollectiveError) as error:
+                folder, damaged = self.folder / "checkpoints", start
+                older = together(self.comm, lambda: self._newest(folder, damaged.step), "resume")  # noqa: B023
+                if resume != "auto" or older is None:
+                    raise
+                if self.comm.rank == 0:
+                    warnings.warn(f"{error}: going on from {older.path} instead", stacklevel=2)
+                start = older
+
+    def _check_same(self, start):
+        """Refuse a checkpoint of another model, optimiser, seed or other data."""
         self._check_model(start)
         saved, train = start.manifest, self.config.train
         if saved["optimizer"] != train.optimizer:
@@ -201,8 +272,14 @@ class Run:
             raise CheckpointError(
                 f"checkpoint {start.path}: of train.seed = {saved['seed']}, this run has {train.seed}: set it back"
             )
+
+    def _load(self, start):
+        """Take up weights, optimiser state, step and data cursor of a checkpoint."""
+        saved = start.manifest
+        self.skipped = saved.get("skipped", 0)
         self.engine.optimizer.restore(
-            lambda kind, piece: start.read(piece.name, kind, piece.start, piece.stop), start.step)
+            lambda kind, piece: start.read(piece.name, kind, piece.start, piece.stop, piece.shape),
+            start.step - self.skipped)
         self.step_number, self.samples_seen = start.step, saved["data"]["samples_seen"]
         self.saved_step = start.step
 
@@ -210,7 +287,7 @@ class Run:
         source = checkpoint.Checkpoint(self.config.train.init_from)
         self._check_model(source)
         self.engine.optimizer.restore_weights(
-            lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop))
+            lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape))
 
     def _check_model(self, source):
         saved, wanted = source.manifest["model"], asdict(self.config.model)
@@ -221,6 +298,16 @@ class Run:
                 f"checkpoint {source.path}: of another model: {', '.join(differing)}: use the configuration "
                 "of that run, or another train.run_dir"
             )
+
+    def _watch(self):
+        """Return what ends the job if it hangs, or None. Records of an earlier hang are put away first."""
+        folder = self.folder / "flight"
+        self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if not self.config.train.hang_limit_s or self.comm.size == 1:
+            return None
+        mesh = self.engine.mesh
+        coords = {axis: mesh.coord(axis) for axis in AXES}
+        return Watchdog(mesh.recorder, folder, self.comm.rank, self.comm.size, coords, self.config.train.hang_limit_s)
 
     def _describe(self):
         """Write what describes the run, once it is sure to start."""

@@ -61,7 +61,7 @@ max_seq_len = 32
 [data]
 path = "$job/tokens.h5"
 [train]
-steps = 800
+steps = 4000
 seq_len = 32
 global_batch = 8
 microbatch = 2
@@ -100,10 +100,10 @@ submit() { # RUN TEMPLATE OPTIONS...: print the job's number
 whole=$(submit whole cpu.sbatch)
 verdict "cpu.sbatch trains to the end" until_done "$whole" 120
 parts=$(submit parts cpu.sbatch)
-for count in 100 300; do
-    until_steps parts "$count" || true
-    scancel --signal=USR1 --batch "$parts" || true
-    sleep 2
+for start in 0 1; do
+    for _ in $(seq 60); do grep -q "start $start" "mpillm-$parts.out" 2>/dev/null && break; sleep 0.5; done
+    until_steps parts $(($(steps_of parts) + 100)) || true
+    scancel --signal=USR1 --batch "$parts"
 done
 verdict "stopped twice by USR1, requeued, trained to the end" until_done "$parts" 150
 verdict "with the weights of the unbroken run, bit for bit" same_weights whole parts

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import threading
 from itertools import pairwise
 
 import h5py
@@ -12,7 +14,7 @@ import torch
 
 from mpillm.comm.single import SingleComm
 from mpillm.errors import INPUT_OUTPUT, CheckpointError, DataError
-from mpillm.train.checkpoint import Checkpoint, complete_checkpoints, save
+from mpillm.train.checkpoint import Checkpoint, Saving, complete_checkpoints, save
 
 SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
 CUTS = {"embedding.weight": (0, 5, 32, 63), "norm.weight": (0, 7)}
@@ -147,7 +149,9 @@ def test_another_format_version(path):
 def change_manifest(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
 
 
 def test_a_missing_tensor_or_shard(path):
@@ -208,3 +212,101 @@ def test_no_file_outside_the_checkpoint_is_opened(path, tmp_path):
 
     change_manifest(path, change)
     refused(path, "cannot be read")
+
+
+def put(path, where, make):
+    """Let ``make(file, name)`` put something in place of a dataset."""
+    with h5py.File(path / "rank-00000.h5", "a") as file:
+        del file[where]
+        make(file, where)
+
+
+def virtual(file, where):
+    layout = h5py.VirtualLayout((5,), np.float32)
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", (5,))
+    file.create_virtual_dataset(where, layout)
+
+
+@pytest.mark.parametrize("make", [
+    virtual,
+    lambda file, where: file.create_dataset(where, (5,), np.float32, external=[("/etc/passwd", 0, 20)]),
+    lambda file, where: file.create_dataset(where, (10**15,), np.float32, chunks=(1024,)),
+    lambda file, where: file.create_dataset(where, data=np.zeros(5, np.float32), chunks=(5,), compression="gzip"),
+    lambda file, where: file.create_group(where),
+])
+def test_only_plain_data_of_the_file_itself_are_read(path, make):
+    put(path, "weight/embedding.weight/0", make)
+    refused(path, "not the shard the manifest lists")
+
+
+def test_a_link_on_the_way_to_a_dataset_is_not_followed(path, tmp_path):
+    shutil.copy(path / "rank-00000.h5", tmp_path / "other.h5")
+    link = h5py.ExternalLink(tmp_path / "other.h5", "/weight")
+    put(path, "weight", lambda file, where: file.__setitem__(where, link))
+    refused(path, "not the shard the manifest lists")
+    write(path.parent)
+    (path / "rank-00000.h5").unlink()
+    (path / "rank-00000.h5").symlink_to(tmp_path / "other.h5")
+    refused(path, "is a link")
+
+
+@pytest.mark.parametrize("change", [
+    lambda entry: entry.update(shape=[10**9, 10**9]),
+    lambda entry: entry.update(dtype="object"),
+    lambda entry: entry.update(shards=3),
+    lambda entry: entry["shards"][0].update(start="x"),
+    lambda entry: entry["shards"][0].pop("file"),
+    lambda entry: entry["shards"][0].update(stop=10**15),
+])
+def test_a_manifest_that_lies_is_refused_before_room_is_made(path, change):
+    change_manifest(path, lambda manifest: change(manifest["tensors"]["weight"]["embedding.weight"]))
+    with pytest.raises(CheckpointError):
+        Checkpoint(path).read("embedding.weight", "weight", 0, 63, SHAPES["embedding.weight"])
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MPILLM_MUTATIONS", "100"))))
+def test_changed_files_are_refused_or_read_right(path, seed):
+    """Bytes flipped, cut, spliced, of data and manifest; what can still be read has the values that were written."""
+    rng = np.random.default_rng(seed)
+    target = path / ("manifest.json" if rng.random() < 0.3 else "rank-00000.h5")
+    raw = bytearray(target.read_bytes())
+    place, kind = int(rng.integers(len(raw))), rng.integers(3)
+    if kind == 0:
+        raw[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del raw[place:]
+    else:
+        other = int(rng.integers(len(raw)))
+        raw[place:place + 50] = raw[other:other + 50]
+    target.write_bytes(raw)
+    for kind in ("weight", "exp_avg"):
+        for name, shape in SHAPES.items():
+            try:
+                source = Checkpoint(path)
+                found = source.read(name, kind, shape=shape)
+            except CheckpointError:
+                continue
+            assert (source.step, source.manifest["seed"]) == (3, 5)
+            assert found.tobytes() == values(name, kind).numpy().tobytes()
+
+
+def test_in_the_background_nothing_is_announced_early(tmp_path, monkeypatch):
+    folder, may_write, original = tmp_path / "checkpoints", threading.Event(), h5py.Group.create_dataset
+    folder.mkdir()
+
+    def waiting(*arguments, **options):
+        may_write.wait()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", waiting)
+    held = list(shards())
+    saving = Saving(folder, 7, held, {"seed": 5}, SingleComm(), in_background=True)
+    for *_, tensors in held:  # training goes on
+        for tensor in tensors.values():
+            tensor.zero_()
+    assert not saving.is_written() and complete_checkpoints(folder) == []
+    may_write.set()
+    found = Checkpoint(saving.finish())
+    assert found.step == 7
+    for name in SHAPES:
+        assert found.read(name).tobytes() == values(name, "weight").numpy().tobytes()
