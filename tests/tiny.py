@@ -9,6 +9,7 @@ import numpy as np
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config
 from mpillm.train import compare
+from mpillm.train.checkpoint import Checkpoint
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 
@@ -17,6 +18,7 @@ TRAIN = {
     "steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "lr": 1e-2, "warmup_steps": 2, "grad_clip": 0.5,
     "dtype": "float64", "eval_every": 0, "checkpoint_every": 0,
 }
+LAYOUTS = {1: {}, 2: {"layout.data": 2}, 3: {"layout.pipeline": 3}, 4: {"layout.data": 2, "layout.tensor": 2}}
 # More key/value heads than tensor ranks; fewer; and groups that straddle two ranks' query heads.
 GROUPED = {
     "own": {},
@@ -103,3 +105,21 @@ def write_token_file(path, tokens=600, validation=200, vocab_size=257, seed=0, l
             group["documents"] = np.arange(0, count, 17, dtype=np.uint64)
             group.attrs["bytes"] = 3 * count
     return path
+
+
+def configure(path, name, **more):
+    """Return the overrides of the run ``name`` below ``path``, which has the tokens."""
+    return {"data.path": str(path / "tokens.h5"), "train.run_dir": str(path / name), "train.lr_schedule": "cosine",
+            "model.num_layers": 4, **more}
+
+
+def everything(path, name):
+    """Return all tensors of the newest checkpoint of a run, joined."""
+    source = Checkpoint(path / name)
+    return {(kind, tensor): source.read(tensor, kind) for kind in source.tensors for tensor in source.names(kind)}
+
+
+def same(path, one, other):
+    """Tell whether two runs' newest checkpoints hold the same bytes."""
+    left, right = everything(path, one), everything(path, other)
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)

@@ -223,10 +223,21 @@ class Run:
         return self._newest(folder)
 
     def _newest(self, folder, before=None):
-        """Return the newest complete checkpoint of a step below ``before``, or None."""
+        """Return the newest complete checkpoint of a step below ``before`` that can be opened, or None if there are
+        none; raise if there are some, and none can."""
         found = checkpoint.complete_checkpoints(folder) if folder.is_dir() else []
-        usable = [path for path in found if before is None or checkpoint.step_of(path) < before]
-        return checkpoint.Checkpoint(usable[-1]) if usable else None
+        refusal = None
+        for path in reversed(found):
+            if before is None or checkpoint.step_of(path) < before:
+                try:
+                    return checkpoint.Checkpoint(path)
+                except CheckpointError as error:
+                    refusal = error
+                    if self.comm.rank == 0:
+                        warnings.warn(f"{error}: looking for an older one", stacklevel=2)
+        if refusal:
+            raise refusal
+        return None
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
@@ -247,8 +258,10 @@ class Run:
                 return together(self.comm, lambda: self._load(start), f"resume from {start.path}")  # noqa: B023
             except (CheckpointError, CollectiveError) as error:
                 folder, damaged = self.folder / "checkpoints", start
-                older = together(self.comm, lambda: self._newest(folder, damaged.step), "resume")  # noqa: B023
-                if resume != "auto" or older is None:
+                older = None
+                if resume == "auto":
+                    older = together(self.comm, lambda: self._newest(folder, damaged.step), "resume")  # noqa: B023
+                if older is None:
                     raise
                 if self.comm.rank == 0:
                     warnings.warn(f"{error}: going on from {older.path} instead", stacklevel=2)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from mpi4py import MPI
+from tiny import write_token_file
 
 WORLD = MPI.COMM_WORLD
 
@@ -69,3 +70,12 @@ def wait_for_all():
     request = WORLD.Ibarrier()
     while not request.Test():
         time.sleep(0.001)
+
+
+@pytest.fixture
+def data_path(comm, comm_path):
+    """A folder that all ranks share, with tokens."""
+    if comm.rank == 0:
+        write_token_file(comm_path / "tokens.h5")
+    comm.Barrier()
+    return comm_path

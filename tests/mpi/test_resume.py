@@ -7,23 +7,14 @@ import signal
 import numpy as np
 import pytest
 from helpers import assert_all
-from tiny import tiny, write_token_file
+from tiny import LAYOUTS, configure, everything, same, tiny, write_token_file
 
 from mpillm.errors import MpillmError
 from mpillm.train import optimizers
-from mpillm.train.checkpoint import Checkpoint
 from mpillm.train.run import Run
 from mpillm.train.stop import StopRequest
 
 pytestmark = pytest.mark.mpi
-
-LAYOUTS = {1: {}, 2: {"layout.data": 2}, 3: {"layout.pipeline": 3}, 4: {"layout.data": 2, "layout.tensor": 2}}
-
-
-def configure(path, name, **more):
-    return {"data.path": str(path / "tokens.h5"), "train.run_dir": str(path / name), "train.lr_schedule": "cosine",
-            "model.num_layers": 4, **more}
-
 
 def run(comm, path, name, steps, **more):
     """Train ``name`` up to step ``steps`` of 6; return the losses."""
@@ -34,25 +25,6 @@ def run(comm, path, name, steps, **more):
     trainer.save()
     trainer.free()
     return losses
-
-
-def everything(path, name):
-    """Return all tensors of the newest checkpoint of a run, joined."""
-    source = Checkpoint(path / name)
-    return {(kind, tensor): source.read(tensor, kind) for kind in source.tensors for tensor in source.names(kind)}
-
-
-def same(path, one, other):
-    left, right = everything(path, one), everything(path, other)
-    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
-
-
-@pytest.fixture
-def data_path(comm, comm_path):
-    if comm.rank == 0:
-        write_token_file(comm_path / "tokens.h5")
-    comm.Barrier()
-    return comm_path
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "adagrad"])

@@ -1,0 +1,93 @@
+"""Runs the command line with a fault planted: ``python faulty.py KIND RANK STEP train CONFIG ...``.
+
+The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass, or
+``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from mpillm import __main__
+from mpillm.comm.world import comm_world
+from mpillm.train import checkpoint, engine
+
+
+def plant(kind, rank, step):
+    """Make the fault happen on this rank if it is the one."""
+    if comm_world().rank != rank:
+        return
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    if kind.startswith("save-"):
+        plant_in_save(kind.removeprefix("save-"), step, die)
+        return
+    train_step = engine.Engine.train_step
+
+    def spoilt(self, *arguments):
+        if self.trace.step == step:
+            run = self.runner.run
+
+            def within(*work):
+                run(*work)
+                if kind == "kill":
+                    die()
+                if kind == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive
+                raise RuntimeError("planted")
+
+            self.runner.run = within
+        return train_step(self, *arguments)
+
+    engine.Engine.train_step = spoilt
+
+
+def plant_in_save(phase, step, die):
+    """Kill this rank in a phase of saving ``step``."""
+    def at(name, where, before):
+        original = getattr(where, name)
+
+        def spoilt(*arguments, **options):
+            is_due = any(f"step-{step:08d}" in str(argument) for argument in arguments)
+            if is_due and before:
+                die()
+            found = original(*arguments, **options)
+            if is_due:
+                die()
+            return found
+
+        setattr(where, name, spoilt)
+
+    if phase == "begin":
+        at("_clear", checkpoint, False)
+    elif phase == "middle":
+        create = checkpoint.h5py.Group.create_dataset
+
+        def spoilt(self, *arguments, **options):
+            found = create(self, *arguments, **options)
+            if f"step-{step:08d}" in self.file.filename and len(self.file.keys()) > 1:
+                die()
+            return found
+
+        checkpoint.h5py.Group.create_dataset = spoilt
+    elif phase == "written":
+        at("_write_file", checkpoint, False)
+    elif phase == "manifest":
+        at("_write_manifest", checkpoint, False)
+    elif phase == "renamed":
+        at("rename", checkpoint.os, False)
+    else:
+        raise ValueError(phase)
+
+
+if __name__ == "__main__":
+    kind, rank, step, *sys.argv[1:] = sys.argv[1:]
+    plant(kind, int(rank), int(step))
+    sys.argv[0] = "mpillm"
+    __main__.main()

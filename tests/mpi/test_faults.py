@@ -1,0 +1,202 @@
+"""What goes wrong on one rank is one decision of all: bad numbers, flipped bits, damaged files, calls that differ."""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_all
+from tiny import LAYOUTS, configure, everything, same, tiny
+
+from mpillm import comm as mpi
+from mpillm.comm.group import Group
+from mpillm.errors import CollectiveError, DataError, MpillmError, NumbersError
+from mpillm.train import checkpoint
+from mpillm.train.run import Run
+
+pytestmark = pytest.mark.mpi
+
+
+def make(comm, path, name, **more):
+    return Run(tiny(configure(path, name, **LAYOUTS[comm.size], **more)), comm)
+
+
+def held(trainer):
+    """Copies of all weights and state of this rank."""
+    return [tensor.clone() for _, kinds in trainer.engine.optimizer.state() for tensor in kinds.values()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_numbers_on_one_rank_change_nothing_on_any(comm, data_path, monkeypatch, value):
+    trainer = make(comm, data_path, f"run{value}", **{"train.skip_limit": 2})
+    trainer.step()
+    before = held(trainer)
+    reduce = trainer.engine.gradients.reduce
+
+    def spoilt():
+        found = reduce()
+        if comm.rank == comm.size - 1:
+            next(iter(found.values()))[0] = value
+        return found
+
+    monkeypatch.setattr(trainer.engine.gradients, "reduce", spoilt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = trainer.step()
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, held(trainer)))
+    assert_all(unchanged and not math.isfinite(metrics["grad_norm"]), metrics, comm)
+    assert_all(comm.rank > 0 or any("left out" in str(w.message) for w in caught), caught, comm)
+    monkeypatch.undo()
+    trainer.step()  # which is none of those in a row
+    trainer.save()
+    monkeypatch.setattr(trainer.engine.gradients, "reduce", spoilt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.step()
+        with pytest.raises(NumbersError, match="2 steps in a row.*checkpoint is of step 3"):
+            trainer.step()
+    monkeypatch.undo()
+    trainer.free()
+
+
+def test_a_run_that_left_a_step_out_resumes_bit_for_bit(comm, data_path, monkeypatch):
+    for name, stop in (("whole", None), ("parts", 3)):
+        trainer = make(comm, data_path, name)
+        while trainer.step_number < 5:
+            clip = trainer.engine.gradients.clip
+            if trainer.step_number == 1:
+                monkeypatch.setattr(trainer.engine.gradients, "clip", lambda *_: math.nan)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    trainer.step()
+                monkeypatch.setattr(trainer.engine.gradients, "clip", clip)
+            else:
+                trainer.step()
+            if trainer.step_number == stop:
+                trainer.save()
+                trainer.free()
+                trainer = make(comm, data_path, name)
+        trainer.save()
+        trainer.free()
+    assert_all(same(data_path, "whole", "parts"), "differ", comm)
+
+
+@pytest.mark.parametrize("what", ["weight", "exp_avg"])
+def test_a_flipped_bit_is_found_and_named(comm, data_path, what):
+    trainer = make(comm, data_path, "run", **{"train.digests": True})
+    trainer.step()
+    trainer.step()
+    if comm.rank == comm.size - 1:
+        piece, kinds = next(iter(trainer.engine.optimizer.state()))
+        kinds[what].view(torch.int64)[0] ^= 1 << 40
+    with pytest.raises(MpillmError, match="has changed since the last update") as caught:
+        trainer.step()
+    # Where replicas share one copy of the weights all of them see it.
+    ranks = re.search(r"on ranks \[([0-9, ]+)\]", str(caught.value))
+    named = what in str(caught.value) and (piece.name if comm.rank == comm.size - 1 else "") in str(caught.value)
+    located = comm.size == 1 or ranks is None or str(comm.size - 1) in ranks[1]
+    assert_all(named and located, caught.value, comm)
+    trainer.free()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "swapped", "manifest"])
+def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
+    name = f"run-{damage}"
+    trainer = make(comm, data_path, name, **{"train.checkpoint_every": 2, "train.steps": 4})
+    for _ in trainer:
+        pass
+    trainer.free()
+    newest = data_path / name / "checkpoints" / "step-00000004"
+    if comm.rank == 0:
+        files = sorted(newest.glob("*.h5"))
+        raw = files[-1].read_bytes()
+        if damage == "flipped":
+            with checkpoint.h5py.File(files[-1], "a") as file:
+                file.visititems(lambda where, item: item.__setitem__(0, item[0] + 1) if hasattr(item, "shape") and len(
+                    item) else None)
+        elif damage == "cut":
+            files[-1].write_bytes(raw[:len(raw) // 2])
+        elif damage == "missing":
+            files[-1].unlink()
+        elif damage == "swapped":
+            files[-1].write_bytes((newest.parent / "step-00000002" / files[-1].name).read_bytes())
+        else:
+            (newest / "manifest.json").write_text("{}")
+    comm.Barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = make(comm, data_path, name, **{"train.checkpoint_every": 2, "train.steps": 4})
+    assert_all(resumed.step_number == 2, resumed.step_number, comm)
+    assert_all(comm.rank > 0 or any("step-00000004" in str(w.message) for w in caught), caught, comm)
+    whole = make(comm, data_path, "whole", **{"train.checkpoint_every": 2, "train.steps": 4})
+    for trainer in (resumed, whole):
+        for _ in trainer:
+            pass
+        trainer.free()
+    assert_all(same(data_path, name, "whole"), "the weights differ", comm)
+    with pytest.raises(DataError if damage == "manifest" else MpillmError):
+        if comm.rank == 0:
+            (newest / "manifest.json").unlink(missing_ok=True)
+        comm.Barrier()
+        Run(tiny(configure(data_path, name, **LAYOUTS[comm.size])), comm, resume=str(newest))
+
+
+def test_a_full_disk_is_an_error_of_all_and_costs_no_checkpoint(comm, data_path, monkeypatch):
+    trainer = make(comm, data_path, "run")
+    trainer.step()
+    kept = trainer.save()
+    trainer.step()
+    write = checkpoint._write_file
+
+    def full(path, shards):
+        if comm.rank == comm.size - 1:
+            raise OSError(28, "No space left on device")
+        return write(path, shards)
+
+    monkeypatch.setattr(checkpoint, "_write_file", full)
+    with pytest.raises(MpillmError, match="No space left") as caught:
+        trainer.save()
+    assert_all(caught.value.exit_code == 74, caught.value, comm)
+    assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == [kept], "announced", comm)
+    monkeypatch.undo()
+    trainer._saving = None
+    trainer.save()
+    trainer.free()
+
+
+def test_checkpoints_in_the_background_hold_the_same(comm, data_path):
+    runs = {"front": False, "back": True}
+    for name, is_background in runs.items():
+        more = {"train.checkpoint_every": 2, "train.steps": 6, "train.checkpoint_background": is_background}
+        trainer = make(comm, data_path, name, **more)
+        for _ in trainer:
+            pass
+        trainer.free()
+    for step in (2, 4, 6):
+        found = [everything(data_path, f"{name}/checkpoints/step-{step:08d}") for name in runs]
+        assert_all(all(np.array_equal(found[0][key], found[1][key]) for key in found[0]), step, comm)
+
+
+@pytest.mark.parametrize("fault", ["operation", "dtype", "shape", "root", "none"])
+def test_checked_mode_names_both_calls(comm, fault):
+    if comm.size == 1:
+        pytest.skip("one rank has nobody to differ from")
+    group, is_other = Group(comm.Clone(), "data", is_checked=True), comm.rank == comm.size - 1
+    x = torch.ones(6)
+    mpi.allreduce(x, group)
+    calls = {
+        "operation": lambda: mpi.bcast(x, group) if is_other else mpi.allreduce(x, group),
+        "dtype": lambda: mpi.allreduce(x.double() if is_other else x, group),
+        "shape": lambda: mpi.allreduce(torch.ones(7) if is_other else x, group),
+        "root": lambda: mpi.bcast(x, group, root=int(is_other)),
+        "none": lambda: mpi.allgather(torch.ones(comm.rank), group),
+    }
+    if fault == "none":
+        calls[fault]()
+    else:
+        with pytest.raises(CollectiveError, match=f"call 2 of axis data.*rank 0 .*rank {comm.size - 1} ") as caught:
+            calls[fault]()
+        assert_all(str(caught.value).count("test_faults.py") == 2, caught.value, comm)
+    group.free()

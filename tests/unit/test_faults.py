@@ -1,0 +1,74 @@
+"""Jobs with a fault planted on one rank: they end soon, say where, lose nothing, and go on to the same weights."""
+
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+from helpers import run_mpi
+from tiny import MODEL, same, write_token_file
+
+from mpillm.train.checkpoint import complete_checkpoints
+
+pytestmark = pytest.mark.launches
+
+RANKS, LIMIT_S = 3, 4.0
+TRAIN = {"steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "checkpoint_every": 2,
+         "hang_limit_s": LIMIT_S}
+WHOLE_S = {}  # what an unbroken run takes
+FAULTY = Path(__file__).parents[1] / "faulty.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("faults")
+    write_token_file(path / "tokens.h5")
+    config = {"model": {**MODEL, "num_layers": 4}, "data": {"path": "tokens.h5"}, "train": TRAIN,
+              "layout": {"data": 1, "pipeline": RANKS, "tensor": 1}}
+    (path / "config.toml").write_text(tomli_w.dumps(config))
+    start = time.monotonic()
+    assert train(path, "whole").returncode == 0
+    WHOLE_S["took"] = time.monotonic() - start
+    return path
+
+
+def train(path, name, *fault):
+    words = [FAULTY, *fault] if fault else ["-m", "mpillm"]
+    return run_mpi(RANKS, [*words, "train", "config.toml", "--train.run_dir", name], cwd=path)
+
+
+def goes_on(path, name, step):
+    """Whether the newest checkpoint is of ``step`` and the run goes on from it to the weights of the unbroken one."""
+    kept = complete_checkpoints(path / name / "checkpoints")
+    assert [int(found.name[5:]) for found in kept][-1:] == ([step] if step else [])
+    resumed = train(path, name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from step {step}" in resumed.stderr if step else "starting" in resumed.stderr
+    return same(path, name, "whole")
+
+
+@pytest.mark.parametrize("kind, within_s", [("kill", 10), ("raise", 5), ("stop", LIMIT_S + 10)])
+def test_a_fault_in_a_step_ends_the_job_and_says_where(folder, kind, within_s):
+    start = time.monotonic()
+    job = train(folder, kind, kind, 1, 5)
+    assert job.returncode not in (0, 85)
+    assert time.monotonic() - start < WHOLE_S["took"] + within_s
+    if kind == "raise":
+        assert "[rank 1/3" in job.stderr and "RuntimeError: planted" in job.stderr
+        assert job.stderr.count("planted") <= 2  # the message, and the line of source in the traceback
+    if kind == "stop":
+        assert "ranks [1] wrote nothing" in job.stderr and "rank 0 on" in job.stderr
+        told = run_mpi(0, ["-m", "mpillm", "diagnose", kind], cwd=folder)
+        assert told.returncode == 0 and "ranks [1] wrote nothing" in told.stdout
+    assert goes_on(folder, kind, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase, rank, step", [
+    ("begin", 0, 2), ("middle", 1, 2), ("written", 2, 2), ("manifest", 0, 2), ("renamed", 0, 4),
+])
+def test_a_rank_killed_while_saving_leaves_a_whole_checkpoint(folder, phase, rank, step):
+    name = f"save-{phase}"
+    job = train(folder, name, name, rank, 4)
+    assert job.returncode not in (0, 85)
+    assert goes_on(folder, name, step)
