@@ -162,9 +162,14 @@ class Plan:
         found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, **parts, "table": self.table.to_dict()}
         Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
+    @staticmethod
+    def path_for(path, ranks):
+        """Return where the plan beside ``path`` for another number of ranks is kept. Local."""
+        return Path(path).with_suffix(f".{ranks}-ranks.json")
+
     @classmethod
-    def load(cls, path):
-        """Read what :meth:`save` wrote.
+    def load(cls, path, ranks=None):
+        """Read what :meth:`save` wrote; where that is for other than ``ranks``, and one beside it for them, that.
 
         Raises
         ------
@@ -174,6 +179,8 @@ class Plan:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             parts = {name: kind(found.get(name, ())) for name, kind in PARTS.items()}
+            if found["num_ranks"] != ranks and ranks is not None and cls.path_for(path, ranks).is_file():
+                return cls.load(cls.path_for(path, ranks))
             return cls(found["num_ranks"], found["num_nodes"], DecisionTable.from_dict(found["table"]), **parts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(

@@ -4,12 +4,15 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections import Counter
 
 import click
 
 from mpillm import __version__
 from mpillm.errors import FAILURE, OK
+
+SHM_BYTES = 1 << 26  # a rank; less than any model worth a node needs
 
 
 @click.command("doctor")
@@ -19,7 +22,8 @@ def command(as_json):
     from mpillm.comm.world import comm_world
 
     comm = comm_world()
-    ranks = comm.allgather(describe_rank(comm))
+    seen = sees_folder_of_rank_0(comm)
+    ranks = comm.allgather({**describe_rank(comm), "shares_folder": seen})
     faults = find_faults(ranks)
     if comm.rank == 0:
         if as_json:
@@ -27,6 +31,26 @@ def command(as_json):
         else:
             click.echo(to_text(ranks, faults))
     return FAILURE if faults else OK
+
+
+def sees_folder_of_rank_0(comm):
+    """Tell whether this rank finds a file that rank 0 makes where it was started; None if it could not make one.
+
+    Collective over ``comm``.
+    """
+    name = None
+    if comm.rank == 0:
+        try:
+            handle, name = tempfile.mkstemp(prefix=".mpillm-", dir=os.getcwd())
+            os.close(handle)
+        except OSError:
+            pass
+    name = comm.bcast(name)
+    found = None if name is None else os.path.exists(name)
+    comm.Barrier()
+    if comm.rank == 0 and name:
+        os.unlink(name)
+    return found
 
 
 def describe_rank(comm):
@@ -80,6 +104,18 @@ def find_faults(ranks):
                 "fault": f"node {node}: several ranks are bound to core {crowded[0]} alone",
                 "remedy": "bind ranks to different cores: mpirun --bind-to core, srun --cpu-bind=cores -c CORES",
             })
+        if len(here) > 1 and here[0]["shm_free_bytes"] < SHM_BYTES * len(here):
+            faults.append({
+                "fault": f"node {node}: /dev/shm has {here[0]['shm_free_bytes'] / 2**20:.0f} MiB free for {len(here)} "
+                         "ranks, whose gradients and weights it holds",
+                "remedy": "give it more (mount -o remount,size=..., docker run --shm-size=...), or clear what is left "
+                          "there; mpillm goes over messages where it does not fit",
+            })
+    lost = [rank["rank"] for rank in ranks if rank["shares_folder"] is False]
+    if lost or ranks[0]["shares_folder"] is None:
+        text = f"ranks {lost} do not see" if lost else "rank 0 cannot write to"
+        faults.append({"fault": f"{text} the folder that rank 0 was started in",
+                       "remedy": "start the job, and keep train.run_dir, on a file system that all nodes share"})
     for key, what in (("mpi", "MPI libraries"), ("versions", "package versions")):
         seen = {json.dumps(rank[key], sort_keys=True) for rank in ranks}
         if len(seen) > 1:

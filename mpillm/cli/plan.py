@@ -1,5 +1,6 @@
 """``mpillm plan``: choose how to train a model on a machine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,9 +17,11 @@ from mpillm.cli.options import CONTEXT, with_config
 @click.option("--price", is_flag=True, help="price the configuration's own layout, without a search")
 @click.option("--explain", is_flag=True, help="say what was chosen, what else there is, and what limits it")
 @click.option("--figure", type=click.Path(), metavar="FILE", help="draw the predicted timeline")
-def command(config, name, ranks, output, top, price, explain, figure):
+@click.option("--tolerate", default=0, type=click.IntRange(0), metavar="K",
+              help="write plans for up to K ranks less beside it, for train --plan when a job comes back smaller")
+def command(config, name, ranks, output, top, price, explain, figure, tolerate):
     """Choose the layout for CONFIG on a machine; needs no MPI, and no data if the vocabulary's size is given."""
-    from mpillm.errors import DataError
+    from mpillm.errors import ConfigError, DataError
     from mpillm.machine import Machine
     from mpillm.planner import layout
 
@@ -29,9 +32,13 @@ def command(config, name, ranks, output, top, price, explain, figure):
         tokens = TokenFile(config.data.path, "train", config.train.seq_len)
         config = config.with_values({"model.vocab_size": tokens.vocab_size})
     made = layout.price_layout(config, machine, ranks) if price else layout.make_plan(config, machine, ranks, top)
+    if tolerate and not output:
+        raise ConfigError("--tolerate: the plans are written beside -o FILE, which is not given")
     if output:
         try:
             made.save(output)
+            for fewer in range(ranks - 1, max(0, ranks - 1 - tolerate), -1):
+                plan_for_fewer(config, machine, fewer, top).save(made.path_for(output, fewer))
         except OSError as error:
             raise DataError(f"-o {output}: cannot be written ({error.strerror or error})") from error
     predicted = made.predicted
@@ -45,6 +52,13 @@ def command(config, name, ranks, output, top, price, explain, figure):
         from mpillm.report.planned import draw_predicted
 
         draw_predicted(layout.predicted_timeline(made), predicted, figure)
+
+
+def plan_for_fewer(config, machine, ranks, top):
+    """Return the plan for fewer ranks than a machine was measured with: what is left of it, taken as it was."""
+    from mpillm.planner.layout import make_plan
+
+    return make_plan(config, replace(machine, num_ranks=0, num_nodes=0, speeds=()), ranks, top)
 
 
 def explanation(plan):

@@ -35,7 +35,7 @@ def command(config, resume, plan, probe_top):
     from mpillm.train.stop import StopRequest
 
     stop, comm = StopRequest(), comm_world()
-    obeyed = together(comm, lambda: Plan.load(plan), "plan") if plan else None
+    obeyed = together(comm, lambda: Plan.load(plan, comm.size), "plan") if plan else None
     if plan and probe_top:
         raise ConfigError("--plan and --probe-top: a plan is obeyed, not searched for; give one of them")
     if probe_top or not plan and comm.size > 1 and is_open(config):

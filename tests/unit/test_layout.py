@@ -172,3 +172,24 @@ def test_the_command_explains_and_draws(tmp_path):
     plan = Plan.load(tmp_path / "plan.json")
     played = predicted_timeline(plan)
     assert played.total_s == pytest.approx(plan.predicted["pipeline_s"])
+
+
+def test_plans_for_a_job_that_comes_back_smaller(tmp_path):
+    path, output = tmp_path / "small.toml", tmp_path / "plan.json"
+    path.write_text(SMALL.to_toml())
+    words = [str(path), "--machine", "cpu-node", "--ranks", "4", "-o", str(output), "--tolerate", "2"]
+    assert CliRunner().invoke(command, words).exit_code == 0
+    for ranks in (4, 3, 2):
+        assert Plan.load(output, ranks).num_ranks == ranks
+    with pytest.raises(ConfigError, match="for 4 ranks.*launch has 1"):
+        Plan.load(output, 1).check(1, 1)
+
+
+def test_unequal_ranks_get_unequal_work():
+    machine = replace(MACHINE, speeds=(1.0, 0.5), num_ranks=2)
+    by_data = make_plan(SMALL.with_values({"layout.data": 2}), machine, 2)
+    assert by_data.layout["shares"] == [5, 3]  # 8 sequences: 5 take 5, 3 take 6; 6 and 2 would take 6 and 4
+    even = make_plan(SMALL.with_values({"layout.data": 2}), replace(machine, speeds=(0.5, 0.5)), 2)
+    assert "shares" not in even.layout and even.predicted["step_s"] > by_data.predicted["step_s"]
+    cuts = make_plan(SMALL.with_values({"layout.pipeline": 2, "layout.chunks": 1}), machine, 2).layout["stage_cuts"]
+    assert cuts == [4]
