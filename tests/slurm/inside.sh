@@ -61,7 +61,7 @@ max_seq_len = 32
 [data]
 path = "$job/tokens.h5"
 [train]
-steps = 4000
+steps = 2000
 seq_len = 32
 global_batch = 8
 microbatch = 2
@@ -73,8 +73,10 @@ verdict() { # NAME COMMAND...: whether the command succeeds
     if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi
 }
 state() { scontrol show job "$1" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p' | head -n 1; }
+at_once() { scontrol update "JobId=$1" StartTime=now 2>/dev/null || true; } # Slurm lets a requeued job wait two minutes
 until_done() { # JOB SECONDS: whether the job completes
     for _ in $(seq "$2"); do
+        at_once "$1"
         case $(state "$1") in COMPLETED) return 0 ;; FAILED | CANCELLED | TIMEOUT | NODE_FAIL) return 1 ;; esac
         sleep 1
     done
@@ -98,14 +100,18 @@ submit() { # RUN TEMPLATE OPTIONS...: print the job's number
 }
 
 whole=$(submit whole cpu.sbatch)
-verdict "cpu.sbatch trains to the end" until_done "$whole" 120
+verdict "cpu.sbatch trains to the end" until_done "$whole" 150
 parts=$(submit parts cpu.sbatch)
 for start in 0 1; do
-    for _ in $(seq 60); do grep -q "start $start" "mpillm-$parts.out" 2>/dev/null && break; sleep 0.5; done
+    for _ in $(seq 60); do
+        at_once "$parts"
+        grep -q "start $start" "mpillm-$parts.out" 2>/dev/null && break
+        sleep 0.5
+    done
     until_steps parts $(($(steps_of parts) + 100)) || true
     scancel --signal=USR1 --batch "$parts"
 done
-verdict "stopped twice by USR1, requeued, trained to the end" until_done "$parts" 150
+verdict "stopped twice by USR1, requeued, trained to the end" until_done "$parts" 240
 verdict "with the weights of the unbroken run, bit for bit" same_weights whole parts
 verdict "Slurm counts two restarts" grep -q "start 2" "mpillm-$parts.out"
 if [ -z "$short" ]; then
