@@ -86,7 +86,7 @@ def _mark(axes, places):
 
 
 @_styled
-def draw_timeline(launch, number, title=None, labels=None):
+def draw_timeline(launch, number, title=None, labels=None, idle=None):
     """Return the figure of what each rank did in step ``number``: a row a rank, microbatches numbered.
 
     The percentages on the right are the ranks' idle shares, see :func:`bubble`. White is time that no span
@@ -100,6 +100,8 @@ def draw_timeline(launch, number, title=None, labels=None):
     title : str, optional
     labels : (list of str, str), optional
         Of the rows and of their axis; the ranks and their places on the mesh if not given.
+    idle : list of float, optional
+        Of the rows, where they are not ranks of one step.
     """
     spans = launch.steps[number]
     begin, end = window(spans)
@@ -107,9 +109,9 @@ def draw_timeline(launch, number, title=None, labels=None):
     kinds = {span.kind for own in spans for span in own}
     figure, axes = _rank_figure(labels or _labels(launch.coords), kinds, f"time ({unit})")
     axes.set_xlim(0, (end - begin) * scale)
-    share, idle = bubble(spans)
+    share, own = bubble(spans)
     axes.set_title(title or f"Step {number}: {as_time(end - begin)}, bubble {100 * share:.1f} %", loc="left")
-    for row, text in enumerate(["idle", *(f"{100 * part:.1f} %" for part in idle)], -1):
+    for row, text in enumerate(["idle", *(f"{100 * part:.1f} %" for part in idle or own)], -1):
         axes.annotate(text, (1, row), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
                       va="center_baseline", fontsize=8, color=GREY, annotation_clip=False)
     figure.draw_without_rendering()

@@ -57,14 +57,16 @@ def draw_both(timeline, predicted, launch, number):
     """
     planned, measured = planned_launch(timeline, predicted).steps["predicted"], launch.steps[number]
     planned = [planned[own["pipeline"]] for own in launch.coords]
-    rows, titles = [], []
+    rows, titles, idle = [], [], []
     for name, spans in (("planned", planned), ("measured", measured)):
         begin, end = window(spans)
         rows += [[s._replace(start_s=s.start_s - begin, stop_s=s.stop_s - begin) for s in own] for own in spans]
-        titles.append(f"{name} {as_time(end - begin)}, bubble {100 * bubble(spans)[0]:.1f} %")
+        share, own = bubble(spans)
+        idle += own
+        titles.append(f"{name} {as_time(end - begin)}, bubble {100 * share:.1f} %")
     labels = [f"{rank} {name}" for name in ("planned", "measured") for rank in range(len(measured))]
     return draw_timeline(Launch(launch.coords * 2, {number: rows}), number, f"Step {number}: {titles[0]}\n{titles[1]}",
-                         (labels, "rank"))
+                         (labels, "rank"), idle)
 
 
 def compare_with_plan(predicted, metrics, shares=()):

@@ -109,7 +109,7 @@ for start in 0 1; do
         sleep 0.5
     done
     until_steps parts $(($(steps_of parts) + 100)) || true
-    scancel --signal=USR1 --batch "$parts"
+    for _ in $(seq 20); do scancel --signal=USR1 --batch "$parts" && break; sleep 0.5; done
 done
 verdict "stopped twice by USR1, requeued, trained to the end" until_done "$parts" 240
 verdict "with the weights of the unbroken run, bit for bit" same_weights whole parts
