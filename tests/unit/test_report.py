@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mpillm.cli.report import command, find_restarts, loss_rows, running_mean, timeline_rows
+from mpillm.comm.recorder import Recorder
 from mpillm.errors import ConfigError, DataError
 from mpillm.planner import timeline
 from mpillm.report.chrome import trace_events
@@ -116,7 +117,8 @@ def test_a_trace_is_read_back_as_written(tmp_path):
     traces = []
     for rank in range(2):
         world = SimpleNamespace(rank=rank, size=2, comm=comm)
-        traces.append(Trace(tmp_path, SimpleNamespace(world=world, coord=lambda axis, rank=rank: rank)))
+        traces.append(Trace(tmp_path, SimpleNamespace(
+            world=world, coord=lambda axis, rank=rank: rank, recorder=Recorder())))
     for step in (1, 2):
         for trace in traces:
             trace.step = step
