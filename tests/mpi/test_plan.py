@@ -114,3 +114,20 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
     with pytest.raises(ConfigError, match="fits"):
         monkeypatch.setattr(choose, "known_machine", lambda comm: (replace(MACHINE, memory_bytes=1e3), ""))
         choose.choose_plan(config.with_values({"model.num_layers": 6}), comm)
+
+
+def test_a_plan_changed_by_hand_changes_messages_and_keeps_their_bytes(comm):
+    config = tiny({"model.num_layers": 4, "layout.pipeline": comm.size, "layout.data": 1, "layout.tensor": 1})
+    free = replace(config, train=replace(config.train, microbatch=None))
+    plan = make_plan(free, Machine.load("cpu-node"), comm.size)
+    counted = []
+    for microbatch in (1, 3):
+        layout = {**plan.layout, "schedule": "1f1b", "chunks": 1, "stage_cuts": "auto", "microbatch": microbatch}
+        engine = Engine(replace(plan, layout=layout).applied_to(free).resolve(comm.size), comm)
+        train(engine, 1)
+        recorder = engine.mesh.recorder
+        counted.append((recorder.calls["pipeline", "send"], recorder.bytes["pipeline", "send"]))
+        engine.free()
+    ends = (comm.rank > 0) + (comm.rank < comm.size - 1)  # neighbours, each sent a message a microbatch
+    whole = 9 * 12 * 40 * 8  # sequences, tokens, width, float64
+    assert_all(counted == [(9 * ends, whole * ends), (3 * ends, whole * ends)], counted, comm)

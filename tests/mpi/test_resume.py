@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -170,3 +171,16 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(comm, data_path, dur
     found += [metrics["loss"] for metrics in resumed]
     resumed.free()
     assert_all(found == losses and same(data_path, f"whole-{during}", f"parts-{during}"), f"{found} {losses}", comm)
+
+
+def test_the_walltime_is_a_request_to_stop(comm, data_path):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    now = time.time()
+    try:
+        far = StopRequest({"SLURM_JOB_START_TIME": str(now - 10), "SLURM_JOB_END_TIME": str(now + 1000)})
+        near = StopRequest({"SLURM_JOB_START_TIME": str(now - 1000), "SLURM_JOB_END_TIME": str(now + 90)})
+        assert_all(far.agreed(comm) is None and StopRequest({}).agreed(comm) is None, "too early", comm)
+        assert_all(near.agreed(comm) == "the walltime", "too late", comm)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -113,7 +113,7 @@ def test_metrics_of_another_form_are_refused(tmp_path, text):
 
 
 def test_a_trace_is_read_back_as_written(tmp_path):
-    comm = SimpleNamespace(Barrier=lambda: None)
+    comm = SimpleNamespace(Barrier=lambda: None, bcast=lambda name: "a launch")
     traces = []
     for rank in range(2):
         world = SimpleNamespace(rank=rank, size=2, comm=comm)
@@ -170,6 +170,16 @@ def test_a_launch_that_begins_again_replaces_the_earlier(tmp_path):
     write_lines(tmp_path / "rank-00000.jsonl", records)
     [launch] = read_trace(tmp_path)
     assert list(launch.steps) == [1] and launch.steps[1][0][0].start_s == 50
+
+
+def test_launches_with_names_are_never_mixed(tmp_path):
+    """Two ranks, killed when only one had a first step; then both from the same step on."""
+    for rank in range(2):
+        first = [header(rank, 2) | {"launch": "one"}, *(step_lines(1, 0) if rank == 0 else [])]
+        second = [header(rank, 2) | {"launch": "two"}, *step_lines(1, 9)]
+        write_lines(tmp_path / f"rank-{rank:05d}.jsonl", [*first, *second])
+    [launch] = read_trace(tmp_path)
+    assert [own[0].start_s for own in launch.steps[1]] == [9, 9]
 
 
 def test_launches_come_in_the_order_of_their_last_start(tmp_path):

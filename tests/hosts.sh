@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Two hosts, as network namespaces of this machine: train across them with each MPI, then pull the cable.
+#   bash tests/hosts.sh [VENV...]
+# Every VENV has an MPI wheel with its launcher. Skipped, with the reason, without root, ip or namespaces.
+set -eu
+root=$(realpath "$(dirname "$0")/..")
+if [ -z "${MPILLM_HOSTS:-}" ]; then
+    skip() { echo "tests/hosts: skipped: $1"; exit 0; }
+    [ "$(id -u)" = 0 ] || skip "it needs root, to make network namespaces"
+    command -v ip >/dev/null || skip "it needs ip (iproute2), which is not here"
+    unshare --mount --net --uts --pid --fork true 2>/dev/null || skip "namespaces cannot be made here"
+    MPILLM_HOSTS=1 exec unshare --mount --net --uts --pid --fork --kill-child bash "$0" "${@:-$root/.venv-test-mpich}"
+fi
+
+mount --make-rprivate / && mount -t proc proc /proc && mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+printf '127.0.0.1 localhost\n10.77.0.1 box\n10.77.0.11 h1\n10.77.0.12 h2\n' >hosts
+mount --bind hosts /etc/hosts
+mkdir /run/netns
+hostname box
+ip link set lo up
+ip link add br0 type bridge && ip addr add 10.77.0.1/24 dev br0 && ip link set br0 up
+for i in 1 2; do
+    ip netns add h$i && ip link add v$i type veth peer name eth0 netns h$i
+    ip link set v$i master br0 up
+    ip -n h$i addr add 10.77.0.1$i/24 dev eth0 && ip -n h$i link set eth0 up && ip -n h$i link set lo up
+done
+cat >on-host <<'S'
+#!/bin/bash
+# In place of ssh: leave out its options, go to the host, run the command there.
+while [ "${1#-}" != "$1" ]; do shift; done
+host=$1 && shift
+exec ip netns exec "$host" unshare --uts bash -c 'hostname "$0"; eval "$*"' "$host" "$@"
+S
+chmod +x on-host
+export PYTHONPATH=$root OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+"$1/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2 >/dev/null
+cat >train.toml <<C
+[model]
+hidden_size = 32
+ffn_size = 64
+num_layers = 4
+num_heads = 4
+max_seq_len = 32
+[data]
+path = "$folder/tokens.h5"
+[train]
+steps = 40
+seq_len = 32
+global_batch = 8
+microbatch = 2
+eval_every = 0
+checkpoint_every = 0
+numerics = "exact"
+exact_blocks = 4
+[layout]
+data = 2
+C
+failures=0
+verdict() { if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi; }
+
+across() { # VENV RUN OPTION...: train on a rank a host
+    local venv=$1 name=$2
+    set -- "$venv/bin/python" -m mpillm train "$folder/train.toml" --train.run_dir "$folder/$name" "${@:3}"
+    if [ -x "$venv/bin/mpiexec.hydra" ]; then
+        set -- -launcher ssh -launcher-exec "$folder/on-host" -iface br0 -hosts h1:1,h2:1 -n 2 \
+            -genv UCX_TLS tcp,self -genv UCX_NET_DEVICES eth0 "$@"
+    else
+        set -- --prtemca plm ssh --prtemca plm_ssh_agent "$folder/on-host" --mca btl tcp,self \
+            --mca btl_tcp_if_include 10.77.0.0/24 --prtemca prte_if_include 10.77.0.0/24 -H h1:1,h2:1 -np 2 \
+            -x PYTHONPATH -x OMP_NUM_THREADS "$@"
+    fi
+    timeout --kill-after=5 90 "$venv/bin/mpiexec" "$@" >"$name.out" 2>&1
+}
+
+same_weights() { # VENV RUN RUN
+    "$1/bin/python" - "$2" "$3" <<'P'
+import sys
+import numpy as np
+from mpillm.train.checkpoint import Checkpoint
+one, other = map(Checkpoint, sys.argv[1:])
+raise SystemExit(not all(np.array_equal(one.read(name), other.read(name)) for name in one.names()))
+P
+}
+
+pull_the_cable() { # VENV RUN: whether all ranks end by themselves once the hosts have lost each other
+    across "$1" "$2" --train.steps 1000000 --train.hang_limit_s 5 --train.numerics fast &
+    local job=$!
+    for _ in $(seq 400); do
+        [ "$(cat "$2/metrics.jsonl" 2>/dev/null | wc -l)" -lt 20 ] || break
+        sleep 0.1
+    done
+    ip -n h2 link set eth0 down
+    local start=$SECONDS
+    while pgrep -f "^$1/bin/python.*$2" >/dev/null && [ $((SECONDS - start)) -lt 40 ]; do sleep 0.5; done
+    echo "      no rank is left $((SECONDS - start)) s after the cable was pulled"
+    ip -n h2 link set eth0 up # a launcher may wait for a host that is lost for good
+    pkill -f "^$1/bin/mpiexec" || true
+    wait "$job" || true
+    [ $((SECONDS - start)) -lt 40 ] && grep -q "no progress on" "$2.out"
+}
+
+"$1/bin/mpiexec" -n 2 "$1/bin/python" -m mpillm train train.toml --train.run_dir one >one.out 2>&1
+for venv in "$@"; do
+    name=$(basename "$venv")
+    verdict "$name trains across two hosts" across "$venv" "two-$name"
+    verdict "with the weights of one host, bit for bit" same_weights "$venv" one "two-$name"
+    verdict "and ends when the cable is pulled" pull_the_cable "$venv" "cable-$name"
+done
+[ "$failures" = 0 ] || tail -n 15 ./*.out
+echo "tests/hosts: $failures failures"
+exit "$((failures > 0))"

@@ -1,0 +1,126 @@
+"""Kills a rank at a random moment of training, again and again; started without a launcher.
+
+    python tests/kills.py [COUNT]
+
+A checkpoint is written after every step. After each kill every announced checkpoint must be readable and hold the bits
+of the unbroken run, and the next launch must go on. At the end it prints how many kills hit a save.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+from helpers import AS_ROOT, OVERSUBSCRIBE, mpiexec, run_mpi
+from tiny import MODEL, write_token_file
+
+from mpillm.train.checkpoint import Checkpoint, complete_checkpoints
+
+RANKS, STEPS = 2, 120
+TRAIN = {"steps": STEPS, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "checkpoint_every": 1,
+         "hang_limit_s": 5.0, "lr_schedule": "constant"}
+
+
+def main(count):
+    """Return the exit code: 1 if anything was lost."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, seed = Path(name), random.randrange(1 << 30)
+        rng, phases, wrong = random.Random(seed), Counter(), 0
+        print(f"seed {seed}", flush=True)
+        write_token_file(folder / "tokens.h5")
+        config = {"model": {**MODEL, "num_layers": 4}, "data": {"path": "tokens.h5"}, "train": TRAIN,
+                  "layout": {"data": RANKS}}
+        (folder / "config.toml").write_text(tomli_w.dumps(config))
+        words = ["-m", "mpillm", "train", "config.toml", "--train.run_dir"]
+        whole = run_mpi(RANKS, [*words, "whole", "--train.checkpoint_keep", str(STEPS)], timeout=300, cwd=folder)
+        assert whole.returncode == 0, whole.stderr
+        expected = {found.name: contents(found) for found in complete_checkpoints(folder / "whole" / "checkpoints")}
+        runs = 0
+        for kill in range(count):
+            if not kill or newest(checkpoints) == STEPS:  # noqa: F821
+                runs += 1
+                run = f"run-{runs}"
+                checkpoints = folder / run / "checkpoints"
+            before = newest(checkpoints)
+            phases[kill_one(folder, [*words, run], checkpoints, rng)] += 1
+            for found in complete_checkpoints(checkpoints):
+                if not same(expected[found.name], contents(found)):
+                    wrong += 1
+                    print(f"kill {kill}: {found} is not what the unbroken run had", flush=True)
+            if newest(checkpoints) < before:
+                wrong += 1
+                print(f"kill {kill}: had {before}, now {newest(checkpoints)}", flush=True)
+        print(f"{count} kills over {runs} runs, {dict(phases)}: {wrong} wrong")
+        return int(wrong > 0)
+
+
+def kill_one(folder, words, checkpoints, rng):
+    """Start the run, kill one rank some time after it goes on, and return the phase that the kill hit."""
+    env = {**os.environ, **OVERSUBSCRIBE, **(AS_ROOT if os.geteuid() == 0 else {}), "OMP_NUM_THREADS": "1"}
+    before = newest(checkpoints)
+    job = subprocess.Popen([mpiexec(), "-n", str(RANKS), sys.executable, *words], cwd=folder, env=env,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while newest(checkpoints) <= before and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(rng.random() * 0.5)
+    is_saving = any(checkpoints.glob("*.tmp"))
+    ranks = [pid for pid in children(job.pid) if b"config.toml" in cmdline(pid) and b"mpiexec" not in cmdline(pid)]
+    if job.poll() is None and ranks:
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+    phase = "ended" if job.poll() is not None or not ranks else "save" if is_saving else "training"
+    job.wait(timeout=60)
+    return phase
+
+
+def children(pid):
+    """Return all processes below one."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, left = [], [pid]
+    while left:
+        below = parents.get(left.pop(), [])
+        found += below
+        left += below
+    return found
+
+
+def cmdline(pid):
+    """Return the command line of a process, empty if it has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def newest(checkpoints):
+    """Return the step of the newest announced checkpoint, 0 if there is none."""
+    found = complete_checkpoints(checkpoints) if checkpoints.is_dir() else []
+    return int(found[-1].name[5:]) if found else 0
+
+
+def contents(path):
+    """Return all tensors of a checkpoint."""
+    source = Checkpoint(path)
+    return {(kind, name): source.read(name, kind) for kind in source.tensors for name in source.names(kind)}
+
+
+def same(one, other):
+    """Tell whether two checkpoints hold the same bits."""
+    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 200))
