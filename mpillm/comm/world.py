@@ -13,6 +13,7 @@ from mpillm.errors import FAILURE, LaunchError, MpillmError
 _LAUNCH_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _LAUNCH_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _RENDEZVOUS_S = 3.0
+_LAST_WORDS_S = 0.2  # for the launcher to pass on what was written: what it has not read when the job ends is lost
 
 
 def launched_size(environ=os.environ):
@@ -76,6 +77,7 @@ def abort(comm, error, code=FAILURE):
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
     sys.stderr.write(f"{where} {text}\n{where} ending the job\n")
     sys.stderr.flush()
+    time.sleep(_LAST_WORDS_S)
     comm.Abort(code)
     os._exit(code)
 

@@ -5,7 +5,6 @@ import time
 
 import pytest
 from mpi4py import MPI
-from tiny import write_token_file
 
 WORLD = MPI.COMM_WORLD
 
@@ -75,6 +74,8 @@ def wait_for_all():
 @pytest.fixture
 def data_path(comm, comm_path):
     """A folder that all ranks share, with tokens."""
+    from tiny import write_token_file
+
     if comm.rank == 0:
         write_token_file(comm_path / "tokens.h5")
     comm.Barrier()
