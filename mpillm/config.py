@@ -115,7 +115,7 @@ class Train:
     init_from: str = ""
     trace: bool = False
     checked: bool = False
-    hang_limit_s: NonNegative = 60.0
+    hang_limit_s: NonNegative = 300.0
     skip_limit: Positive = 3
     digests: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

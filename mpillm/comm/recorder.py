@@ -8,6 +8,7 @@ from pathlib import Path
 from mpillm.errors import CollectiveError
 
 KEPT = 512  # of the last calls
+BETWEEN, RESTING = "between", "resting"  # outside of spans: within a step, and after it
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -25,7 +26,7 @@ class Recorder:
     beats : int
         How much was noted; grows as long as the rank makes progress.
     kind : str
-        Of the span that the rank is in.
+        Of the span that the rank is in, or :data:`BETWEEN` or :data:`RESTING`.
     ended : set of str
         Kinds of spans that came to their end.
     step : int
@@ -33,7 +34,8 @@ class Recorder:
 
     def __init__(self):
         self.calls, self.bytes, self._numbers = Counter(), Counter(), Counter()
-        self.last, self.beats, self.kind, self.ended, self.step = deque(maxlen=KEPT), 0, "start", set(), 0
+        self.last, self.beats, self.ended, self.step = deque(maxlen=KEPT), 0, set(), 0
+        self.kind, self._open, self._outside = RESTING, [], RESTING
 
     def add(self, axis, operation, n_bytes):
         """Count one call."""
@@ -46,13 +48,25 @@ class Recorder:
 
     def begin(self, kind, name):
         """Note that a span begins."""
+        self._open.append(kind)
         self.kind = kind
         self._note({"kind": kind, "name": name, "step": self.step})
 
     def end(self, kind):
         """Note that a span has ended."""
-        self.kind = "between"
+        self._open.pop()
+        self.kind = self._open[-1] if self._open else self._outside
         self.ended.add(kind)
+        self.beats += 1
+
+    def begin_step(self, number):
+        """Note that a step begins: until its end the rank is watched outside of spans too."""
+        self.step, self.kind, self._outside = number, BETWEEN, BETWEEN
+        self.beats += 1
+
+    def end_step(self):
+        """Note that what comes now is the caller's own work, which may take any time."""
+        self.kind = self._outside = RESTING
         self.beats += 1
 
     def _note(self, entry):

@@ -50,12 +50,13 @@ class Trace:
         """The step that spans belong to."""
         return self.recorder.step
 
-    @step.setter
-    def step(self, number):
-        self.recorder.step = number
+    def begin_step(self, number):
+        """Let the spans that follow belong to step ``number``."""
+        self.recorder.begin_step(number)
 
     def end_step(self):
         """Write the spans of the step. Call outside what is timed."""
+        self.recorder.end_step()
         for kind, name, start, stop in self._spans:
             self._write({"step": self.step, "kind": kind, "name": name,
                          "start_s": round(start - self._origin_s, 7), "stop_s": round(stop - self._origin_s, 7)})

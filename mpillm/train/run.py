@@ -106,7 +106,7 @@ class Run:
             On every rank, after ``train.skip_limit`` such steps in a row.
         """
         train, begin = self.config.train, time.perf_counter()
-        self.engine.trace.step = self.step_number + 1
+        self.engine.trace.begin_step(self.step_number + 1)
         order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch)
         lr = learning_rate(train, self.step_number + 1)
         loss, norm = self.engine.train_step(self._reader(self.train_tokens, order), lr)
@@ -156,7 +156,10 @@ class Run:
     def _must_stop(self):
         """Return whether to stop; collective, and only asked until the answer is yes."""
         if self.stop and not self.stopped_by:
+            recorder = self.engine.mesh.recorder
+            recorder.begin("agree", "to go on")
             self.stopped_by = self.stop.agreed(self.comm)
+            recorder.end("agree")
         return self.stopped_by is not None
 
     def save(self):
@@ -252,20 +255,18 @@ class Run:
 
     def _load_or_older(self, start, resume):
         """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""
-        while True:
-            together(self.comm, lambda: self._check_same(start), f"resume from {start.path}")  # noqa: B023
-            try:
-                return together(self.comm, lambda: self._load(start), f"resume from {start.path}")  # noqa: B023
-            except (CheckpointError, CollectiveError) as error:
-                folder, damaged = self.folder / "checkpoints", start
-                older = None
-                if resume == "auto":
-                    older = together(self.comm, lambda: self._newest(folder, damaged.step), "resume")  # noqa: B023
-                if older is None:
-                    raise
-                if self.comm.rank == 0:
-                    warnings.warn(f"{error}: going on from {older.path} instead", stacklevel=2)
-                start = older
+        action, older = f"resume from {start.path}", None
+        together(self.comm, lambda: self._check_same(start), action)
+        try:
+            return together(self.comm, lambda: self._load(start), action)
+        except (CheckpointError, CollectiveError) as error:
+            if resume == "auto":
+                older = together(self.comm, lambda: self._newest(self.folder / "checkpoints", start.step), action)
+            if older is None:
+                raise
+            if self.comm.rank == 0:
+                warnings.warn(f"{error}: going on from {older.path} instead", stacklevel=2)
+        return self._load_or_older(older, resume)
 
     def _check_same(self, start):
         """Refuse a checkpoint of another model, optimiser, seed or other data."""

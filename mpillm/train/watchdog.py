@@ -1,6 +1,7 @@
 """Ends a job that hangs: every rank writes its last calls, one prints what they say, all leave."""
 
 import json
+import math
 import os
 import sys
 import threading
@@ -8,10 +9,12 @@ import time
 import traceback
 from pathlib import Path
 
+from mpillm.comm.recorder import BETWEEN, RESTING
 from mpillm.errors import FAILURE
 from mpillm.train.diagnose import diagnose, read_flights
 
 PATIENCE = 10  # times the longest quiet seen in a kind of span
+UNSEEN = 3  # times the limit, in a kind of span that has not come to its end before
 POLL_S, GRACE_S = 0.25, 5.0
 
 
@@ -19,9 +22,10 @@ class Watchdog:
     """A thread that watches whether this rank makes progress.
 
     Local. A rank may be quiet in a kind of span for ``limit_s``, or :data:`PATIENCE` times as long as it was at most
-    before; in kinds that it has not come to the end of, :data:`PATIENCE` times ``limit_s``. Then it writes what the
-    recorder kept and where every thread is to ``folder``, waits for the others to do the same, and leaves; the rank
-    that is first in number prints the diagnosis. The launcher ends whoever is left.
+    before; in kinds that it has not come to the end of, :data:`UNSEEN` times ``limit_s``; after a step, in the caller's
+    own work, for ever. Then it writes what the recorder kept and where every thread is to ``folder``, waits for the
+    others to do the same, and leaves; the rank that is first in number prints the diagnosis. The launcher ends whoever
+    is left.
 
     Parameters
     ----------
@@ -45,8 +49,10 @@ class Watchdog:
 
     def limit_of(self, kind):
         """Return for how long the rank may be quiet in a span of a kind."""
-        if kind != "between" and kind not in self.recorder.ended:
-            return PATIENCE * self.limit_s
+        if kind == RESTING:
+            return math.inf
+        if kind != BETWEEN and kind not in self.recorder.ended:
+            return UNSEEN * self.limit_s
         return max(self.limit_s, PATIENCE * self._longest_s.get(kind, 0.0))
 
     def _watch(self):

@@ -121,7 +121,7 @@ def test_a_trace_is_read_back_as_written(tmp_path):
             world=world, coord=lambda axis, rank=rank: rank, recorder=Recorder())))
     for step in (1, 2):
         for trace in traces:
-            trace.step = step
+            trace.begin_step(step)
             for kind, name in (("data", "batch"), ("F", "0F0"), ("update", "weights")):
                 with trace.span(kind, name):
                     pass
@@ -399,3 +399,17 @@ def test_a_chrome_trace_has_every_span_of_every_rank():
         (0, 0, 0.0, 5e5), (0, 1, 5e5, 2.5e5), (1, 2, 2.5e5, 7.5e5)]
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {
         "rank 0 (data 0 pipeline 0 tensor 0)", "rank 1 (data 0 pipeline 1 tensor 0)"}
+
+
+def test_a_recorder_knows_what_a_rank_is_in():
+    recorder, kinds = Recorder(), []
+    for name, *arguments in (("begin_step", 3), ("begin", "F", "0F0"), ("end", "F"), ("end_step",),
+                             ("begin", "evaluate", "validation"), ("begin", "F", "0F1"), ("end", "F"),
+                             ("end", "evaluate")):
+        before = recorder.beats
+        getattr(recorder, name)(*arguments)
+        kinds.append(recorder.kind)
+        assert recorder.beats > before
+    assert kinds == ["between", "F", "between", "resting", "evaluate", "F", "evaluate", "resting"]
+    assert recorder.ended == {"F", "evaluate"}
+    assert [call["name"] for call in recorder.last] == ["0F0", "validation", "0F1"]
