@@ -73,7 +73,9 @@ verdict() { # NAME COMMAND...: whether the command succeeds
     if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi
 }
 state() { scontrol show job "$1" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p' | head -n 1; }
-at_once() { scontrol update "JobId=$1" StartTime=now 2>/dev/null || true; } # Slurm lets a requeued job wait two minutes
+at_once() { # JOB: Slurm lets a requeued job wait two minutes; not so here, once all of its last start has ended
+    [ "$(squeue --noheader --jobs "$1" --format %t 2>/dev/null)" != PD ] || scontrol update "JobId=$1" StartTime=now
+}
 until_done() { # JOB SECONDS: whether the job completes
     for _ in $(seq "$2"); do
         at_once "$1"
@@ -126,6 +128,8 @@ if [ -z "$short" ]; then
 fi
 if [ "$failures" -gt 0 ]; then
     tail -n 30 ./*.out
+    grep -i "job" /var/log/slurm/slurmctld.log | tail -n 30
+    scontrol show job
 fi
 echo "tests/slurm: $failures failures"
 exit "$((failures > 0))"
