@@ -50,23 +50,18 @@ def plant(kind, rank, step):
 
 def plant_in_save(phase, step, die):
     """Kill this rank in a phase of saving ``step``."""
-    def at(name, where, before):
+    def after(name, where):
         original = getattr(where, name)
 
         def spoilt(*arguments, **options):
-            is_due = any(f"step-{step:08d}" in str(argument) for argument in arguments)
-            if is_due and before:
-                die()
             found = original(*arguments, **options)
-            if is_due:
+            if any(f"step-{step:08d}" in str(argument) for argument in arguments):
                 die()
             return found
 
         setattr(where, name, spoilt)
 
-    if phase == "begin":
-        at("_clear", checkpoint, False)
-    elif phase == "middle":
+    if phase == "middle":
         create = checkpoint.h5py.Group.create_dataset
 
         def spoilt(self, *arguments, **options):
@@ -77,11 +72,11 @@ def plant_in_save(phase, step, die):
 
         checkpoint.h5py.Group.create_dataset = spoilt
     elif phase == "written":
-        at("_write_file", checkpoint, False)
+        after("_write_file", checkpoint)
     elif phase == "manifest":
-        at("_write_manifest", checkpoint, False)
+        after("_write_manifest", checkpoint)
     elif phase == "renamed":
-        at("rename", checkpoint.os, False)
+        after("rename", checkpoint.os)
     else:
         raise ValueError(phase)
 

@@ -15,7 +15,7 @@ from mpillm.schedules.blocks import align, counts
 from mpillm.train.compare import describe
 from mpillm.train.engine import Engine
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 EXACT = {"train.numerics": "exact", "train.dtype": "float32"}
 MODELS = {

@@ -26,7 +26,7 @@ from mpillm.nn.norm import RMSNorm
 from mpillm.schedules.blocks import bounds
 from mpillm.train.reference import Reference
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 TOKENS, WIDTH = 21, 12  # nothing divides 21 but 3
 TEXT = torch.randint(0, 257, (3, 8), generator=torch.Generator().manual_seed(0))

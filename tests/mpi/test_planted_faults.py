@@ -22,7 +22,7 @@ from mpillm.planner.stages import default_cuts
 from mpillm.train import engine, gradients, optimizers, storage
 from mpillm.train.compare import compare_layout
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 TENSOR = {"layout.tensor": 2, "layout.sequence_parallel": False}
 SEQUENCE = {"layout.tensor": 2, "layout.sequence_parallel": True}

@@ -65,7 +65,7 @@ def test_a_fault_in_a_step_ends_the_job_and_says_where(folder, kind, within_s):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, rank, step", [
-    ("begin", 0, 2), ("middle", 1, 2), ("written", 2, 2), ("manifest", 0, 2), ("renamed", 0, 4),
+    ("middle", 1, 2), ("written", 2, 2), ("manifest", 0, 2), ("renamed", 0, 4),
 ])
 def test_a_rank_killed_while_saving_leaves_a_whole_checkpoint(folder, phase, rank, step):
     name = f"save-{phase}"
