@@ -73,8 +73,12 @@ verdict() { # NAME COMMAND...: whether the command succeeds
     if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi
 }
 state() { scontrol show job "$1" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p' | head -n 1; }
-at_once() { # JOB: Slurm lets a requeued job wait two minutes; not so here, once all of its last start has ended
-    [ "$(squeue --noheader --jobs "$1" --format %t 2>/dev/null)" != PD ] || scontrol update "JobId=$1" StartTime=now
+waits() { [ "$(squeue --noheader --jobs "$1" --format %t 2>/dev/null)" = PD ]; }
+at_once() { # JOB: Slurm lets a requeued job wait two minutes; not so here, but until the steps of its last start are gone
+    if waits "$1" && scontrol show job "$1" | grep -q "Restarts=[1-9]"; then
+        sleep 10
+        scontrol update "JobId=$1" StartTime=now
+    fi
 }
 until_done() { # JOB SECONDS: whether the job completes
     for _ in $(seq "$2"); do
@@ -104,19 +108,24 @@ submit() { # RUN TEMPLATE OPTIONS...: print the job's number
 whole=$(submit whole cpu.sbatch)
 verdict "cpu.sbatch trains to the end" until_done "$whole" 150
 parts=$(submit parts cpu.sbatch)
-for start in 0 1; do
+interrupt() { # START: send USR1 once that start has trained a while
     for _ in $(seq 60); do
         at_once "$parts"
-        grep -q "start $start" "mpillm-$parts.out" 2>/dev/null && break
+        grep -q "start $1" "mpillm-$parts.out" 2>/dev/null && break
         sleep 0.5
     done
     until_steps parts $(($(steps_of parts) + 100)) || true
     for _ in $(seq 20); do scancel --signal=USR1 --batch "$parts" && break; sleep 0.5; done
-done
-verdict "stopped twice by USR1, requeued, trained to the end" until_done "$parts" 240
-verdict "with the weights of the unbroken run, bit for bit" same_weights whole parts
-verdict "Slurm counts two restarts" grep -q "start 2" "mpillm-$parts.out"
+}
+interrupt 0
+for _ in $(seq 60); do waits "$parts" && break; sleep 0.5; done
+verdict "stopped by USR1, with a checkpoint" grep -q "stopped by SIGUSR1" "mpillm-$parts.out"
+verdict "and back in the queue" waits "$parts"
 if [ -z "$short" ]; then
+    interrupt 1
+    verdict "stopped twice, requeued, trained to the end" until_done "$parts" 240
+    verdict "with the weights of the unbroken run, bit for bit" same_weights whole parts
+    verdict "Slurm counts two restarts" grep -q "start 2" "mpillm-$parts.out"
     planned=$(submit planned plan.sbatch)
     verdict "plan.sbatch probes, plans and trains" until_done "$planned" 180
     verdict "by the plan" grep -q "what limits it" "mpillm-$planned.out"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The job templates on a real Slurm: two nodes on this machine, in a throw-away overlay and namespaces of its own.
 #   bash tests/slurm/run.sh [--short] [VENV]
-# --short submits one template, stopped and started again. Nothing outside the overlay is touched. Skipped, with the reason, without root, apt-get or overlays.
+# --short submits one template and stops it; started again it is in the long pass alone. Nothing outside the overlay is touched. Skipped, with the reason, without root, apt-get or overlays.
 set -eu
 root=$(realpath "$(dirname "$0")/../..")
 short=
