@@ -19,7 +19,7 @@ from mpillm.train import checkpoint
 from mpillm.train.reference import Reference
 from mpillm.train.text import ByteTokenizer
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 MODELS = {
     "grouped": {"num_kv_heads": 2},

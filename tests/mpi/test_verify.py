@@ -17,7 +17,7 @@ from mpillm.train.compare import all_layouts, compare_layout, describe
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 
 def check(configs, comm, steps=2):
