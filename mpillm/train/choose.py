@@ -95,8 +95,7 @@ def known_machine(comm):
 
         library = MPI.Get_library_version()
     kinds = comm.allgather([_processor(), len(os.sched_getaffinity(0)), threads, library, torch.__version__])
-    places = [nodes_of(comm).index(node) for node in nodes_of(comm)]
-    digest = hashlib.sha256(json.dumps([kinds, places]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([kinds, nodes_of(comm)]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm" / f"machine-{digest}.json"
     machine = comm.bcast(_remembered(cache) if comm.rank == 0 else None)
     if machine:

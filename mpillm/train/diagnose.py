@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
+from mpillm.config import AXES
 from mpillm.errors import DataError
-
-AXES = ("data", "pipeline", "tensor")
 
 
 def read_flights(folder):
