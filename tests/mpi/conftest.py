@@ -41,6 +41,7 @@ def pytest_runtest_makereport(item, call):
         where = f"[rank {WORLD.rank}/{WORLD.size}] {report.when} of {item.nodeid}"
         sys.stderr.write(f"\n{where}\n{report.longreprtext}\n")
         sys.stderr.flush()
+        time.sleep(0.5)  # for the launcher to pass it on: what it has not read when the job ends is lost
         WORLD.Abort(1)
     return report
 
