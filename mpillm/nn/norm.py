@@ -28,7 +28,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, norm, total):
         wide = x.float() if x.dtype in HALF_TYPES else x
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(norm.eps))
+        lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = lengths.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
         ctx.save_for_backward(x, inverse)
         ctx.norm, ctx.total = norm, total
         return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
@@ -36,17 +37,30 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, inverse = ctx.saved_tensors
-        normed, dy_wide = x.to(inverse.dtype) * inverse, dy.to(inverse.dtype)
-        scaled = dy_wide * ctx.norm.weight.detach().to(inverse.dtype)
-        mean = (scaled * normed).mean(-1, keepdim=True)
-        dx = torch.addcmul(scaled, normed, mean, value=-1).mul_(inverse)
-        ctx.norm.split.weight_gradients.add(later(_accumulate, ctx.norm, dy_wide * normed, ctx.total))
-        return dx.to(x.dtype), None, None, None
+        split, weight = ctx.norm.split, ctx.norm.weight.detach().to(inverse.dtype)
+        blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, inverse)))
+        dxs, dws = zip(*(_gradients(*block, weight) for block in blocks))
+        split.weight_gradients.add(later(_accumulate, ctx.norm.weight, dws))
+        return (dxs[0] if len(dxs) == 1 else torch.cat(dxs)), None, None, None
 
 
-def _accumulate(norm, terms_TD, total):
-    """Add the sum over tokens to the weight's gradient."""
-    sums = [block.sum(0) if len(block) else None for block in norm.split.token_blocks(terms_TD, total)]
-    grad = tree_sum(sums, torch.add)
+def _gradients(dy, x, inverse, weight):
+    """Return the gradients of input and weight; the weight's is None without tokens.
+
+    The kernel of LayerNorm, told that the mean is zero, reads all once. It takes off the mean of ``dy * weight`` as well,
+    which is put back.
+    """
+    if not len(x):
+        return torch.empty_like(x), None
+    dy_wide, shape = dy.to(weight.dtype), weight.shape
+    dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+        dy_wide, x.to(weight.dtype), shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False])
+    dx += inverse * (dy_wide @ weight).div_(len(weight))[:, None]
+    return dx.to(x.dtype), dw
+
+
+def _accumulate(weight, gradients):
+    """Add the gradients of all blocks of tokens to the weight's."""
+    grad = tree_sum(gradients, torch.add)
     if grad is not None:
-        gradient_of(norm.weight).add_(grad)
+        gradient_of(weight).add_(grad)

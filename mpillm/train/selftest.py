@@ -63,8 +63,8 @@ def _trials(config):
     x = draw(train.microbatch * train.seq_len, model.hidden_size)
     yield from _products(x, [draw(-(-size // train.exact_blocks), model.hidden_size)
                              for size in (model.ffn_size, model.num_heads * model.head_dim, model.vocab_size)])
-    yield from _norm(x, draw(*x.shape), model.norm_eps)
     block = x[:max(1, len(x) // train.exact_blocks)]
+    yield from _norm(x, block, model.norm_eps)
     yield "a sum over tokens", block.sum(0), _moved(block).sum(0)
     yield "a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)
     yield "a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)
@@ -80,19 +80,19 @@ def _products(x, weights):
         yield "a weight's gradient", y.t() @ x, _moved(y).t() @ _moved(x)
 
 
-def _norm(x, dy, eps):
-    """Yield a norm's output and input gradient, of some rows among all and alone."""
+def _norm(x, block, eps):
+    """Yield a norm's output of some rows among all and alone, and the gradients of a block here and elsewhere."""
     norm = RMSNorm("self-test", TensorSplit(Group(SingleComm()), dtype=x.dtype), x.shape[1], eps)
     torch.nn.init.ones_(norm.weight)
 
-    def gradient(rows):
-        inputs = rows[0].clone().requires_grad_()
-        norm(inputs, len(inputs)).backward(rows[1])
-        return inputs.grad
+    def gradients(block):
+        norm.weight.grad, inputs = None, block.detach().requires_grad_()
+        norm(inputs, len(inputs)).backward(block.flip(1))
+        return torch.cat([inputs.grad, norm.weight.grad[None]])
 
     part = _part(x)
     yield "RMSNorm", norm(x, len(x)).detach()[part], norm(x[part], len(x[part])).detach()
-    yield "RMSNorm backward", gradient((x, dy))[part], gradient((x[part], dy[part]))
+    yield "RMSNorm backward", gradients(block), gradients(_moved(block))
 
 
 def _optimizer(train, gradient):
