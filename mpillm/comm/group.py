@@ -4,6 +4,7 @@ from bisect import bisect_left
 from copy import copy
 from functools import cached_property
 
+from mpillm.comm.handover import Handover
 from mpillm.comm.levels import make_levels
 from mpillm.comm.library import Library
 from mpillm.comm.recorder import Checker, Recorder
@@ -40,6 +41,7 @@ class Group:
         self.rank, self.size = comm.rank, comm.size
         self._checker = Checker(comm, name) if is_checked and comm.size > 1 else None
         self._libraries, self._choices = (Library(self, False), Library(self, True)), {}
+        self.handover = None
 
     @cached_property
     def node(self):
@@ -58,6 +60,10 @@ class Group:
         Collective on first use.
         """
         return make_levels(self.comm, self.schedules.nodes)
+
+    def open_handover(self, slot_bytes, num_slots):
+        """Let messages of up to ``slot_bytes`` between ranks of one node be handed over in memory. Collective."""
+        self.handover = Handover(self.comm, slot_bytes, num_slots)
 
     def with_table(self, table):
         """Return the same ranks under another decision table; communicators and memory are shared. Collective."""
@@ -94,7 +100,7 @@ class Group:
 
     def free(self):
         """Release the shared memory and the communicator. Collective."""
-        for made in (self.__dict__.get(name) for name in ("levels", "node", "schedules")):
+        for made in (self.__dict__.get(name) for name in ("handover", "levels", "node", "schedules")):
             if made is not None:
                 made.free()
         if self._checker:

@@ -1,4 +1,8 @@
-"""Activations and their gradients between neighbouring pipeline ranks: tagged, nonblocking, without a copy."""
+"""Activations and their gradients between neighbouring pipeline ranks: tagged, nonblocking.
+
+A message travels without a copy, or is handed over in memory where the group offers that
+(:meth:`mpillm.comm.group.Group.open_handover`).
+"""
 
 from mpillm.comm.buffers import as_bytes, host_empty, staged, unstaged
 from mpillm.comm.collectives import Pending
@@ -18,6 +22,8 @@ def isend(x, group, to, tag):
     """
     source = staged(x)
     group.recorder.add(group.name, "send", x.nbytes)
+    if group.handover and group.handover.carries(to, x.nbytes):
+        return Pending(x, group.handover.isend(source, to, tag), (source,))
     return Pending(x, group.comm.Isend(as_bytes(source), to, tag), (source,))
 
 
@@ -26,5 +32,8 @@ def irecv(shape, like, group, source, tag):
 
     ``wait()`` returns it.
     """
+    if group.handover and group.handover.carries(source, shape.numel() * like.element_size()):
+        request, take = group.handover.irecv(shape, like, source, tag)
+        return Pending(None, request, (), lambda: unstaged(take(), like))
     out = host_empty(shape, like)
     return Pending(out, group.comm.Irecv(as_bytes(out), source, tag), (), lambda: unstaged(out, like))

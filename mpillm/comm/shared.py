@@ -56,7 +56,7 @@ class Node:
         self.slot_bytes, self.at_once_bytes = SLOT_BYTES, AT_ONCE_BYTES
         self._windows, self._together, self._slots, self._turn = [], {}, {}, 0
         window, counters = self._allocate([_LINE_BYTES] * comm.size)
-        self._fence = window.Sync
+        self.fence = window.Sync  # between memory and what tells of it
         counters[self.rank].zero_()
         comm.Barrier()
         self._others = [memoryview(part.numpy()).cast("q") for part in counters]
@@ -112,12 +112,12 @@ class Node:
     def barrier(self):
         """Wait until every rank is here and what it wrote before can be seen."""
         own, leave = self._own, os.sched_yield
-        self._fence()
+        self.fence()
         own[0] = count = own[0] + 1
         for other in self._others:
             while other[0] < count:
                 leave()
-        self._fence()
+        self.fence()
 
     def free(self):
         """Release the windows: what lies in them must not be used again."""

@@ -59,6 +59,7 @@ class Engine:
         self.first_microbatch = sum(map(len, own[:self.mesh.coord("data")]))
         self.num_microbatches = sum(map(len, own))
         self.schedule = self._schedule(len(self.microbatches))
+        self._open_handover()
 
     def train_step(self, samples, lr):
         """Update the weights from one global batch.
@@ -189,6 +190,15 @@ class Engine:
         schedule = named_or_read(layout.schedule, layout.pipeline, num_microbatches, layout.chunks)
         check(schedule)
         return schedule
+
+    def _open_handover(self):
+        """Give neighbours on a node memory for the activations and gradients that this schedule has in flight."""
+        pipeline, train = self.mesh.group("pipeline"), self.config.train
+        if pipeline.size == 1 or self.device.type != "cpu":
+            return
+        tokens = max(stage.module.split.tokens(train.microbatch * train.seq_len) for stage in self.stages)
+        in_flight = max(check(self.schedule).in_flight_max)
+        pipeline.open_handover(tokens * self.config.model.hidden_size * self.dtype.itemsize, 2 * in_flight + 2)
 
     def _forwards(self, num_microbatches):
         """Return a schedule of forward actions alone."""
