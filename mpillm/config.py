@@ -142,6 +142,7 @@ class Layout:
     sequence_parallel: Union[Auto, bool] = "auto"
     recompute: Union[Auto, Recompute, tuple[Recompute, ...]] = "auto"
     shares: Union[Auto, tuple[Positive, ...]] = "auto"
+    bucket_cuts: Union[Auto, tuple[Count, ...]] = "auto"
 
     def __post_init__(self):
         if sorted(self.order) != sorted(AXES):
@@ -339,6 +340,9 @@ def _check_layout(config, ranks):
             f"layout.stage_cuts = {list(cuts)}: {stages} stages need {stages - 1} growing first layers "
             f"between 1 and {model.num_layers - 1}"
         )
+    buckets = layout.bucket_cuts
+    if buckets != "auto" and (list(buckets) != sorted(set(buckets)) or (buckets and buckets[-1] > model.num_layers)):
+        raise ConfigError(f"layout.bucket_cuts = {list(buckets)}: needs growing layers between 0 and {model.num_layers}")
     if isinstance(layout.recompute, tuple) and len(layout.recompute) != model.num_layers:
         raise ConfigError(
             f"layout.recompute lists {len(layout.recompute)} modes for {model.num_layers} layers: give one a layer"

@@ -19,7 +19,7 @@ from mpillm.train.text import token_dtype
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
 # What a configuration may say of an axis is left out of layouts that do not split it.
-_KEYS_OF_AXIS = {"data": ("shares",), "pipeline": ("chunks", "stage_cuts", "schedule")}
+_KEYS_OF_AXIS = {"data": ("shares", "bucket_cuts"), "pipeline": ("chunks", "stage_cuts", "schedule")}
 _RANDOM_SAMPLES = 256
 
 

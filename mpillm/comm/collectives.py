@@ -159,15 +159,22 @@ def reduce_scatter_blocks(x, comm):
 
     Collective over ``comm``: equal shapes and dtypes. Destroys the other blocks: for buffers too large to have twice.
     """
+    return ireduce_scatter_blocks(x, comm, may_block=True).wait()
+
+
+def ireduce_scatter_blocks(x, comm, may_block=False):
+    """Start :func:`reduce_scatter_blocks`. Until it is waited for, the block is kept apart: the library wants that."""
     group = as_group(comm)
     if group.size == 1:
-        return x
+        return Pending(x)
     cuts, host = all_bounds(len(x), group.size), staged(x)
-    block = host[slice(*cuts[group.rank])]
-    group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x.dtype, x.shape)
-    transport = group.transport("reduce_scatter", x, x.nbytes, True)
-    finish(transport.reduce_scatter(host, block, cuts, "sum"))
-    return x[slice(*cuts[group.rank])].copy_(block) if x.is_cuda else block
+    own = slice(*cuts[group.rank])
+    out = host[own] if may_block else host_empty(host[own].shape, x)
+    group.enter("reduce_scatter", (len(x) - len(out)) * x.element_size(), x.dtype, x.shape)
+    transport = group.transport("reduce_scatter", x, x.nbytes, may_block)
+    request = transport.reduce_scatter(host, out, cuts, "sum")
+    block = x[own]
+    return Pending(block, request, (host,), lambda: block if block.data_ptr() == out.data_ptr() else block.copy_(out))
 
 
 def allgather_blocks(x, comm):

@@ -1,5 +1,6 @@
 """Executes a checked pipeline schedule: receives posted ahead, sends left to overlap."""
 
+import os
 from collections import deque
 
 import torch
@@ -22,12 +23,15 @@ class PipelineRunner:
         Where actions and waits are recorded.
     microbatch_done : callable, optional
         Called with ``(stage index, microbatch)`` once all its weight gradients are there.
+    progress : callable, optional
+        Called between actions and while waiting, to let other communication progress; tells whether there is any.
     """
 
-    def __init__(self, stages, group, trace, microbatch_done=None):
+    def __init__(self, stages, group, trace, microbatch_done=None, progress=None):
         self.stages = {stage.index: stage for stage in stages}
         self.group, self.trace = group, trace
         self._microbatch_done = microbatch_done or (lambda stage, microbatch: None)
+        self._progress = progress or (lambda: False)
 
     def run(self, schedule, work):
         """Execute ``schedule`` on microbatches ``work``; return the losses by microbatch (last stage only).
@@ -78,6 +82,7 @@ class _Step:
             if action.kind in "BW":
                 self.runner._microbatch_done(action.stage, microbatch)
         self.sends = [send for send in self.sends if not send.test()]
+        self.runner._progress()
 
     def finish(self):
         """Wait until everything sent has left."""
@@ -117,7 +122,10 @@ class _Step:
         if key in self.local:
             return self.local.pop(key)
         with self.trace.span("wait", f"wait {action}"):
-            x = self.posted.pop(key).wait()
+            pending = self.posted.pop(key)
+            while self.runner._progress() and not pending.test():
+                os.sched_yield()
+            x = pending.wait()
         while self.to_post and len(self.posted) < RECEIVES_AHEAD:
             self._post(self.to_post.popleft())
         return x

@@ -31,6 +31,20 @@ class Stage:
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self._in_flight, self._kept = {}, {}
 
+    def when_gradients(self, module, function):
+        """Call ``function`` whenever the weights of ``module``, and of all behind it in the stage, have the gradients of
+        a microbatch.
+
+        They have once backward has come to the input of ``module``; those that are kept, once they were computed.
+        """
+        weight_gradients = self.module.split.weight_gradients
+
+        def mark(_, inputs):
+            if torch.is_grad_enabled():
+                inputs[0].register_hook(lambda grad: weight_gradients.add(function))
+
+        module.register_forward_pre_hook(mark)
+
     def forward(self, microbatch, x, work):
         """Run microbatch ``work`` through the stage; return its activations, or the last stage's loss.
 

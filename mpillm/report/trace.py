@@ -12,7 +12,8 @@ class Trace:
 
     The first line names the rank; each other line is ``{"step", "kind", "name", "start_s", "stop_s"}`` with times since
     a moment that all ranks share (a barrier at the start). Kinds: ``F B I W`` the pipeline's actions, ``wait`` for a
-    message, ``reduce`` gradients, ``update`` weights, ``data``, ``evaluate``, ``save``.
+    message, ``reduce`` gradients, ``update`` weights, ``data``, ``evaluate``, ``save``; ``transfer``, beside others, is
+    a reduction on its way.
 
     Parameters
     ----------
@@ -44,6 +45,11 @@ class Trace:
             self.recorder.end(kind)
             if self._file is not None:
                 self._spans.append((kind, name, start, time.perf_counter()))
+
+    def add(self, kind, name, start_s):
+        """Record what went on beside other spans, since ``start_s`` of :func:`time.perf_counter`."""
+        if self._file is not None:
+            self._spans.append((kind, name, start_s, time.perf_counter()))
 
     @property
     def step(self):

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ from mpillm.schedules.pipeline import make_schedule, named_or_read
 from mpillm.train.digests import Digests
 from mpillm.train.gradients import GradientSync
 from mpillm.train.optimizers import ShardedOptimizer
-from mpillm.train.storage import Bucket, MicrobatchTree
+from mpillm.train.storage import Bucket, MicrobatchTree, bucket_parts
 
 
 class Engine:
@@ -52,8 +53,8 @@ class Engine:
         self.trace = Trace(trace_folder, self.mesh)
         self.stages = self._make_stages()
         self._make_storage()
-        self.runner = PipelineRunner(self.stages, self.mesh.group("pipeline"), self.trace,
-                                     self._microbatch_done if self.is_exact else None)
+        self.runner = PipelineRunner(self.stages, self.mesh.group("pipeline"), self.trace, self._microbatch_done,
+                                     self.gradients.progress)
         own = config.microbatch_bounds()
         self.microbatches = own[self.mesh.coord("data")]
         self.first_microbatch = sum(map(len, own[:self.mesh.coord("data")]))
@@ -85,6 +86,7 @@ class Engine:
         train = self.config.train
         for bucket in self.all_buckets:
             bucket.grad.zero_()
+        self.gradients.begin(len(self.microbatches))
         with self.trace.span("data", "batch"):
             scale = 1.0 / (train.global_batch * train.seq_len)
             work = [self._microbatch(samples(*cut), scale) for cut in self.microbatches]
@@ -161,28 +163,50 @@ class Engine:
         return stages
 
     def _make_storage(self):
-        """Move weights and gradients to flat storage, one bucket a stage and one for a matrix that two stages share."""
+        """Move weights and gradients to flat storage: the buckets of each stage, last to first as backward completes
+        them, and one for a matrix that two stages share."""
         mesh, zero = self.mesh, self.config.layout.zero == 1
+        # Inside a node the reduction would take the cores that backward runs on; exact sums trees of microbatches.
+        self.overlaps = not self.is_exact and mesh.size("data") > 1 and all(
+            mesh.world.comm.allgather(mesh.group("data").node is None))
         self.stage_buckets, tied = {}, [None, None]
         for stage in self.stages:
             module, own = stage.module, []
             shared = []
             if self.config.model.tie_embeddings:
                 shared = [layer.weight for layer in (module.embedding, module.head) if layer is not None]
-            others = [p for p in module.parameters() if not any(p is s for s in shared)]
-            own.append(Bucket(others, mesh, zero))
+            for part in bucket_parts(module, self._bucket_cuts()):
+                others = [p for layer in part for p in layer.parameters() if not any(p is s for s in shared)]
+                if others:
+                    own.insert(0, Bucket(others, mesh, zero, first=part[0]))
             if shared and module.is_first:
-                tied[0] = Bucket([module.embedding.weight], mesh, zero)
+                tied[0] = Bucket([module.embedding.weight], mesh, zero, first=module.embedding)
                 own.append(tied[0])
             if shared and module.is_last:
-                tied[1] = Bucket([module.head.weight], mesh, zero, is_counted=False, tied_to=tied[0])
-                own.append(tied[1])
+                tied[1] = Bucket([module.head.weight], mesh, zero, is_counted=False, tied_to=tied[0], first=module.norm)
+                own.insert(0, tied[1])
             self.stage_buckets[stage.index] = own
-        self.all_buckets = [bucket for own in self.stage_buckets.values() for bucket in own]
+        self.all_buckets = [bucket for own in reversed(self.stage_buckets.values()) for bucket in own]
         self.buckets = [bucket for bucket in self.all_buckets if bucket.tied_to is None]
-        self.gradients = GradientSync(mesh, self.config.model, self.buckets, tied, self.is_exact)
+        self.gradients = GradientSync(mesh, self.config.model, self.all_buckets, tied, self.is_exact, self.overlaps,
+                                      self.trace)
+        if self.overlaps:
+            self._watch_gradients()
         self.optimizer = ShardedOptimizer(self.config.train, self.buckets)
         self.digests = Digests(self, is_on=self.config.train.digests)
+
+    def _bucket_cuts(self):
+        """Return the layers at which another bucket begins: every one where reduction overlaps and no plan says."""
+        cuts = self.config.layout.bucket_cuts
+        if cuts == "auto":
+            return range(self.config.model.num_layers + 1) if self.overlaps else ()
+        return cuts
+
+    def _watch_gradients(self):
+        """Let reductions start when backward completes a bucket: the last one of a stage at the end of an action."""
+        for stage in self.stages:
+            for bucket in self.stage_buckets[stage.index][:-1]:
+                stage.when_gradients(bucket.first, partial(self.gradients.ready, bucket))
 
     def _schedule(self, num_microbatches):
         """Build, or read, and check the pipeline schedule of this data rank."""
@@ -220,7 +244,10 @@ class Engine:
         return Microbatch(inputs.reshape(-1), targets.reshape(-1), scale, batch)
 
     def _microbatch_done(self, stage, microbatch):
-        self._trees[stage].done(self.first_microbatch + microbatch)
+        if self.is_exact:
+            self._trees[stage].done(self.first_microbatch + microbatch)
+        elif self.overlaps:
+            self.gradients.ready(self.stage_buckets[stage][-1])
 
     def _sum_losses(self, losses, first, total):
         """Add the microbatches' losses of all ranks in their global order."""

@@ -1,5 +1,9 @@
 """From the gradients of a step to what the optimiser uses: reduced over data, tied, clipped."""
 
+import os
+import time
+from collections import deque
+
 import torch
 
 from mpillm.comm import collectives
@@ -15,28 +19,62 @@ class GradientSync:
     mesh : Mesh
     model : mpillm.config.Model
     buckets : list of Bucket
-        That the optimiser updates.
+        All, in the order in which backward completes them, which is the order of their collectives on every data rank.
     tied : tuple of (Bucket or None, Bucket or None)
         Embedding and head where they are one matrix: the buckets of it on this rank.
     is_exact : bool
         Compute the norm from whole rows in a fixed order.
+    overlaps : bool
+        Reduce every bucket as soon as it is :meth:`ready`, beside backward. The same on all ranks.
+    trace : Trace
     """
 
-    def __init__(self, mesh, model, buckets, tied, is_exact):
-        self.mesh, self.model, self.buckets, self.tied, self.is_exact = mesh, model, buckets, tied, is_exact
+    def __init__(self, mesh, model, buckets, tied, is_exact, overlaps, trace):
+        self.mesh, self.model, self.tied, self.is_exact = mesh, model, tied, is_exact
+        self.order, self.buckets = buckets, [bucket for bucket in buckets if bucket.tied_to is None]
+        self._overlaps, self._trace, self._under_way = overlaps, trace, {}
+
+    def begin(self, microbatches):
+        """Expect the gradients of so many microbatches."""
+        self._missing, self._waiting = dict.fromkeys(self.order, microbatches), deque(self.order)
+
+    def ready(self, bucket):
+        """Note that a microbatch has left all its gradients in ``bucket``; start what is complete, in order.
+
+        Collective over the tensor axis; over the data axis each rank comes to it in its own time.
+        """
+        self._missing[bucket] -= 1
+        while self._waiting and self._missing[self._waiting[0]] == 0:
+            self._start(self._waiting.popleft())
+        self.progress()
+
+    def progress(self):
+        """Let MPI work on the reductions under way; tell whether there are any. Local."""
+        for bucket in [bucket for bucket in self._under_way if bucket.is_reduced()]:
+            self._trace.add("transfer", f"bucket {self.order.index(bucket)}", self._under_way.pop(bucket))
+        return bool(self._under_way)
 
     def reduce(self):
         """Sum gradients over microbatches' ranks; return ``{bucket: gradient of its range}``.
 
         Collective over the mesh. The gradients of a tied matrix accumulate apart and are added once, here.
         """
-        reduced = {}
-        for bucket in dict.fromkeys([*self.buckets, *filter(None, self.tied)]):
+        while self._overlaps and self._waiting:  # what a rank without microbatches was never told of
+            self._start(self._waiting.popleft())
+        while self.progress():
+            os.sched_yield()
+        for bucket in self._waiting:
             if not self.is_exact:  # exact has done this for each microbatch
                 bucket.sum_partial()
-            reduced[bucket] = bucket.reduce(is_whole=self.is_exact)
+        reduced = {bucket: bucket.reduce(is_whole=self.is_exact) for bucket in self.order}
         self._tie(reduced)
         return reduced
+
+    def _start(self, bucket):
+        with self._trace.span("reduce", f"start of bucket {self.order.index(bucket)}"):
+            bucket.sum_partial()
+            self._under_way[bucket] = time.perf_counter()
+            bucket.start()
 
     def _tie(self, reduced):
         embedding, head = self.tied

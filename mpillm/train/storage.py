@@ -7,7 +7,9 @@ Every parameter starts on a multiple of 16 elements, and so does every shard: fu
 bits on a shard as on the whole.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -35,6 +37,17 @@ class Piece:
     is_counted: bool
 
 
+def bucket_parts(stage, cuts):
+    """Return the modules of a stage in forward order, as lists of those that share a bucket.
+
+    ``cuts`` are layers at which another bucket begins; 0 leaves the embedding alone, the number of layers norm and head.
+    """
+    places = [(-1, stage.embedding), *enumerate(stage.layers, stage.start), (stage.stop, stage.norm),
+              (stage.stop, stage.head)]
+    found = [(place, module) for place, module in places if module is not None]
+    return [[module for _, module in part] for _, part in groupby(found, lambda one: bisect_right(cuts, one[0]))]
+
+
 class Bucket:
     """Parameters whose data and gradients lie in one flat buffer each; gradients are reduced over the data axis.
 
@@ -49,12 +62,16 @@ class Bucket:
         Whether this rank is the one of its pipeline that answers for these parameters.
     tied_to : Bucket, optional
         A bucket of the same shape whose data these parameters use as well.
+    first : Module, optional
+        Of those that have the parameters, the first in forward: once backward has the gradient of its input, it has
+        these gradients.
     """
 
-    def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None):
+    def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None, first=None):
         self.parameters = sorted(parameters, key=lambda p: not p.shard.is_partial_grad)
         self.mesh, self.group = mesh, mesh.group("data")
-        self.is_counted, self.tied_to = is_counted, tied_to
+        self.is_counted, self.tied_to, self.first = is_counted, tied_to, first
+        self._pending = None  # the sum over the data axis, once it has been started
         self.offsets, end = [], 0
         for p in self.parameters:
             self.offsets.append(end)
@@ -125,14 +142,24 @@ class Bucket:
             part = self.grad[:self.num_partial]
             collectives.allreduce(part, self.mesh.group("tensor"), out=part)
 
+    def start(self):
+        """Start summing the gradient over the data axis, beside other work. Collective, as is :meth:`reduce`."""
+        self._pending = collectives.ireduce_scatter_blocks(self.grad, self.group)
+
+    def is_reduced(self):
+        """Let the sum that was started progress; tell whether it is there."""
+        return self._pending.test()
+
     def reduce(self, is_whole):
-        """Sum the gradient over the data axis; return this rank's range of it, or with ``is_whole`` all of it.
+        """Sum the gradient over the data axis, or take the sum that was started; return this rank's range of it, or
+        with ``is_whole`` all of it.
 
         Collective over the data axis. Sharded or not, the sum has the same bits.
         """
         if self.group.size == 1:
             return self.grad
-        block = collectives.reduce_scatter_blocks(self.grad, self.group)
+        pending, self._pending = self._pending, None
+        block = pending.wait() if pending else collectives.reduce_scatter_blocks(self.grad, self.group)
         if self.is_sharded and not is_whole:
             return block
         collectives.allgather_blocks(self.grad, self.group)
