@@ -69,6 +69,9 @@ def _run():
         return cli.main(standalone_mode=False) or 0
     except click.exceptions.Abort:
         return FAILURE
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return USAGE
     except click.ClickException as error:
         usage = MpillmError(error.format_message())
         usage.exit_code = USAGE
