@@ -4,8 +4,9 @@ from bisect import bisect_left
 from copy import copy
 from functools import cached_property
 
+from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.handover import Handover
-from mpillm.comm.levels import make_levels
+from mpillm.comm.levels import Levels, make_levels
 from mpillm.comm.library import Library
 from mpillm.comm.recorder import Checker, Recorder
 from mpillm.comm.scheduled import Schedules
@@ -61,6 +62,14 @@ class Group:
         """
         return make_levels(self.comm, self.schedules.nodes)
 
+    @property
+    def memory(self):
+        """The shared memory of those of these ranks that are on one node, if all of them or levels have it, or None.
+
+        Collective on first use.
+        """
+        return self.node or (self.levels and self.levels.node)
+
     def open_handover(self, slot_bytes, num_slots):
         """Let messages of up to ``slot_bytes`` between ranks of one node be handed over in memory. Collective."""
         self.handover = Handover(self.comm, slot_bytes, num_slots)
@@ -83,13 +92,14 @@ class Group:
             self._choices[key] = self.table.choices(op, self.name, str(x.dtype).removeprefix("torch."))
         limits, algorithms = self._choices[key]
         algorithm = algorithms[bisect_left(limits, n_bytes)]
-        if algorithm == WINDOW:
-            return (self.node if may_block else None) or library
+        if algorithm == WINDOW and may_block and self.node:
+            return self.node
         if algorithm == LIBRARY or self.order == "tree":
             return library
-        if (op, algorithm) == ("allreduce", TWO_LEVEL) and may_block and self.levels:
+        if algorithm in (WINDOW, TWO_LEVEL) and may_block and hasattr(Levels, op) and self.levels \
+                and (op == "allgather" or x.dtype not in HALF_TYPES):  # of which sums are to be rounded once
             return self.levels
-        return self.schedules.transport(algorithm)
+        return library if algorithm == WINDOW else self.schedules.transport(algorithm)
 
     def enter(self, operation, n_bytes, dtype, shape, root=None):
         """Note a call of ``operation`` that sends ``n_bytes`` from this rank; in checked mode compare it with the

@@ -62,8 +62,8 @@ class Handover:
         slot = next((i for i, taken in enumerate(self._taken) if not taken), -1)
         if slot >= 0:
             self._taken[slot] = 1
-            low = slot * self.slot_bytes
-            torch.from_numpy(self._memory[low:low + x.nbytes]).view(x.dtype).copy_(flat(x))
+            place = torch.frombuffer(self._memory, dtype=x.dtype, count=x.numel(), offset=slot * self.slot_bytes)
+            place.copy_(flat(x))
             self._node.fence()
         told = self.comm.Isend(self._numbers[slot + 1:slot + 2], to, tag)
         return told if slot >= 0 else _Both(told, self.comm.Isend(as_bytes(x), to, tag))
@@ -93,7 +93,7 @@ class Handover:
         low = slot * self.slot_bytes
         lease = memory[low:low + shape.numel() * like.element_size()]  # lives as long as a tensor refers to it
         weakref.finalize(lease, self._left.append, (taken, slot)).atexit = False
-        return torch.from_numpy(lease).view(like.dtype).view(shape)
+        return torch.frombuffer(lease, dtype=like.dtype).view(shape)
 
     def _give_back(self):
         """Let senders have the slots that nothing refers to any more; here, because MPI belongs to the main thread."""

@@ -88,8 +88,9 @@ class Bucket:
             self.data = node.one_copy(self.size, first.dtype)
         else:
             self.data = torch.zeros(self.size, dtype=first.dtype, device=first.device)
-        if node is not None and node.has_room(self.size * wide.itemsize * node.size):
-            self.grad = node.empty(self.size, wide).zero_()
+        memory = self.group.memory if first.device.type == "cpu" else None
+        if memory is not None and memory.has_room(self.size * wide.itemsize * memory.size):
+            self.grad = memory.empty(self.size, wide).zero_()
         else:
             self.grad = torch.zeros(self.size, dtype=wide, device=first.device)
         if not tied_to and not (self.is_one_copy and self.group.rank > 0):

@@ -1,18 +1,23 @@
 """Node-shared memory: barriers, room, one copy, groups of nodes; what a rank must not see."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
 from helpers import assert_all
+from tiny import reference_steps, tiny, with_layout
 
 from mpillm import comm as mpi
-from mpillm.comm import shared
+from mpillm.comm import group as mpillm_group
+from mpillm.comm import scheduled, shared
 from mpillm.comm.group import as_group
-from mpillm.comm.levels import make_levels
+from mpillm.comm.levels import Levels, make_levels
 from mpillm.comm.probe import measure_table, only
 from mpillm.errors import LaunchError
 from mpillm.plan import DecisionTable
+from mpillm.train import compare
+from mpillm.train.engine import Engine
 
 pytestmark = pytest.mark.mpi
 
@@ -83,21 +88,63 @@ def test_windows_are_given_back(comm):
     assert_all(len(node._windows) == before, len(node._windows), comm)
 
 
-def test_lanes_between_nodes(comm):
-    """On one node that is taken for two: inside by memory, between by messages."""
-    uneven = {1: (0,), 2: (0, 1), 3: (0, 0, 2)}
-    nodes = uneven.get(comm.size) or tuple(rank % (2 if comm.size == 4 else 3) for rank in range(comm.size))
+def test_no_levels_on_one_node_uneven_ones_or_nodes_of_one_rank(comm):
+    nodes = {1: (0,), 2: (0, 1), 3: (0, 0, 2), 4: (0, 0, 0, 3)}.get(comm.size, (0,) * comm.size)
     levels = make_levels(as_group(comm).comm, nodes)
-    assert_all((levels is None) == (comm.size < 4), levels, comm)
-    if levels is None:
+    assert_all(levels is None, levels, comm)
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 2, 2), (0, 1, 0, 1), (0, 1, 1, 0)])
+def test_lanes_between_nodes(comm, nodes):
+    """On one node that is taken for two: inside by memory, between by messages; blocks of any size."""
+    if comm.size != len(nodes):
         return
-    for n in (0, 1, 7, 1001):
-        x = torch.arange(n, dtype=torch.float64) * (comm.rank + 1)
-        out = torch.empty_like(x)
-        levels.allreduce(x, out, "sum")
-        right = torch.arange(n, dtype=torch.float64) * sum(range(1, comm.size + 1))
-        assert_all(torch.equal(out, right), f"{n} {out}", comm)
+    levels, wrong = make_levels(as_group(comm).comm, nodes), []
+    for n, ends in ((0, (0, 0, 0, 0, 0)), (7, (0, 1, 1, 5, 7)), (1001, (0, 300, 301, 640, 1001))):
+        parts = [torch.randn(n, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+                 for rank in range(comm.size)]
+        total, window, cuts = sum(parts), levels.node.empty(n, torch.float64), list(zip(ends, ends[1:]))
+        own = slice(*cuts[comm.rank])
+        for name, x in (("own", parts[comm.rank].clone()), ("window", window.copy_(parts[comm.rank]))):
+            found = {op: torch.empty_like(total) for op in ("allreduce", "allgather")}
+            levels.allreduce(x, found["allreduce"], "sum")
+            block = torch.empty_like(total[own])
+            levels.reduce_scatter(x, block, cuts, "sum")
+            levels.allgather(block, found["allgather"], cuts)
+            found |= {"reduce_scatter": torch.cat(comm.allgather(block)), "in place": x}
+            wrong += [(n, name, "x was changed")] if not torch.equal(x, parts[comm.rank]) else []
+            levels.reduce_scatter(x, x[own], cuts, "sum")
+            levels.allgather(x[own], x, cuts)
+            wrong += [(n, name, op) for op, got in found.items() if not torch.allclose(got, total, 1e-14, 1e-14)]
     levels.free()
+    assert_all(not wrong, wrong, comm)
+
+
+def test_data_ranks_of_two_nodes_reduce_in_two_levels(comm, monkeypatch):
+    """Training over pretended nodes equals the serial reference; weights and gradients go through the levels."""
+    if comm.size != 4:
+        return
+    monkeypatch.setattr(mpillm_group, "make_node", lambda comm: None)
+    monkeypatch.setattr(scheduled, "nodes_of", lambda comm: (0, 0, 2, 2) if comm.size == 4 else (0,) * comm.size)
+    used = set()
+    for op in ("allreduce", "reduce_scatter", "allgather"):
+        monkeypatch.setattr(Levels, op, _noted(getattr(Levels, op), used))
+    config = tiny({"model.num_layers": 2, "layout.data": 4})
+    batches, expected = reference_steps(config.resolve(4), 1, comm)
+    engine = partial(Engine, table=DecisionTable((("allgather", "*", "*", None, "two_level"),
+                                                  ("reduce_scatter", "*", "*", None, "window"))))
+    monkeypatch.setattr(compare, "Engine", engine)
+    found = [compare.compare_layout(with_layout(config, zero=zero).resolve(4), comm, batches, expected)
+             for zero in (0, 1)]
+    assert_all(not any(difference.first for difference in found), found, comm)
+    assert_all(used == {"reduce_scatter", "allgather"}, used, comm)
+
+
+def _noted(method, used):
+    def noted(self, *arguments):
+        used.add(method.__name__)
+        return method(self, *arguments)
+    return noted
 
 
 def test_a_measured_table_is_the_same_everywhere(comm):
