@@ -14,7 +14,7 @@ import numpy as np
 from mpillm.bench.launch import mpiexec, run_job
 from mpillm.config import AXES, Config
 from mpillm.errors import ConfigError
-from mpillm.train.data import TokenFile
+from mpillm.train.data import with_vocabulary
 from mpillm.train.text import token_dtype
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
@@ -117,8 +117,8 @@ def prepare(config, steps, folder):
             )
         values["data.path"] = str(folder / "tokens.h5")
         write_random_tokens(values["data.path"], config.model.vocab_size, _RANDOM_SAMPLES * config.train.seq_len + 1)
-    elif config.model.vocab_size is None:
-        values["model.vocab_size"] = TokenFile(config.data.path, "train", config.train.seq_len).vocab_size
+    else:
+        config = with_vocabulary(config)
     return config.with_values(values)
 
 

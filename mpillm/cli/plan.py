@@ -27,10 +27,9 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
 
     machine = Machine.load(name)
     if config.model.vocab_size is None and Path(config.data.path).exists():
-        from mpillm.train.data import TokenFile
+        from mpillm.train.data import with_vocabulary
 
-        tokens = TokenFile(config.data.path, "train", config.train.seq_len)
-        config = config.with_values({"model.vocab_size": tokens.vocab_size})
+        config = with_vocabulary(config)
     made = layout.price_layout(config, machine, ranks) if price else layout.make_plan(config, machine, ranks, top)
     if tolerate and not output:
         raise ConfigError("--tolerate: the plans are written beside -o FILE, which is not given")

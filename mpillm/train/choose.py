@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from mpillm.errors import MpillmError, together
 from mpillm.machine import Machine
 from mpillm.plan import DEFAULT_TABLE, Plan
 from mpillm.planner.layout import make_plan, price_layout
-from mpillm.train.data import TokenFile
+from mpillm.train.data import with_vocabulary
 from mpillm.train.engine import Engine
 
 TRIED_STEPS = 5
@@ -54,11 +55,7 @@ def choose_plan(config, comm, probe_top=1):
     MpillmError
         On every rank, if no layout is left or none fits the memory, or the data cannot be read.
     """
-    def read():
-        vocab_size = config.model.vocab_size or TokenFile(config.data.path, "train", config.train.seq_len).vocab_size
-        return config.with_values({"model.vocab_size": vocab_size})
-
-    config = together(comm, read, "data")
+    config = together(comm, partial(with_vocabulary, config), "data")
     num_nodes = len(set(nodes_of(comm)))
     kept = comm.bcast(_kept_plan(config, comm.size, num_nodes) if comm.rank == 0 else None)
     if kept:

@@ -77,6 +77,14 @@ class TokenFile:
         return np.searchsorted(self.documents, places, side="right")
 
 
+def with_vocabulary(config):
+    """Return the configuration with the vocabulary of its data, unless it names one itself. Local."""
+    if config.model.vocab_size is not None:
+        return config
+    tokens = TokenFile(config.data.path, "train", config.train.seq_len)
+    return config.with_values({"model.vocab_size": tokens.vocab_size})
+
+
 def training_order(num_samples, seed, first, count):
     """Return the samples that global sample numbers ``first ... first + count`` stand for.
 

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from mpillm.comm.scheduled import nodes_of
@@ -14,7 +14,7 @@ from mpillm.config import AXES
 from mpillm.errors import CheckpointError, CollectiveError, ConfigError, DataError, NumbersError, together
 from mpillm.plan import Plan
 from mpillm.train import checkpoint
-from mpillm.train.data import TokenFile, file_digest, training_order
+from mpillm.train.data import TokenFile, file_digest, training_order, with_vocabulary
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 from mpillm.train.selftest import check_exact
@@ -198,11 +198,11 @@ class Run:
 
     def _open_data(self, config):
         """Open both splits and set what the data decide; local, the same on every rank."""
+        config = with_vocabulary(config)
         train, path = config.train, config.data.path
         self.train_tokens = TokenFile(path, "train", train.seq_len, config.model.vocab_size)
         self.validation_tokens = TokenFile(path, "validation", train.seq_len) if train.eval_every else None
-        vocab_size = config.model.vocab_size or self.train_tokens.vocab_size
-        return replace(config, model=replace(config.model, vocab_size=vocab_size))
+        return config
 
     def _reader(self, tokens, order):
         """Return the function that gives the engine ranges of the samples ``order``."""
