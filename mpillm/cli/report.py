@@ -12,7 +12,7 @@ from mpillm.errors import DataError
 from mpillm.plan import Plan
 from mpillm.report.chrome import trace_events
 from mpillm.report.figures import draw_loss, draw_step_time, draw_timeline
-from mpillm.report.planned import compare_with_plan, draw_both
+from mpillm.report.planned import compare_volume, compare_with_plan, draw_both
 from mpillm.report.records import read_metrics, read_trace, step_shares
 
 DOTS_PER_IN = 240
@@ -30,7 +30,8 @@ def command(run, output, step):
     traced also timeline: what every rank did in one step; and step_time: how the steps' time is shared among
     the kinds of work, on average without the first step; and trace.json, which Perfetto opens. Of a run that
     obeyed a plan also comparison: the predicted and the measured time of each phase; and, if traced, planned:
-    the predicted timeline above the measured one.
+    the predicted timeline above the measured one; and volume: the bytes that all ranks were to send in a step, by axis
+    and operation, beside those that were counted.
     """
     output = output or run / "figures"
     metrics, launches = read_metrics(_metrics_path(run)), read_trace(run / "trace")
@@ -55,6 +56,8 @@ def command(run, output, step):
         figure = draw_both(predicted_timeline(plan), plan.predicted, launch, number)
         _save(output / "planned", figure, timeline_rows(launch.steps[number]))
     _show_comparison(output, plan, metrics, shares)
+    if plan and "volume" in plan.predicted and launch.sent[number]:
+        _show_volume(output, plan.predicted["volume"], launch.sent[number], number)
 
 
 def _show_comparison(output, plan, metrics, shares=()):
@@ -66,6 +69,17 @@ def _show_comparison(output, plan, metrics, shares=()):
         error = "" if row["error"] is None else f" ({row['error']:+.1%})"
         click.echo(f"{row['phase']:10} predicted {row['predicted_s']:.4g} s, measured {row['measured_s']:.4g} s{error}")
     _write_csv(output / "comparison.csv", rows)
+
+
+def _show_volume(output, planned, counted, number):
+    """Print and save what all ranks were to send in a step beside what they sent."""
+    rows = compare_volume(planned, counted)
+    click.echo(f"sent by all ranks in step {number}, bytes: {'planned':>27} {'counted':>15}")
+    for row in rows:
+        differs = "" if row["planned_bytes"] == row["counted_bytes"] else "  differs"
+        click.echo(f"  {row['axis']:10} {row['operation']:16} {row['planned_bytes']:>33,} {row['counted_bytes']:>15,}"
+                   + differs)
+    _write_csv(output / "volume.csv", rows)
 
 
 def loss_rows(metrics):

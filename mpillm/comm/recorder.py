@@ -60,7 +60,8 @@ class Recorder:
         self.beats += 1
 
     def begin_step(self, number):
-        """Note that a step begins: until its end the rank is watched outside of spans too."""
+        """Note that a step begins: bytes are counted anew, and until its end the rank is watched outside of spans too."""
+        self.reset()
         self.step, self.kind, self._outside = number, BETWEEN, BETWEEN
         self.beats += 1
 

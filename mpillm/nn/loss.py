@@ -11,10 +11,8 @@ from torch import nn
 from mpillm.comm import collectives
 from mpillm.nn.linear import ColumnParallelLinear, products
 from mpillm.nn.split import gradient_of, later
-from mpillm.schedules.blocks import bounds
+from mpillm.schedules.blocks import CHUNK_BYTES, bounds
 from mpillm.schedules.tree import tree_sum
-
-CHUNK_BYTES = 8 << 20  # of float32 logits over the whole vocabulary: about what stays in a core's cache
 
 
 class VocabularyHead(nn.Module):

@@ -6,10 +6,12 @@ from dataclasses import asdict, replace
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.hierarchy import decide
-from mpillm.planner.pricing import Layout, Pricer, describe, to_config
+from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer, describe, to_config
 from mpillm.planner.timeline import play
+from mpillm.planner.volume import step_volume
 from mpillm.schedules.pipeline import named_or_read
 
+MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
 PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions
 
 
@@ -62,9 +64,7 @@ def _schedules(pipeline, num_layers, wanted):
 
 
 def _recompute(wanted):
-    if wanted.recompute == "auto":
-        return ("none", "selective", "full")
-    return (wanted.recompute,) if isinstance(wanted.recompute, str) else ()
+    return RECOMPUTE if wanted.recompute == "auto" else (wanted.recompute,)
 
 
 def make_plan(config, machine, ranks, top=5):
@@ -99,7 +99,10 @@ def make_plan(config, machine, ranks, top=5):
         raise ConfigError(f"machine {machine.name} was measured with {machine.num_ranks} ranks, the plan is for "
                           f"{ranks}: run mpillm probe with {ranks} ranks")
     pricer = Pricer(config, machine, ranks)
-    priced = sorted(map(pricer.price, layouts(config, ranks, machine)), key=_rank)
+    priced = list(map(pricer.price, layouts(config, ranks, machine)))
+    if config.layout.recompute == "auto":
+        priced += _mixtures(pricer, priced)
+    priced.sort(key=_rank)
     if not priced:
         raise ConfigError(f"no layout of {ranks} ranks is left: {config.layout.sizes()} with {config.model.num_heads} "
                           f"heads, {config.model.num_layers} layers and {config.train.global_batch} sequences; leave "
@@ -114,19 +117,48 @@ def make_plan(config, machine, ranks, top=5):
     fitting = _played_first(pricer, fitting)
     best = fitting[0]
     (forward_s, input_s, weight_s), message_s = pricer.stage_times(best.layout)
-    return Plan(
-        ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node),
-        _table(machine, ranks), model=asdict(config.model),
-        layout=to_config(best.layout, pricer),
+    chosen = Plan(ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node), _table(machine, ranks),
+                  model=asdict(config.model), layout=to_config(best.layout, pricer))
+    return replace(
+        chosen,
         predicted={"step_s": best.step_s, "bubble_fraction": best.bubble_fraction,
                    "memory_bytes_per_rank": best.memory_bytes, "lower_bound_s": pricer.bound_s(),
                    "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s,
                    "stages": {"forward_s": forward_s, "input_s": input_s, "weight_s": weight_s, "message_s": message_s,
-                              "microbatches": pricer.num_microbatches(best.layout)}},
+                              "microbatches": pricer.num_microbatches(best.layout)},
+                   "volume": step_volume(chosen.applied_to(config).resolve(ranks),
+                                         pricer.keeps_one_copy(best.layout))},
         binding=_binding(pricer, best, priced),
         alternatives=[{"layout": to_config(price.layout, pricer), "step_s": price.step_s,
                        "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
     )
+
+
+def _mixtures(pricer, priced):
+    """Return prices of layouts that recompute in some layers only, where that beats all that treat layers alike.
+
+    Mixing pays where one way to recompute is fast and does not fit and another fits. Its time is bounded by the
+    faster one's; the most promising, by the mean of both that would just fit, come first.
+    """
+    limit = pricer.machine.memory_bytes
+    best = min((price.step_s for price in priced if price.memory_bytes <= limit), default=math.inf)
+    ways, candidates = len(RECOMPUTE), []
+    for alike in (priced[i:i + ways] for i in range(0, len(priced), ways)):
+        faster = [price for price in alike if price.step_s < best and price.memory_bytes > limit]
+        guesses = [lean.step_s + (limit - lean.memory_bytes) / (fast.memory_bytes - lean.memory_bytes)
+                   * (fast.step_s - lean.step_s)
+                   for fast in faster for lean in alike if lean.memory_bytes <= limit and lean.step_s > fast.step_s]
+        if guesses:
+            bound = min(price.step_s for price in faster)
+            candidates.append((min(guesses), bound, alike[0].layout))
+    found = []
+    for _, bound, layout in sorted(candidates, key=lambda one: one[0])[:MIXED]:
+        if bound < best:
+            price = pricer.mixed(layout, limit)
+            if len(set(price.layout.recompute)) > 1:
+                found.append(price)
+                best = min(best, price.step_s)
+    return found
 
 
 def _table(machine, ranks):
@@ -164,7 +196,8 @@ def _played_first(pricer, priced):
 def _binding(pricer, best, priced):
     """Return what limits the plan, and what a unit more of each is worth: the layout priced again with 1 % more.
 
-    Memory is worth what the next faster layout saves, over the bytes that it lacks: nothing where the fastest fits.
+    Memory is worth the dual of its limit where layers were mixed to fit into it; else what the next faster layout
+    saves, over the bytes that it lacks: nothing where the fastest fits.
     """
     machine, found = pricer.machine, []
     is_played = best != pricer.price(best.layout)
@@ -185,7 +218,7 @@ def _binding(pricer, best, priced):
             found.append({"what": what, "value": limit, "limit": limit, "price_s_per_unit": gain})
     lacking = [(price.memory_bytes - machine.memory_bytes, best.step_s - price.step_s) for price in priced
                if price.memory_bytes > machine.memory_bytes and price.step_s < best.step_s]
-    worth = max((gain / lack for lack, gain in lacking), default=0.0)
+    worth = best.memory_price_s or max((gain / lack for lack, gain in lacking), default=0.0)
     found.append({"what": "memory_bytes", "value": best.memory_bytes, "limit": machine.memory_bytes,
                   "price_s_per_unit": worth})
     return sorted(found, key=lambda one: -one["price_s_per_unit"] * one["limit"])

@@ -7,7 +7,9 @@ from functools import lru_cache
 import numpy as np
 
 from mpillm.config import AXES
+from mpillm.errors import ConfigError
 from mpillm.planner.balance import balance
+from mpillm.planner.memory import choose_modes
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.timeline import play
 from mpillm.planner.workload import (
@@ -20,6 +22,8 @@ from mpillm.planner.workload import (
     step_flops,
 )
 from mpillm.schedules.pipeline import make_schedule
+
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,15 @@ class Layout:
     microbatch: int
     zero: int
     sequence_parallel: bool
-    recompute: str
+    recompute: str | tuple  # one way for all layers, or one a layer
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes."""
+    """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes.
+
+    ``memory_price_s`` is what one more byte of memory would save, where layers were mixed to fit into it.
+    """
 
     layout: Layout
     step_s: float
@@ -48,6 +55,7 @@ class Price:
     update_s: float
     bubble_fraction: float
     memory_bytes: float
+    memory_price_s: float = 0.0
 
 
 class Pricer:
@@ -94,8 +102,7 @@ class Pricer:
         num_layers, stages = self.config.model.num_layers, layout.pipeline * layout.chunks
         if stages == 1:
             return [num_layers]
-        layer, head = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, layout.recompute,
-                                  layout.sequence_parallel)
+        layer, head = self._work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
         weight = (head.forward_s + head.input_s + head.weight_s) / (layer.forward_s + layer.input_s + layer.weight_s)
         if self.machine.speeds:
             speeds = np.tile(self._speeds(layout)[1], layout.chunks)
@@ -107,17 +114,23 @@ class Pricer:
         each, extra = divmod(num_layers - last, others)
         return [each + 1] * extra + [each] * (others - extra) + [last]
 
+    def _work(self, layout, mode):
+        """Return what a layer with one way to recompute costs a microbatch, and the head."""
+        return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, mode, layout.sequence_parallel)
+
+    def _stage_works(self, layout):
+        """Return forward, input and weight half and bytes kept of the layers of every stage: shape (4, stages)."""
+        sizes, modes = np.array(self.stage_sizes(layout)), layout.recompute
+        if isinstance(modes, str):
+            return np.outer(self._work(layout, modes)[0], sizes)
+        each = np.array([self._work(layout, mode)[0] for mode in modes]).T
+        return np.add.reduceat(each, np.cumsum(sizes) - sizes, axis=1)
+
     def stage_times(self, layout):
         """Return seconds of forward, input and weight half of every stage, and of a message. Local."""
-        layer, head = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, layout.recompute,
-                                  layout.sequence_parallel)
-        sizes = self.stage_sizes(layout)
-        speeds = np.tile(self._speeds(layout)[1], layout.chunks)
-        times = [[size * each for size in sizes] for each in (layer.forward_s, layer.input_s, layer.weight_s)]
-        for row, more in zip(times, (head.forward_s, head.input_s, head.weight_s)):
-            row[-1] += more
-        times = [(np.array(row) / speeds).tolist() for row in times]
-        return times, self._message_s(layout)
+        times, speeds = self._stage_works(layout)[:3], np.tile(self._speeds(layout)[1], layout.chunks)
+        times[:, -1] += self._work(layout, "none")[1][:3]
+        return (times / speeds).tolist(), self._message_s(layout)
 
     def _message_s(self, layout):
         if layout.pipeline == 1:
@@ -129,17 +142,26 @@ class Pricer:
 
     def _make_ends(self, p, chunks, microbatch, tensor, recompute, sequence_parallel, data):
         """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
-        input, weight)."""
+        input, weight); the bytes that layers keep, most of a microbatch and most where each rank holds one microbatch
+        less than the rank before; those that the head keeps; and the time of a message."""
         layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute)
-        sizes = self.stage_sizes(layout)
-        layer, head = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, layout.recompute,
-                                  layout.sequence_parallel)
-        layers, speeds = [sum(sizes[rank::p]) for rank in range(p)], self._speeds(layout)[1]
-        fullest = max(range(max(1, p - 1)), key=lambda rank: layers[rank] / speeds[rank])
-        first, last = ([layers[rank] * each / speeds[rank] for each in (layer.forward_s, layer.input_s, layer.weight_s)]
+        sizes, speeds = self.stage_sizes(layout), self._speeds(layout)[1].tolist()
+        layers = [sum(sizes[rank::p]) for rank in range(p)]
+        if isinstance(recompute, str):
+            layer = self._work(layout, recompute)[0]
+            loads, kept = layers, [size * layer.kept_bytes for size in layers]
+        else:
+            works = self._stage_works(layout).reshape(4, chunks, p).sum(1).T.tolist()
+            loads, kept = [sum(work[:3]) for work in works], [work[3] for work in works]
+        fullest = max(range(max(1, p - 1)), key=lambda rank: loads[rank] / speeds[rank])
+        first, last = ([each * layers[rank] for each in layer] if isinstance(recompute, str) else works[rank]
                        for rank in (fullest, -1))
-        last = [own + more / speeds[-1] for own, more in zip(last, (head.forward_s, head.input_s, head.weight_s))]
-        return (max(layers[:-1], default=layers[0]), layers[-1]), first, last, layer, head, self._message_s(layout)
+        head = self._work(layout, "none")[1]
+        first = [each / speeds[fullest] for each in first[:3]]
+        last = [(own + more) / speeds[-1] for own, more in zip(last, head[:3])]
+        kept = max(kept), max(each * (p - rank) for rank, each in enumerate(kept))
+        return ((max(layers[:-1], default=layers[0]), layers[-1]), first, last, kept, head.kept_bytes,
+                self._message_s(layout))
 
     def _of(self, layout):
         return self._ends(layout.pipeline, layout.chunks, layout.microbatch, layout.tensor, layout.recompute,
@@ -147,7 +169,7 @@ class Pricer:
 
     def price(self, layout):
         """Return the :class:`Price` of a layout. Local."""
-        layers, first, last, layer, head, message = self._of(layout)
+        layers, first, last, (kept_bytes, falling_bytes), head_bytes, message = self._of(layout)
         p, v = layout.pipeline, layout.chunks
         f, i, w = map(max, first, last)
         ramp = {"gpipe": f + i + w, "1f1b": f + i + w, "interleaved": (f + i + w) / v, "zb-h1": f + i - w,
@@ -159,7 +181,9 @@ class Pricer:
         pipeline_s = busy + (p - 1) * max(ramp, 0.0) + waits
         parameters = self._parameters(layout, layers)
         gradients_s, update_s = self._update(layout, parameters)
-        memory_bytes = self._memory_bytes(layout, m, parameters, max(layers) * layer.kept_bytes, head.kept_bytes)
+        held, fewer = self._held(layout, m)
+        memory_bytes = self._fixed_bytes(layout, parameters, head_bytes) + (
+            falling_bytes if fewer else held * kept_bytes)
         return Price(layout, pipeline_s + gradients_s + update_s, pipeline_s, gradients_s, update_s,
                      1 - busy / pipeline_s, memory_bytes)
 
@@ -198,15 +222,22 @@ class Pricer:
             return (first * each + table * (1 if model.tie_embeddings else 2)) / layout.tensor
         return (max(first, last) * each + table) / layout.tensor
 
+    def _inside(self, layout):
+        """Return the data ranks that share a node."""
+        return min(layout.data, max(1, self.machine.ranks_per_node // (layout.tensor * layout.pipeline)))
+
+    def keeps_one_copy(self, layout):
+        """Tell whether data ranks share one copy of the weights. Local."""
+        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
+
     def _update(self, layout, parameters):
         """Return the seconds of reducing gradients, and of the optimiser with what it touches."""
         d, inner = layout.data, layout.tensor * layout.pipeline
         machine = self.machine
         n_bytes, reduce_s = parameters * max(4, self.item), 0.0
-        inside = min(d, max(1, machine.ranks_per_node // inner))
-        keeps_one_copy = machine.shares_memory and layout.zero == 1 and inside == d
+        inside = self._inside(layout)
         if inside > 1:
-            reduce_s += ring_s(machine.levels[0], inside, n_bytes, passes=1 if keeps_one_copy else 2)
+            reduce_s += ring_s(machine.levels[0], inside, n_bytes, passes=1 if self.keeps_one_copy(layout) else 2)
         if d > inside:
             level = machine.level_for(inner * d)
             reduce_s += ring_s(level, math.ceil(d / inside), n_bytes / inside)
@@ -215,18 +246,63 @@ class Pricer:
         touched = own * 4 * (3 + 2 * states) + parameters * (4 + self.item)
         return reduce_s, touched / machine.memory_bytes_per_s
 
-    def _memory_bytes(self, layout, microbatches, parameters, kept_bytes, head_bytes):
-        p, v, item = layout.pipeline, layout.chunks, self.item
+    def _held(self, layout, microbatches):
+        """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next."""
+        p, v = layout.pipeline, layout.chunks
         held = {"gpipe": microbatches, "1f1b": p, "zb-h1": p, "zb-h2": 2 * p - 1,
                 "interleaved": p * (1 + (p - 1) / (p * v))}[layout.schedule]
-        masters = STATES[self.config.train.optimizer] + (item == 2)
+        return min(held, microbatches), layout.schedule == "1f1b" and microbatches >= p
+
+    def _fixed_bytes(self, layout, parameters, head_bytes):
+        """Return the memory of a rank but for the activations of its layers."""
+        masters = STATES[self.config.train.optimizer] + (self.item == 2)
         shards = layout.data if layout.zero else 1
-        state = parameters * (item + max(4, item) * (1 + masters / shards))
-        again = 0.0
-        if layout.recompute == "full":  # one layer at a time is there as a whole
-            again = self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, "none",
-                                layout.sequence_parallel)[0].kept_bytes
-        return state + min(held, microbatches) * kept_bytes + head_bytes + again
+        state = parameters * (self.item + max(4, self.item) * (1 + masters / shards))
+        # One layer at a time is there as a whole.
+        again = self._work(layout, "none")[0].kept_bytes if "full" in layout.recompute else 0.0
+        return state + head_bytes + again
+
+    def mixed(self, layout, limit_bytes):
+        """Return the price of a layout whose layers recompute each in its own way, so that it just fits. Local.
+
+        The programs of :mod:`mpillm.planner.memory` choose for every pipeline rank; its layers are dealt out evenly
+        over its stages. Without whole layers recomputed there is room for one layer more.
+
+        Raises
+        ------
+        ConfigError
+            If it does not fit even with all layers recomputed.
+        """
+        found = [self._mixed(layout, limit_bytes, RECOMPUTE)]
+        try:
+            found.append(self._mixed(layout, limit_bytes, RECOMPUTE[:2]))
+        except ConfigError:
+            pass
+        return min(found, key=lambda price: price.step_s)
+
+    def _mixed(self, layout, limit_bytes, ways):
+        p, sizes = layout.pipeline, self.stage_sizes(replace(layout, recompute="none"))
+        layers, _, _, _, head_bytes, _ = self._of(replace(layout, recompute="none"))
+        fixed = self._fixed_bytes(replace(layout, recompute=ways), self._parameters(layout, layers), head_bytes)
+        works = [self._work(layout, mode)[0] for mode in ways]
+        time_s, kept = ([[value] for value in row] for row in zip(*(
+            (work.forward_s + work.input_s + work.weight_s, work.kept_bytes) for work in works)))
+        starts, modes, prices, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), [], {}
+        most, fewer = self._held(layout, self.num_microbatches(layout))
+        for rank in range(p):
+            held = most - rank * fewer
+            # From a stage to the next, so that what is dealt out in turn is spread over them.
+            own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
+                         for place in range(sizes[stage]))
+            key = len(own), (limit_bytes - fixed) / held
+            if key not in choices:
+                choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(kept, len(own)), key[1])
+            chosen = choices[key]
+            prices.append(chosen.price_s_per_byte / held)
+            for mode, (_, layer) in zip(sorted(chosen.modes), own):
+                modes[layer] = ways[mode]
+        price = self.price(replace(layout, recompute=tuple(modes)))
+        return replace(price, memory_price_s=max(prices) * self._fullest(layout, self.num_microbatches(layout)))
 
     def bound_s(self):
         """Return a time that no layout can beat: all products at the best rate, shared evenly. Local."""
@@ -240,7 +316,8 @@ def to_config(layout, pricer):
     sizes, cuts = pricer.stage_sizes(layout), []
     for size in sizes[:-1]:
         cuts.append(size + (cuts[-1] if cuts else 0))
-    found = {**asdict(layout), "stage_cuts": cuts, "order": list(AXES)}
+    modes = layout.recompute if isinstance(layout.recompute, str) else list(layout.recompute)
+    found = {**asdict(layout), "recompute": modes, "stage_cuts": cuts, "order": list(AXES)}
     shares = pricer.shares(layout)
     return found if shares is None or len(set(shares)) == 1 else {**found, "shares": list(shares)}
 
@@ -254,4 +331,12 @@ def describe(layout):
         text += f" {shown['schedule']}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
     text += f" zero={shown['zero']}" if shown["data"] > 1 else ""
     text += " sequence-parallel" if shown["sequence_parallel"] else ""
-    return text + (f" recompute={shown['recompute']}" if shown["recompute"] != "none" else "")
+    return text + describe_recompute(shown["recompute"])
+
+
+def describe_recompute(modes):
+    """Return what backward computes again, in words for the end of a line; nothing if nothing is. Local."""
+    if isinstance(modes, str):
+        return "" if modes == "none" else f" recompute={modes}"
+    counts = [f"{mode} in {list(modes).count(mode)}" for mode in RECOMPUTE if mode in modes]
+    return f" recompute={', '.join(counts)} layers"

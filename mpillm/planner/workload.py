@@ -1,6 +1,6 @@
 """What a model costs: FLOPs, bytes and messages of a layer, of a stage and of a training step."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
@@ -30,8 +30,7 @@ def step_flops(model, seq_len, tokens):
     return 3 * tokens * (model.num_layers * layer_flops(model, seq_len) + head_flops(model))
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Seconds of forward, input and weight half; bytes kept from forward to backward."""
 
     forward_s: float

@@ -1,6 +1,7 @@
 """A plan beside its run: drawn as if it had been traced, and its prediction phase by phase beside what was measured."""
 
 import statistics
+from collections import Counter
 
 from mpillm.report.figures import as_time, draw_timeline
 from mpillm.report.records import Launch, Span, bubble, window
@@ -92,3 +93,23 @@ def compare_with_plan(predicted, metrics, shares=()):
     pairs = {phase: (predicted[f"{phase}_s"], seconds) for phase, seconds in measured.items()}
     return [{"phase": phase, "predicted_s": expected, "measured_s": seconds,
              "error": expected / seconds - 1 if seconds else None} for phase, (expected, seconds) in pairs.items()]
+
+
+def compare_volume(planned, counted):
+    """Return what a step was to send beside what it sent: a list of ``{"axis", "operation", "planned_bytes",
+    "counted_bytes"}``, with the larger first.
+
+    Local.
+
+    Parameters
+    ----------
+    planned : list of dict
+        ``volume`` of a plan's prediction.
+    counted : Counter
+        Of :class:`mpillm.report.records.Launch`.
+    """
+    planned = Counter({(one["axis"], one["operation"]): one["bytes"] for one in planned})
+    keys = sorted({*planned, *(key for key, n_bytes in counted.items() if n_bytes)},
+                  key=lambda key: (-max(planned[key], counted[key]), key))
+    return [{"axis": axis, "operation": operation, "planned_bytes": planned[axis, operation],
+             "counted_bytes": counted[axis, operation]} for axis, operation in keys]

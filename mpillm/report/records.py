@@ -1,8 +1,8 @@
 """What a run recorded: reads ``metrics.jsonl`` and ``trace/``, and does the arithmetic of times."""
 
 import json
-from collections import namedtuple
-from dataclasses import dataclass
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpillm.errors import DataError
@@ -23,10 +23,13 @@ class Launch:
     steps : dict of int to list of list of Span
         By number, the steps that all ranks completed; by rank, a step's spans in order, without the
         evaluation and the saving between steps.
+    sent : dict of int to Counter
+        By number: the bytes that all ranks sent, by ``(axis, operation)``.
     """
 
     coords: list
     steps: dict
+    sent: dict = field(default_factory=dict)
 
 
 def read_metrics(path):
@@ -76,13 +79,16 @@ def read_trace(folder):
         for header, steps in _sections(path):
             if steps:
                 key = header["launch"] or (header["ranks"], min(steps))
-                found[key] = found.pop(key, {}) | {header["rank"]: (header["coords"], steps, header["ranks"])}
+                found[key] = found.pop(key, {}) | {header["rank"]: (header, steps)}
     launches = []
     for sections in found.values():
-        ranks = range(max(ranks for *_, ranks in sections.values()))
+        ranks = range(max(header["ranks"] for header, _ in sections.values()))
         if all(rank in sections for rank in ranks):
-            coords, steps, _ = zip(*(sections[rank] for rank in ranks))
-            launches.append(Launch(list(coords), _complete(steps)))
+            headers, steps = zip(*(sections[rank] for rank in ranks))
+            complete = _complete(steps)
+            sent = {number: sum((header["sent"].get(number, Counter()) for header in headers), Counter())
+                    for number in complete}
+            launches.append(Launch([header["coords"] for header in headers], complete, sent))
     return [launch for launch in launches if launch.steps]
 
 
@@ -98,7 +104,8 @@ def _lines(path):
 
 
 def _sections(path):
-    """Return ``[(header, {step: spans})]`` of one rank's file, a section for each launch."""
+    """Return ``[(header, {step: spans})]`` of one rank's file, a section for each launch; what was sent in each step is
+    in the header."""
     sections = []
     for where, line in _lines(path):
         try:
@@ -106,7 +113,10 @@ def _sections(path):
             record = json.loads(line[max(0, line.rfind('{"rank"')):])
             if "rank" in record:
                 known = {key: record[key] for key in ("rank", "ranks", "coords")}
-                sections.append((known | {"launch": record.get("launch")}, {}))
+                sections.append((known | {"launch": record.get("launch"), "sent": {}}, {}))
+            elif "sent" in record:
+                counted = Counter({(axis, operation): int(n_bytes) for axis, operation, n_bytes in record["sent"]})
+                sections[-1][0]["sent"][record["step"]] = counted
             else:
                 times = float(record["start_s"]), float(record["stop_s"])
                 span = Span(record["kind"], record["name"], *times)

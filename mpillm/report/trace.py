@@ -11,7 +11,8 @@ class Trace:
     """Spans of time of one rank, written to ``rank-00000.jsonl`` if there is a folder, and noted by the recorder.
 
     The first line names the rank; each other line is ``{"step", "kind", "name", "start_s", "stop_s"}`` with times since
-    a moment that all ranks share (a barrier at the start). Kinds: ``F B I W`` the pipeline's actions, ``wait`` for a
+    a moment that all ranks share (a barrier at the start), or ``{"step", "sent"}`` with the bytes that the recorder
+    counted in the step, as ``[axis, operation, bytes]``. Kinds: ``F B I W`` the pipeline's actions, ``wait`` for a
     message, ``reduce`` gradients, ``update`` weights, ``data``, ``evaluate``, ``save``; ``transfer``, beside others, is
     a reduction on its way.
 
@@ -68,6 +69,7 @@ class Trace:
                          "start_s": round(start - self._origin_s, 7), "stop_s": round(stop - self._origin_s, 7)})
         self._spans.clear()
         if self._file is not None:
+            self._write({"step": self.step, "sent": [[*key, n_bytes] for key, n_bytes in self.recorder.bytes.items()]})
             self._file.flush()
 
     def _write(self, record):

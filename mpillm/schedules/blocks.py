@@ -7,6 +7,9 @@ empty), and partitions nest: the blocks of ``p`` are unions of the blocks of ``k
 
 from functools import lru_cache
 
+ALIGNMENT = 16  # elements on whose multiples every parameter and shard of the flat storage starts
+CHUNK_BYTES = 8 << 20  # of float32 logits over the whole vocabulary: about what stays in a core's cache
+
 
 def bounds(n, p, i):
     """Return ``(start, stop)`` of block ``i`` of ``n`` items in ``p`` blocks."""

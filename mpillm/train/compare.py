@@ -10,6 +10,7 @@ import torch
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group
 from mpillm.errors import ConfigError
+from mpillm.planner.pricing import describe_recompute
 from mpillm.schedules.pipeline import SCHEDULES
 from mpillm.train.data import TokenFile, training_order
 from mpillm.train.engine import Engine
@@ -142,7 +143,7 @@ def describe(layout):
         text += f" zero={layout.zero}"
     if layout.sequence_parallel:
         text += " sequence_parallel"
-    return text + (f" recompute={layout.recompute}" if layout.recompute != "none" else "")
+    return text + describe_recompute(layout.recompute)
 
 
 def _unclipped(gradients, norm, limit):

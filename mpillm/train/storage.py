@@ -14,10 +14,8 @@ from itertools import groupby
 import torch
 
 from mpillm.comm import collectives
-from mpillm.schedules.blocks import align, bounds
+from mpillm.schedules.blocks import ALIGNMENT, align, bounds
 from mpillm.schedules.tree import TreeAccumulator
-
-ALIGNMENT = 16
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """A run obeys the algorithms of its plan, and its numbers are those of the reference."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_all
-from tiny import one_for_every_degrees, reference_steps, tiny, train, write_token_file
+from tiny import GROUPED, one_for_every_degrees, reference_steps, tiny, train, with_layout, write_token_file
 
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.probe import measure_machine, only
@@ -14,8 +15,12 @@ from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE
-from mpillm.planner.layout import make_plan
+from mpillm.planner.layout import make_plan, price_layout
+from mpillm.planner.volume import step_volume
+from mpillm.report.planned import compare_volume
+from mpillm.report.records import read_trace
 from mpillm.train import choose
+from mpillm.train.compare import compare_layout
 from mpillm.train.engine import Engine
 from mpillm.train.run import Run
 
@@ -131,3 +136,56 @@ def test_a_plan_changed_by_hand_changes_messages_and_keeps_their_bytes(comm):
     ends = (comm.rank > 0) + (comm.rank < comm.size - 1)  # neighbours, each sent a message a microbatch
     whole = 9 * 12 * 40 * 8  # sequences, tokens, width, float64
     assert_all(counted == [(9 * ends, whole * ends), (3 * ends, whole * ends)], counted, comm)
+
+
+def test_layers_mixed_by_a_tight_plan_recompute_as_it_says_and_agree(comm):
+    """Half of the memory between the leanest and the fastest way: some layers recompute, in float64 to 1e-10."""
+    config = tiny({"layout.pipeline": comm.size, "layout.data": 1, "layout.schedule": "1f1b", "layout.tensor": 1,
+                   "layout.chunks": 1})
+    costs = [price_layout(config.with_values({"layout.recompute": way}), MACHINE, comm.size).predicted
+             ["memory_bytes_per_rank"] for way in ("none", "full")]
+    plan = make_plan(config, replace(MACHINE, memory_bytes=sum(costs) / 2), comm.size)
+    modes = plan.layout["recompute"]
+    assert len(modes) == 7 and len(set(modes)) > 1 and "none" in modes, modes
+    obeyed = plan.applied_to(config).resolve(comm.size)
+    engine = Engine(obeyed, comm, table=plan.table)
+    own = [(int(layer.ffn.down.weight.shard.name.split(".")[1]), layer) for stage in engine.stages
+           for layer in stage.module.layers]
+    found = {i: "full" if layer.is_recomputed else "selective" if layer.attention.recompute else "none"
+             for i, layer in own}
+    engine.free()
+    assert_all(found == {i: modes[i] for i in found}, f"{found} {modes}", comm)
+    difference = compare_layout(obeyed, comm, *reference_steps(obeyed, 2, comm))
+    assert_all(difference.first is None, str(difference), comm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {"train.numerics": "exact", "train.dtype": "float32"},
+    {"train.dtype": "bfloat16", "model.tie_embeddings": True, **GROUPED["shared"]},
+], ids=["exact", "tied"])
+def test_planned_volume_is_what_is_sent(comm, changes):
+    config = tiny({"model.num_layers": 4, **changes})
+    for layout in one_for_every_degrees(config, comm.size):
+        layout = with_layout(layout, recompute=("full", "none", "selective", "full"))
+        engine = Engine(layout, comm)
+        is_one_copy = layout.layout.zero == 1 and engine.mesh.group("data").node is not None
+        train(engine, 1)
+        counted = sum(comm.allgather(engine.mesh.recorder.bytes), Counter())
+        engine.free()
+        rows = compare_volume(step_volume(layout, is_one_copy), counted)
+        wrong = [row for row in rows if row["planned_bytes"] != row["counted_bytes"]]
+        assert_all(not wrong and (comm.size == 1 or rows), f"{layout.layout}: {wrong}", comm)
+
+
+def test_a_traced_run_counts_what_its_plan_said(comm, data_path):
+    config = tiny({"model.num_layers": 4, "train.run_dir": str(data_path / "run"), "train.steps": 2, "train.trace": True,
+                   "data.path": str(data_path / "tokens.h5"), "train.eval_every": 1,
+                   "layout.data": 2 if comm.size % 2 == 0 else 1, "layout.pipeline": 1})
+    machine = replace(MACHINE, shares_memory=True)
+    run = Run(config, comm, plan=price_layout(config, machine, comm.size))
+    list(run)
+    run.free()
+    [launch] = read_trace(data_path / "run" / "trace")
+    planned = {(one["axis"], one["operation"]): one["bytes"] for one in run.plan.predicted["volume"]}
+    assert_all(launch.sent == {1: planned, 2: planned} and (planned or comm.size == 1), f"{launch.sent} {planned}", comm)
