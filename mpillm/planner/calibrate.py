@@ -1,20 +1,31 @@
 """Linear programs that fit a cost model to what was measured: rates to iterations, memory to runs that fitted or not.
 
 Rows are training iterations of GPT-shaped models (two-matrix feed-forward, 1F1B, full recompute). What a row costs is
-a sum of *features*, each in seconds at a nominal rate, times coefficients that the fit finds:
+a sum of *features*, each in seconds at a nominal rate, times coefficients that the fit finds. Within one node, where
+rows are many and repeat well:
 
 ==================  =================================================================================================
-layer               one layer's products at the nominal matrix rate, times the slots of the pipeline; one coefficient
-                    for every degree of tensor, and within one node also for (rows, hidden size): a table of
-                    efficiencies, interpolated in the logarithm of both
-attention           scores and their sums over values, which are no products of weights
-launch              a constant for every layer and slot
+layer               one layer's products times the slots of the pipeline; a coefficient for every degree of tensor,
+                    rows and hidden size: a table of efficiencies, interpolated in the logarithm of the latter two
 head                the products of the output head
-tensor              bytes that tensor ranks exchange, inside a node and across
-message             bytes and calls between pipeline stages
 optimiser           bytes of parameters that a rank updates
+message             bytes and calls between pipeline stages
 gradients           bytes reduced over data ranks, and calls
+waiting             what stages lose to each other
 stage, step         constants of every stage, of every step
+==================  =================================================================================================
+
+Across nodes, where rows are few and runs of one kind differ by a fifth and more:
+
+==================  =================================================================================================
+products            one layer's products in whole waves of tiles, times the slots of the pipeline
+activations         bytes of whole activations, which every tensor rank normalises, adds and exchanges
+launch              a constant for every layer and slot
+head                the products of the output head, in whole waves
+tensor across       bytes that tensor ranks exchange between nodes
+gradients           bytes reduced over data ranks
+shared node         products where several tensor groups share a node, times the nodes: these runs are slower the
+                    more nodes there are
 ==================  =================================================================================================
 """
 
@@ -35,6 +46,9 @@ GPUS_PER_NODE = 8
 # of a 100 GB/s node that one of eight GPUs has.
 FLOPS, MEMORY, LINK, NETWORK = 312e12, 2.0e12, 300e9, 12.5e9
 CALL_S = 1e-3
+# Its multiprocessors, and the tiles that its products are cut into; all multiprocessors work through a wave of tiles
+# together (NVIDIA, Matrix Multiplication Background User's Guide, 2023).
+MULTIPROCESSORS, TILES = 108, ((128, 256), (256, 128))
 
 
 @dataclass(frozen=True)
@@ -115,10 +129,11 @@ def calibrate(rows):
     grids, coefficients = {}, {}
     for across, chosen in _regimes(rows):
         own = _take(rows, chosen)
-        grids[across] = {"tensor": sorted(set(own["tensor"])), "rows": _doublings(own["micro_batch"] * own["seq"]),
-                         "hidden": _doublings(own["hidden"])}
+        grids[across] = {} if across else {
+            "tensor": sorted(set(own["tensor"])), "rows": _doublings(own["micro_batch"] * own["seq"]),
+            "hidden": _doublings(own["hidden"])}
         features = _features(own, across, grids[across])
-        least = [float(name == "tensor across nodes") for name in features]  # no wire is faster than its nominal rate
+        least = [float(name == "tensor across") for name in features]  # no wire is faster than its nominal rate
         values = fit_rates(np.stack(list(features.values()), 1), own[MEASURED] / 1e3, least)
         coefficients[across] = dict(zip(features, values.tolist()))
     return Calibration(grids, coefficients)
@@ -191,41 +206,58 @@ def _hats(values, nodes):
 
 def _features(rows, across, grid):
     """Return the features of every row, in seconds at nominal rates, by name."""
-    h, layers, seq, t, d, p, micro = (rows[name] for name in ("hidden", "layers", "seq", "tensor", "data", "pipeline",
-                                                             "micro_batch"))
-    microbatches = np.maximum(1, np.ceil(rows["global_batch"] / (d * micro)))
-    tokens, own = micro * seq, layers / p
+    h, t, d, p, tokens = (rows[name] for name in ("hidden", "tensor", "data", "pipeline", "seq"))
+    tokens = tokens * rows["micro_batch"]
+    microbatches = np.maximum(1, np.ceil(rows["global_batch"] / (d * rows["micro_batch"])))
+    own = rows["layers"] / p
     slots = (microbatches + p - 1) * own
+    parameters = 12 * rows["layers"] * h * h / (t * p) + VOCAB_SIZE * h / t
+    reduced = 2 * (d - 1) / d * parameters * 2
+    if across:
+        products, nodes = slots * _layer_flops(h, t, tokens) / FLOPS, rows["gpus"] / GPUS_PER_NODE
+        return {
+            "products": products,
+            "activations": slots * tokens * h * 2 / MEMORY,
+            "launch": slots * CALL_S,
+            "head": microbatches * 3 * _in_waves(tokens, VOCAB_SIZE / t, h) / FLOPS,
+            "tensor across": (t > GPUS_PER_NODE) * slots * 6 * 2 * tokens * h * 2 * (t - 1) / t
+            / (NETWORK * GPUS_PER_NODE),
+            "gradients": reduced / NETWORK,
+            "shared node": (t > 1) * (t < GPUS_PER_NODE) * products * nodes,
+        }
     # Four forwards' worth of products: forward, recompute, and a backward of two (Narayanan et al. 2021).
     products = slots * 4 * 24 * tokens * h * h / t / FLOPS
-    parameters = 12 * layers * h * h / (t * p) + VOCAB_SIZE * h / t
     nearest = np.array([max((g for g in grid["tensor"] if g <= one), default=grid["tensor"][0]) for one in t])
     found = {}
     for degree in grid["tensor"]:
-        for i, by_rows in enumerate(_hats(tokens, grid["rows"]) if not across else [1.0]):
-            for j, by_hidden in enumerate(_hats(h, grid["hidden"]) if not across else [1.0]):
-                cell = "" if across else f" rows={grid['rows'][i]:g} hidden={grid['hidden'][j]:g}"
-                found[f"layer tensor={degree:g}{cell}"] = products * (nearest == degree) * by_rows * by_hidden
-    exchanged = slots * 6 * 2 * tokens * h * 2 * (t - 1) / t
-    found |= {
+        for rows_node, by_rows in zip(grid["rows"], _hats(tokens, grid["rows"])):
+            for hidden_node, by_hidden in zip(grid["hidden"], _hats(h, grid["hidden"])):
+                cell = f"layer tensor={degree:g} rows={rows_node:g} hidden={hidden_node:g}"
+                found[cell] = products * (nearest == degree) * by_rows * by_hidden
+    return found | {
         "head": microbatches * 3 * 2 * tokens * h * VOCAB_SIZE / t / FLOPS,
         "message bytes": (p > 1) * slots / own * 4 * tokens * h / NETWORK,
+        "message calls": (p > 1) * slots / own * CALL_S,
         "optimiser": parameters * 16 / MEMORY,
-        "gradients bytes": 2 * (d - 1) / d * parameters * 2 / (NETWORK if across else LINK),
+        "gradients bytes": reduced / LINK,
+        "gradients calls": (d > 1) * own * CALL_S,
+        "waiting": products / slots * own * (p - 1),
         "stage": (p > 1) * p * CALL_S,
         "step": np.full_like(h, CALL_S),
     }
-    if across:
-        found |= {
-            "attention": slots * 4 * 4 * tokens * seq * h / t / FLOPS,
-            "launch": slots * CALL_S,
-            "tensor in a node": (t <= GPUS_PER_NODE) * exchanged / LINK,
-            "tensor across nodes": (t > GPUS_PER_NODE) * exchanged / (NETWORK * GPUS_PER_NODE),
-        }
-    else:
-        found |= {
-            "message calls": (p > 1) * slots / own * CALL_S,
-            "gradients calls": (d > 1) * own * CALL_S,
-            "waiting": products / slots * own * (p - 1),
-        }
-    return found
+
+
+def _layer_flops(h, t, tokens):
+    """Return what one layer's products take of the multiprocessors: forward twice, and both halves of the backward."""
+    total = 0.0
+    for inner, outer in ((h, 3 * h / t), (h / t, h), (h, 4 * h / t), (4 * h / t, h)):
+        total = total + (2 * _in_waves(tokens, outer, inner) + _in_waves(tokens, inner, outer)
+                         + _in_waves(inner, outer, tokens))
+    return total
+
+
+def _in_waves(rows, columns, inner):
+    """Return the FLOPs of a product, its last wave of tiles counted as a whole one."""
+    return np.minimum.reduce([
+        np.ceil(np.ceil(rows / high) * np.ceil(columns / wide) / MULTIPROCESSORS) * MULTIPROCESSORS * high * wide
+        * 2 * inner for high, wide in TILES])
