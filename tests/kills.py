@@ -1,9 +1,9 @@
 """Kills a rank at a random moment of training, again and again; started without a launcher.
 
-    python tests/kills.py [COUNT]
+    python tests/kills.py [COUNT [SEED]]
 
 A checkpoint is written after every step. After each kill every announced checkpoint must be readable and hold the bits
-of the unbroken run, and the next launch must go on. At the end it prints how many kills hit a save.
+of the unbroken run, and the next launch must go on. At the end it prints what the kills hit, as the disk shows it.
 """
 
 import os
@@ -16,22 +16,25 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import h5py
 import numpy as np
 import tomli_w
 from helpers import AS_ROOT, OVERSUBSCRIBE, mpiexec, run_mpi
 from tiny import MODEL, write_token_file
 
+from mpillm.errors import CheckpointError
 from mpillm.train.checkpoint import Checkpoint, complete_checkpoints
 
-RANKS, STEPS = 2, 120
-TRAIN = {"steps": STEPS, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "checkpoint_every": 1,
-         "hang_limit_s": 5.0, "lr_schedule": "constant"}
+RANKS, STEPS, KEPT = 2, 120, 3
+TRAIN = {"steps": STEPS, "seq_len": 12, "global_batch": 2, "microbatch": 1, "eval_every": 0, "checkpoint_every": 1,
+         "checkpoint_keep": KEPT, "hang_limit_s": 5.0, "lr_schedule": "constant"}
 
 
-def main(count):
+def main(count=200, seed=None):
     """Return the exit code: 1 if anything was lost."""
+    seed = random.randrange(1 << 30) if seed is None else seed
     with tempfile.TemporaryDirectory() as name:
-        folder, seed = Path(name), random.randrange(1 << 30)
+        folder = Path(name)
         rng, phases, wrong = random.Random(seed), Counter(), 0
         print(f"seed {seed}", flush=True)
         write_token_file(folder / "tokens.h5")
@@ -51,7 +54,7 @@ def main(count):
             before = newest(checkpoints)
             phases[kill_one(folder, [*words, run], checkpoints, rng)] += 1
             for found in complete_checkpoints(checkpoints):
-                if not same(expected[found.name], contents(found)):
+                if not is_as(expected[found.name], found):
                     wrong += 1
                     print(f"kill {kill}: {found} is not what the unbroken run had", flush=True)
             if newest(checkpoints) < before:
@@ -71,13 +74,36 @@ def kill_one(folder, words, checkpoints, rng):
     while newest(checkpoints) <= before and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(rng.random() * 0.5)
-    is_saving = any(checkpoints.glob("*.tmp"))
     ranks = [pid for pid in children(job.pid) if b"config.toml" in cmdline(pid) and b"mpiexec" not in cmdline(pid)]
     if job.poll() is None and ranks:
         os.kill(rng.choice(ranks), signal.SIGKILL)
-    phase = "ended" if job.poll() is not None or not ranks else "save" if is_saving else "training"
+    had_ended = job.poll() is not None or not ranks
     job.wait(timeout=60)
-    return phase
+    return "ended before" if had_ended else phase_of(checkpoints)
+
+
+def phase_of(checkpoints):
+    """Return what a job was at when it died, by what it left."""
+    if any(checkpoints.glob("*.old")) or len(complete_checkpoints(checkpoints)) > KEPT:
+        return "save: removing old ones"
+    left = next(checkpoints.glob("*.tmp"), None)
+    if left is None:
+        return "training"
+    if (left / "manifest.json").exists():
+        return "save: manifest"
+    files = list(left.glob("*.h5"))
+    if not files:
+        return "save: begun"
+    return "save: written" if len(files) == RANKS and all(map(can_be_opened, files)) else "save: writing"
+
+
+def can_be_opened(path):
+    """Tell whether an HDF5 file was closed as it should be."""
+    try:
+        h5py.File(path, "r").close()
+    except OSError:
+        return False
+    return True
 
 
 def children(pid):
@@ -117,10 +143,14 @@ def contents(path):
     return {(kind, name): source.read(name, kind) for kind in source.tensors for name in source.names(kind)}
 
 
-def same(one, other):
-    """Tell whether two checkpoints hold the same bits."""
-    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+def is_as(expected, path):
+    """Tell whether a checkpoint can be read whole and holds these bits."""
+    try:
+        found = contents(path)
+    except CheckpointError:
+        return False
+    return found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in found)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 200))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -11,6 +11,8 @@ Here tensors become flat host memory and back; what carries them the group's dec
 """
 
 import math
+import time
+from functools import wraps
 from itertools import accumulate, pairwise
 
 from mpillm.comm.buffers import flat, host_empty, staged, unstaged
@@ -20,6 +22,20 @@ from mpillm.errors import ShapeError
 from mpillm.schedules.blocks import all_bounds, bounds, counts
 
 
+def _timed(operation):
+    """Let the group's recorder know how long a blocking operation keeps this rank."""
+
+    @wraps(operation)
+    def timed(x, comm, *arguments, **options):
+        group, start = as_group(comm), time.perf_counter()
+        result = operation(x, group, *arguments, **options)
+        group.recorder.collective_s += time.perf_counter() - start
+        return result
+
+    return timed
+
+
+@_timed
 def allreduce(x, comm, op="sum", out=None):
     """Combine ``x`` over all ranks; every rank gets the result.
 
@@ -63,6 +79,7 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
                    lambda: unstaged(host, x) if out is None or host is out else out.copy_(host))
 
 
+@_timed
 def reduce_scatter(x, comm, dim=0):
     """Sum ``x`` over the ranks and leave each rank its block of ``dim``.
 
@@ -102,6 +119,7 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
+@_timed
 def allgather(x, comm, dim=0, size=None):
     """Join the blocks of all ranks along ``dim``; every rank gets the whole.
 
@@ -154,6 +172,7 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
+@_timed
 def reduce_scatter_blocks(x, comm):
     """Sum flat ``x`` over the ranks where it lies; return this rank's block of it, which holds the sum.
 
@@ -177,6 +196,7 @@ def ireduce_scatter_blocks(x, comm, may_block=False):
     return Pending(block, request, (host,), lambda: block if block.data_ptr() == out.data_ptr() else block.copy_(out))
 
 
+@_timed
 def allgather_blocks(x, comm):
     """Fill flat ``x`` where it lies: every rank gives its own block and gets all others.
 
@@ -194,6 +214,7 @@ def allgather_blocks(x, comm):
         x.copy_(host)
 
 
+@_timed
 def bcast(x, comm, root=0):
     """Give every rank the ``x`` of ``root``.
 
@@ -218,6 +239,7 @@ def ibcast(x, comm, root=0, may_block=False):
     return Pending(out, request, (), lambda: unstaged(out, x))
 
 
+@_timed
 def alltoall(x, comm, dim=0):
     """Send block ``j`` of ``dim`` to rank ``j``; receive this rank's block of every rank, in rank order.
 
@@ -250,6 +272,7 @@ def ialltoall(x, comm, dim=0, may_block=False):
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
+@_timed
 def scatter(x, comm, dim=0, root=0):
     """Give each rank its block of ``dim`` of the root's ``x``.
 
@@ -278,6 +301,7 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
 
+@_timed
 def gather(x, comm, dim=0, root=0):
     """Join the blocks of all ranks along ``dim`` on ``root``.
 

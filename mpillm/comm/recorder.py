@@ -29,6 +29,10 @@ class Recorder:
         Of the span that the rank is in, or :data:`BETWEEN` or :data:`RESTING`.
     ended : set of str
         Kinds of spans that came to their end.
+    collective_s : float
+        Time spent in blocking collectives.
+    own_s : Counter
+        By kind, time in spans that lie in no other, without :attr:`collective_s`: a rank's own work.
     step : int
     """
 
@@ -36,6 +40,7 @@ class Recorder:
         self.calls, self.bytes, self._numbers = Counter(), Counter(), Counter()
         self.last, self.beats, self.ended, self.step = deque(maxlen=KEPT), 0, set(), 0
         self.kind, self._open, self._outside = RESTING, [], RESTING
+        self.collective_s, self.own_s = 0.0, Counter()
 
     def add(self, axis, operation, n_bytes):
         """Count one call."""
@@ -48,14 +53,18 @@ class Recorder:
 
     def begin(self, kind, name):
         """Note that a span begins."""
-        self._open.append(kind)
+        self._open.append((kind, time.perf_counter() - self.collective_s))
         self.kind = kind
         self._note({"kind": kind, "name": name, "step": self.step})
 
     def end(self, kind):
         """Note that a span has ended."""
-        self._open.pop()
-        self.kind = self._open[-1] if self._open else self._outside
+        _, began_s = self._open.pop()
+        if self._open:
+            self.kind = self._open[-1][0]
+        else:
+            self.own_s[kind] += time.perf_counter() - self.collective_s - began_s
+            self.kind = self._outside
         self.ended.add(kind)
         self.beats += 1
 

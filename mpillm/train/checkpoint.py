@@ -101,12 +101,15 @@ class Saving:
             known = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "dtype": dtype, "shards": []})
             known["shards"].append(shard)
         _write_manifest(self._temporary, {"version": VERSION, "step": self.step, **self._manifest, "tensors": tensors})
+        folder = self._final.parent
         if self._final.exists():
-            shutil.rmtree(self._final)
+            _retire(self._final)
         os.rename(self._temporary, self._final)
-        _sync_folder(self._final.parent)
-        for old in complete_checkpoints(self._final.parent)[:-self._keep]:
-            shutil.rmtree(old)
+        _sync_folder(folder)
+        for old in complete_checkpoints(folder)[:-self._keep]:
+            _retire(old)
+        for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
+            shutil.rmtree(retired)
 
 
 def complete_checkpoints(folder):
@@ -275,6 +278,13 @@ def _write_manifest(folder, manifest):
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(folder)
+
+
+def _retire(path):
+    """Take its name from a checkpoint by one rename: removed file by file it would look complete to the last."""
+    retired = path.with_suffix(".old")
+    shutil.rmtree(retired, ignore_errors=True)
+    path.rename(retired)
 
 
 def _clear(folder):

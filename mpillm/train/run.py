@@ -18,6 +18,7 @@ from mpillm.train.data import TokenFile, file_digest, training_order, with_vocab
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 from mpillm.train.selftest import check_exact
+from mpillm.train.stragglers import Stragglers
 from mpillm.train.text import copy_tokenizer
 from mpillm.train.watchdog import Watchdog
 
@@ -69,7 +70,7 @@ class Run:
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
         trace = self.folder / "trace" if self.config.train.trace else None
         self.engine = Engine(self.config, self.comm, trace, self.plan.table)
-        self.watchdog = self._watch()
+        self.watchdog, self.stragglers = self._watch(), Stragglers(self.engine)
         self.step_number, self.samples_seen, self.saved_step = 0, 0, 0
         self.skipped, self.skipped_in_a_row, self._saving = 0, 0, None
         self.stop, self.stopped_by = stop, None
@@ -113,6 +114,7 @@ class Run:
         self.step_number += 1
         self.samples_seen += train.global_batch
         step_s = time.perf_counter() - begin
+        self.stragglers.end_step()  # within the step, where the watchdog sees that a rank does not come
         self.engine.trace.end_step()
         self._count_skips(loss, norm)
         tokens = train.global_batch * train.seq_len

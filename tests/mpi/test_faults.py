@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 import warnings
 
 import numpy as np
@@ -13,7 +14,8 @@ from tiny import LAYOUTS, configure, everything, same, tiny
 from mpillm import comm as mpi
 from mpillm.comm.group import Group
 from mpillm.errors import CollectiveError, DataError, MpillmError, NumbersError
-from mpillm.train import checkpoint
+from mpillm.pipeline import stage
+from mpillm.train import checkpoint, stragglers
 from mpillm.train.run import Run
 
 pytestmark = pytest.mark.mpi
@@ -200,3 +202,31 @@ def test_checked_mode_names_both_calls(comm, fault):
             calls[fault]()
         assert_all(str(caught.value).count("test_faults.py") == 2, caught.value, comm)
     group.free()
+
+
+def test_a_rank_that_holds_up_the_others_is_named_with_its_work(comm, data_path, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("one rank has nobody to hold up")
+    monkeypatch.setattr(stragglers, "EVERY", 2)
+    monkeypatch.setattr(stragglers, "LEAST_S", 0.0)
+    trainer = make(comm, data_path, "run", **{"train.steps": 12, "train.microbatch": 3})
+    forward, slow_from = stage.Stage.forward, 6
+
+    def sleeping(self, *work):  # balanced because all do little else
+        is_slow = comm.rank == comm.size - 1 and trainer.step_number >= slow_from
+        time.sleep(0.12 if is_slow else 0.02)
+        return forward(self, *work)
+
+    monkeypatch.setattr(stage.Stage, "forward", sleeping)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(slow_from):
+            trainer.step()
+        too_early = list(caught)
+        for _ in range(4):
+            trainer.step()
+    told = [str(w.message) for w in caught if "holds up the others" in str(w.message)]
+    wanted = [rf"rank {comm.size - 1} on .* of own work a step, .* most of it in F"] * (comm.rank == 0)
+    assert_all(not too_early, too_early, comm)
+    assert_all(len(told) == len(wanted) and all(map(re.fullmatch, wanted, told)), told, comm)
+    trainer.free()

@@ -413,3 +413,23 @@ def test_a_recorder_knows_what_a_rank_is_in():
     assert kinds == ["between", "F", "between", "resting", "evaluate", "F", "evaluate", "resting"]
     assert recorder.ended == {"F", "evaluate"}
     assert [call["name"] for call in recorder.last] == ["0F0", "validation", "0F1"]
+
+
+def test_own_work_is_spans_without_collectives_and_without_spans_within(monkeypatch):
+    now, recorder = [0.0], Recorder()
+    monkeypatch.setattr("mpillm.comm.recorder.time.perf_counter", lambda: now[0])
+
+    def spend(seconds, in_collective=0.0):
+        now[0] += seconds
+        recorder.collective_s += in_collective
+
+    spend(1.0)  # between spans: nobody's
+    recorder.begin("F", "0F0")
+    spend(5.0, in_collective=3.0)
+    recorder.end("F")
+    recorder.begin("evaluate", "validation")
+    recorder.begin("F", "0F1")
+    spend(7.0)
+    recorder.end("F")
+    recorder.end("evaluate")
+    assert recorder.own_s == {"F": 2.0, "evaluate": 7.0}
