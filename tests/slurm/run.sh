@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The job templates on a real Slurm: two nodes on this machine, in a throw-away overlay and namespaces of its own.
-#   bash tests/slurm/run.sh [--short] [VENV]
-# --short submits one template and stops it; started again it is in the long pass alone. Nothing outside the overlay is touched. Skipped, with the reason, without root, apt-get or overlays.
+#   bash tests/slurm/run.sh [VENV [CASE...]]
+# Cases, all if not given: stop preemptions walltime node gpu plan sweep. Nothing outside the overlay is touched. Skipped,
+# with the reason, without root, apt-get or overlays.
 set -eu
 root=$(realpath "$(dirname "$0")/../..")
-short=
-[ "${1:-}" != --short ] || { short=1; shift; }
 venv=${1:-$root/.venv-test-mpich}
+[ $# -gt 1 ] || set -- "$venv" stop preemptions walltime node gpu plan sweep
 
 skip() { echo "tests/slurm: skipped: $1"; exit 0; }
 [ "$(id -u)" = 0 ] || skip "it needs root, to mount an overlay"
@@ -18,9 +18,10 @@ unshare --mount bash -c "mount --make-rprivate / && mount -t tmpfs tmpfs $box &&
     mount -t overlay overlay -o lowerdir=/,upperdir=$box/up,workdir=$box/work $box/root" 2>/dev/null ||
     skip "overlays cannot be mounted here"
 
-unshare --mount bash -s "$box" "$root" "$venv" "$short" <<'OUTER'
+unshare --mount bash -s "$box" "$root" "$@" <<'OUTER'
 set -eu
-box=$1 root=$2 venv=$3 short=$4
+box=$1 root=$2 venv=$3
+shift 3
 mount --make-rprivate /
 mount -t tmpfs -o size=4g tmpfs "$box"
 mkdir "$box/up" "$box/work" "$box/root"
@@ -39,5 +40,5 @@ chroot "$box/root" bash -c '
     { echo "tests/slurm: skipped: Slurm could not be installed: $(tail -n 1 "$box/apt.log")"; exit 0; }
 exec unshare --mount --pid --fork --kill-child --net --uts --ipc bash -c \
     "mount --make-rprivate /; mount -t proc proc $box/root/proc; mkdir -p $box/root/dev/shm
-     exec chroot $box/root bash $root/tests/slurm/inside.sh $root $venv $short"
+     exec chroot $box/root bash $root/tests/slurm/inside.sh $root $venv $*"
 OUTER
