@@ -40,6 +40,9 @@ class Machine:
     matmul : tuple of (int, float)
         FLOPs a second of matrix products whose smallest dimension is so wide, in ascending order; interpolated in the
         logarithm, held beyond the ends.
+    wave : tuple of int
+        Multiprocessors, and the two sides of the tile that each makes of a product while the others make theirs; empty
+        where products are not made in such waves.
     memory_bytes, memory_bytes_per_s : float
         Memory of a rank, and how fast it is read and written.
     elementwise_bytes_per_s, attention_flops_per_s : float
@@ -69,6 +72,7 @@ class Machine:
     elementwise_bytes_per_s: float = 0.0
     attention_flops_per_s: float = 0.0
     shares_memory: bool = False
+    wave: tuple = ()
     num_ranks: int = 0
     num_nodes: int = 0
     table: tuple = ()
@@ -100,6 +104,16 @@ class Machine:
             if width <= high:
                 return slow + (fast - slow) * math.log(width / low) / math.log(high / low)
         return points[-1][1]
+
+    def product_s(self, rows, inner, columns):
+        """Return the seconds of a product ``[rows, inner] @ [inner, columns]``, its last wave as long as any. Local."""
+        seconds = 2 * rows * inner * columns / self.matmul_flops_per_s(min(rows, inner, columns))
+        if not self.wave:
+            return seconds
+        at_once, long, short = self.wave
+        made = min(math.ceil(math.ceil(rows / high) * math.ceil(columns / wide) / at_once)
+                   for high, wide in ((long, short), (short, long))) * at_once * long * short
+        return seconds * made / (rows * columns)
 
     def level_for(self, reach):
         """Return the level over which ``reach`` neighbouring ranks talk. Local."""
@@ -147,6 +161,7 @@ class Machine:
             found["levels"] = tuple(Level(**level) for level in found["levels"])
             found["matmul"] = tuple((int(width), float(rate)) for width, rate in found["matmul"])
             found["table"] = tuple(tuple(row) for row in found.get("table", ()))
+            found["wave"] = tuple(int(size) for size in found.get("wave", ()))
             found["speeds"] = tuple(float(speed) for speed in found.get("speeds", ()))
             return cls(**found)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,14 +176,18 @@ EVERYWHERE = 1 << 20  # the size of a preset's last level
 # Sustained matrix rates are the largest that a search over shapes measured (Bekman, Machine Learning Engineering,
 # 2024); for narrower products half of that at 256 and four fifths at 1024 are assumed. A rank's share of the network is
 # the node's over its ranks; collectives inside reach 78 % of NVLink on A100 and 82 % on H100 (nccl-tests, same book).
+# Elementwise kernels reach nine tenths of the memory's rate (Calculon, Isaev et al. 2023). Multiprocessors are those of
+# the data sheets, tiles those of NVIDIA's Matrix Multiplication Background User's Guide (2023).
 # Latencies: TACCL (Shah et al. 2023), and nccl-tests' 32 KiB over the 14 messages of a ring of eight.
 PRESETS = {machine.name: machine for machine in (
     Machine("dgx-a100", "NVIDIA A100 SXM 80 GB data sheet; DGX A100: 8 GPUs, 8 x 200 Gb/s",
             (Level("node", 8, 3e-6, 1 / 235e9), Level("network", EVERYWHERE, 5e-6, 1 / 25e9)),
-            ((256, 130e12), (1024, 220e12), (4096, 271e12)), 80e9, 2.04e12, 1e-4),
+            ((256, 130e12), (1024, 220e12), (4096, 271e12)), 80e9, 2.04e12, 1e-4,
+            0.9 * 2.04e12, wave=(108, 256, 128)),
     Machine("dgx-h100", "NVIDIA H100 SXM 80 GB data sheet; DGX H100: 8 GPUs, 8 x 400 Gb/s",
             (Level("node", 8, 3e-6, 1 / 367e9), Level("network", EVERYWHERE, 5e-6, 1 / 50e9)),
-            ((256, 380e12), (1024, 640e12), (4096, 794e12)), 80e9, 3.35e12, 1e-4),
+            ((256, 380e12), (1024, 640e12), (4096, 794e12)), 80e9, 3.35e12, 1e-4,
+            0.9 * 3.35e12, wave=(132, 256, 128)),
     Machine("mi250x-node", "AMD Instinct MI250X data sheet; 8 dies of 64 GB a node, 4 x 200 Gb/s",
             (Level("node", 8, 5e-6, 1 / 40e9), Level("network", EVERYWHERE, 5e-6, 1 / 12.5e9)),
             ((256, 60e12), (1024, 100e12), (4096, 125e12)), 64e9, 1.6e12, 1e-4),

@@ -140,7 +140,7 @@ def measure_machine(group, table):
     return Machine(
         f"{group.size} ranks on {len(set(nodes))} nodes", "mpillm probe", tuple(levels), _rising(matmul),
         float(min(group.comm.allgather(free))), 2 * _COPY_BYTES / copy_s, kernel_s,
-        elementwise_bytes_per_s=2 * 2 * 3 * gate.nbytes / gated_s,  # three tensors, read and written, both ways
+        elementwise_bytes_per_s=(2 + 3) * 3 * gate.nbytes / gated_s,  # three tensors, see workload.BACKWARD_BYTES
         attention_flops_per_s=3 * 2 * 8 * 64 * _SEQ * _SEQ / attention_s,
         shares_memory=group.size > 1 and group.node is not None, num_ranks=group.size, num_nodes=len(set(nodes)),
         table=table.rows, speeds=_speeds(group.comm, dict(matmul)[_ROWS]), repeatability=spread,

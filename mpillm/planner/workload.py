@@ -5,6 +5,7 @@ from typing import NamedTuple
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
 SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
+BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -47,7 +48,7 @@ def ring_s(level, size, n_bytes, passes=2):
 def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
     """Price one layer and microbatch on one of ``tensor`` ranks.
 
-    Local. Products at the machine's rate for their smallest dimension; attention at the rate for its head size;
+    Local. Products at the machine's rate for their sizes; attention at the rate for its head size;
     elementwise work by the bytes it moves, the scores among them where they are kept as a matrix (``kind = "gpt"``);
     two allreduces (or their halves) forward and two backward; recompute repeats the forward, or its attention, before
     the backward (Korthikanti et al. 2022).
@@ -56,7 +57,8 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     ups = 1 if model.kind == "gpt" else 2
     shapes = ((h, (heads + 2 * keys) / tensor), (heads / tensor, h), (h, ups * model.ffn_size / tensor),
               (model.ffn_size / tensor, h))
-    products = sum(2 * tokens * k * n / machine.matmul_flops_per_s(min(tokens, k, n)) for k, n in shapes)
+    products, inputs, weights = (sum(map(machine.product_s, *zip(*sizes))) for sizes in (
+        [(tokens, k, n) for k, n in shapes], [(tokens, n, k) for k, n in shapes], [(k, tokens, n) for k, n in shapes]))
     # Without a mask half of the scores are computed for nothing.
     attention = (4 if model.kind == "gpt" else 2) * tokens * seq_len * heads / tensor / (
         machine.attention_flops_per_s or machine.matmul_flops_per_s(model.head_dim))
@@ -70,18 +72,18 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     forward = products + attention + elementwise + machine.call_s + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
-    backward = products + 2 * attention + elementwise + machine.call_s + talk * (1.25 if sequence_parallel else 1)
+    backward = (inputs + 2 * attention + BACKWARD_BYTES * elementwise + machine.call_s
+                + talk * (1.25 if sequence_parallel else 1))
     stored = 4 * whole / split + inner
     kept = {"none": stored + SCORES_KEPT * scores, "selective": stored - tokens * 2 * keys / tensor * item_bytes,
             "full": whole / split}[recompute]
-    return Work(forward, backward + again, products, kept)
+    return Work(forward, backward + again, weights, kept)
 
 
 def head_work(model, machine, tokens, tensor, item_bytes):
     """Price the output head and the loss of one microbatch on one of ``tensor`` ranks."""
     columns = model.vocab_size / tensor
-    product = 2 * tokens * model.hidden_size * columns / machine.matmul_flops_per_s(
-        min(tokens, model.hidden_size, columns))
+    product = machine.product_s(tokens, model.hidden_size, columns)
     loss = 4 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     talk = ring_s(machine.level_for(tensor), tensor, tokens * model.hidden_size * item_bytes)
     return Work(product + loss, product + loss + talk, product, tokens * columns * 4)
