@@ -24,7 +24,8 @@ def command(op, path, trees, output):
         write_json(trees, packed.schedule.to_dict())
     prices = [{"from": a, "to": b, "price_s_per_byte_per_byte_per_s": price} for (a, b), price in found.prices.items()]
     if output:
-        reached = {"trees_beta_s_per_byte": packed.beta_s_per_byte, "trees_fraction": packed.fraction} if packed else {}
+        reached = {"trees_beta_s_per_byte": packed.beta_s_per_byte, "trees_fraction": packed.fraction,
+                   "trees_limit_s_per_byte": packed.limit_s_per_byte} if packed else {}
         write_json(output, {"op": op, "ranks": len(topology.ranks), "beta_s_per_byte": found.beta_s_per_byte,
                             "bottleneck": [list(link) for link in found.bottleneck], "prices": prices, **reached})
     if output != "-":
@@ -34,4 +35,5 @@ def command(op, path, trees, output):
         for source, to in found.bottleneck[:20]:
             click.echo(f"  {source} -> {to}: a byte a second more is worth {found.prices[source, to]:.3g} s a byte")
         if packed:
-            click.echo(f"{packed.schedule.num_chunks} trees reach {packed.fraction:.1%} of that: {trees}")
+            click.echo(f"{packed.schedule.num_chunks} trees reach {packed.fraction:.1%} of that, and "
+                       f"{packed.limit_s_per_byte / packed.beta_s_per_byte:.1%} of what messages can: {trees}")

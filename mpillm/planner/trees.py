@@ -27,11 +27,14 @@ class Packing:
         Seconds a byte of the whole that the busiest link takes, with the shares of the schedule.
     fraction : float
         The bound over that.
+    limit_s_per_byte : float
+        What no messages between ranks can beat. The bound is below it where only a switch that copies would reach it.
     """
 
     schedule: object
     beta_s_per_byte: float
     fraction: float
+    limit_s_per_byte: float
 
 
 def pack_trees(op, topology):
@@ -40,7 +43,11 @@ def pack_trees(op, topology):
     Local. The master program gives every rank the same rate, made up of trees that reach all ranks; a link carries no
     more than it can. New trees are those that cost the least under its duals: each way between two ranks is a shortest
     path, and each tree a cheapest arborescence of such ways (Edmonds 1967), until rates reach :data:`ENOUGH` of the
-    bound or no tree is worth more. Ways through switches carry a copy for every rank behind them, as messages do.
+    bound, or of the limit. Ways through switches carry a copy for every rank behind them, as messages do.
+
+    The limit: whatever the links' prices, trees of one rate for all roots cost that rate times the sum of the cheapest
+    trees of all roots, which cannot be more than all capacities together are worth (the Lagrangian bound of column
+    generation).
 
     Parameters
     ----------
@@ -52,8 +59,8 @@ def pack_trees(op, topology):
     Returns
     -------
     Packing
-        Its fraction is that of the best trees there are. Where a switch passes on more than it takes in, these stay
-        behind the bound, which lets switches copy.
+        Its time is within 1 - :data:`ENOUGH` of its limit. Where a switch passes on more than it takes in, that may lie
+        above the bound, which lets switches copy.
 
     Raises
     ------
@@ -68,36 +75,38 @@ def pack_trees(op, topology):
     network = topology.reversed() if op == "reduce_scatter" else topology
     best = bound("allgather", network).beta_s_per_byte
     num_ranks, capacity = len(network.ranks), np.array([link[2] for link in network.links])
-    found = _generate(network, 1 / (num_ranks * best))
+    found, limit = _generate(network, 1 / (num_ranks * best))
     shares = _whole_shares([tree[0] for tree in found], [tree[1] for tree in found], num_ranks)
     load = sum(share / UNITS * usage for share, (*_, usage) in zip(shares, found))
     beta = float((load / capacity).max()) / num_ranks
     order = sorted(range(len(found)), key=lambda i: found[i][1])
     trees = [(shares[i], found[i][2]) for i in order if shares[i]]
     if op == "allreduce":
-        best, beta = 2 * best, 2 * beta
-    return Packing(make_collective(op, "trees", num_ranks, trees=trees), beta, best / beta)
+        best, beta, limit = 2 * best, 2 * beta, 2 * limit
+    return Packing(make_collective(op, "trees", num_ranks, trees=trees), beta, best / beta, limit)
 
 
 def _generate(network, wanted):
-    """Return trees with their rates: a list of (rate, root, parents, times that each link is used)."""
+    """Return trees with their rates, a list of (rate, root, parents, times that each link is used); and the limit."""
     links, num_ranks = network.links, len(network.ranks)
     unit = max(link[2] for link in links)
     capacity = np.array([link[2] for link in links]) / unit
-    columns, known = [], set()
+    columns, known, most = [], set(), wanted
     prices = 1 / capacity
     while True:
-        before = len(columns)
+        before, cost = len(columns), 0.0
         costs, ways = _ways(network, prices)
         for root in range(num_ranks):
             parents = cheapest_arborescence(costs, root)
             used = sorted(link for child in range(num_ranks) if child != root for link in ways[parents[child]][child])
+            cost += prices[used].sum()
             if (root, *used) not in known:
                 known.add((root, *used))
                 columns.append((root, parents, np.bincount(used, minlength=len(links))))
+        most = min(most, prices @ capacity * unit / cost)
         rate, prices, rates = _master(columns, capacity, num_ranks)
-        if rate * unit >= ENOUGH * wanted or len(columns) == before:
-            return [(share, *column) for share, column in zip(rates, columns)]
+        if rate * unit >= ENOUGH * most or len(columns) == before:
+            return [(share, *column) for share, column in zip(rates, columns)], 1 / (num_ranks * most)
         prices = prices + TIE * prices.max() / capacity  # of equally cheap ways those over faster links
 
 
