@@ -15,6 +15,8 @@ import time
 from functools import wraps
 from itertools import accumulate, pairwise
 
+import torch
+
 from mpillm.comm.buffers import flat, host_empty, staged, unstaged
 from mpillm.comm.group import as_group
 from mpillm.comm.library import finish
@@ -73,8 +75,10 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     n_bytes = x.nbytes
     group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x.dtype, x.shape)
     source = staged(x)
-    host = host_empty(x.shape, x) if out is None or out.is_cuda else out
-    request = group.transport("allreduce", x, n_bytes, may_block).allreduce(flat(source), flat(host), op)
+    host = torch.empty_like(source, pin_memory=x.is_cuda) if out is None or out.is_cuda else out
+    start = flat(source)
+    result = start if host is source else flat(host)
+    request = group.transport("allreduce", x, n_bytes, may_block).allreduce(start, result, op)
     return Pending(host, request, (source,),
                    lambda: unstaged(host, x) if out is None or host is out else out.copy_(host))
 

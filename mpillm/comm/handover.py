@@ -8,6 +8,7 @@ The receiver's tensor is the slot itself. It is free again when the last referen
 own included: written earlier it would give a wrong gradient without a word.
 """
 
+import math
 import weakref
 from collections import deque
 
@@ -91,7 +92,7 @@ class Handover:
         self._node.fence()
         memory, taken = self._neighbours[source]
         low = slot * self.slot_bytes
-        lease = memory[low:low + shape.numel() * like.element_size()]  # lives as long as a tensor refers to it
+        lease = memory[low:low + math.prod(shape) * like.element_size()]  # lives as long as a tensor refers to it
         weakref.finalize(lease, self._left.append, (taken, slot)).atexit = False
         return torch.frombuffer(lease, dtype=like.dtype).view(shape)
 

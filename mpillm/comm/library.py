@@ -36,7 +36,7 @@ class Library:
             own = out[slice(*cuts[self.rank])]
             self.reduce_scatter(x, own, cuts, op)
             return self.allgather(own, out, cuts)
-        source = self._in_place if x.data_ptr() == out.data_ptr() else as_array(x)
+        source = self._in_place if x is out or x.data_ptr() == out.data_ptr() else as_array(x)
         return self._call("Allreduce", source, as_array(out), self._ops[op])
 
     def reduce_scatter(self, x, out, cuts, op):

@@ -4,6 +4,8 @@ A message travels without a copy, or is handed over in memory where the group of
 (:meth:`mpillm.comm.group.Group.open_handover`).
 """
 
+import math
+
 from mpillm.comm.buffers import as_bytes, host_empty, staged, unstaged
 from mpillm.comm.collectives import Pending
 
@@ -32,7 +34,7 @@ def irecv(shape, like, group, source, tag):
 
     ``wait()`` returns it.
     """
-    if group.handover and group.handover.carries(source, shape.numel() * like.element_size()):
+    if group.handover and group.handover.carries(source, math.prod(shape) * like.element_size()):
         request, take = group.handover.irecv(shape, like, source, tag)
         return Pending(None, request, (), lambda: unstaged(take(), like))
     out = host_empty(shape, like)

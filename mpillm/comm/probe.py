@@ -15,7 +15,8 @@ from mpillm.comm.library import finish
 from mpillm.machine import EVERYWHERE, Level, Machine
 from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
-from mpillm.schedules.generators import ALGORITHMS
+from mpillm.schedules.collective import traffic
+from mpillm.schedules.generators import ALGORITHMS, make_collective
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
@@ -25,7 +26,10 @@ _COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
 _COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
 _SUSTAINED_S = 0.5
 _UNEQUAL = 1.2  # ranks that differ by less are taken as equal
-_TIE = 0.95  # what the size before takes is kept unless another is clearly faster
+_TIE = 0.95  # of the time of the simpler: less is clearly faster
+_NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
+_FAR = 4.0  # times the best: not tried at the next size
+_BISECTIONS = 2
 
 
 def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
@@ -81,10 +85,15 @@ def only(algorithm):
 
 
 def candidates(op, group):
-    """Return the algorithms that ``group`` could take for ``op``."""
+    """Return the algorithms that ``group`` could take for ``op``, simple ones first; of those that come to the same
+    for its number of ranks only one."""
+    nodes = group.schedules.nodes
     shared = [] if group.node is None else [WINDOW]
-    passed = ("trees",) if len(set(group.schedules.nodes)) > 1 else ("trees", TWO_LEVEL)
-    return [LIBRARY, *shared, *(name for name in ALGORITHMS[op] if name not in passed)]
+    passed = ("trees",) if len(set(nodes)) > 1 else ("trees", TWO_LEVEL)
+    names = [name for name in ALGORITHMS[op] if name not in passed]
+    kinds = {name: traffic(make_collective(op, name, group.size, nodes=nodes)) for name in names}
+    return [LIBRARY, *shared, *(name for i, name in enumerate(names)
+                                if kinds[name] not in [kinds[other] for other in names[:i]])]
 
 
 def measure_machine(group, table):
@@ -194,33 +203,56 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
     """Measure which algorithm is fastest for each operation and size on tensors of a rank's own.
 
     Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, size and
-    algorithm; an algorithm that took more than four times the best of a size is not tried at the next.
+    algorithm, and more for those that come near the best. Of near-equals the first of :func:`candidates` is taken. An
+    algorithm that took more than four times the best of a size is not tried at the next; where the winner changes
+    between two sizes, it is looked up between them.
     """
     rows = []
     for op in operations:
-        alive, winners = {name: group.with_table(only(name)) for name in candidates(op, group)}, []
+        members = {name: group.with_table(only(name)) for name in candidates(op, group)}
+
+        def fastest(n_bytes, names, op=op, members=members):
+            return _fastest(group, op, n_bytes, {name: members[name] for name in names}, dtype, budget_s)
+
+        alive, winners = list(members), []
         for size in sizes_bytes:
-            x = torch.empty(max(group.size, size // dtype.itemsize), dtype=dtype).fill_(0)
-            out = torch.zeros(len(x) + group.size, dtype=dtype)
-            calls = {name: make_call(op, x, member, out) for name, member in alive.items()}
-            medians = {name: float(np.median(times)) for name, times in time_calls(group.comm, calls, budget_s).items()}
-            best = min(medians, key=medians.get)
-            if winners and medians.get(winners[-1], math.inf) * _TIE <= medians[best]:
-                best = winners[-1]
-            winners.append(best)
-            alive = {name: member for name, member in alive.items() if medians[name] <= 4 * medians[best]}
-        rows += _limits(op, dtype, sizes_bytes, winners)
+            winner, alive = fastest(size, alive)
+            winners.append(winner)
+        rows += _limits(op, dtype, sizes_bytes, winners, fastest)
     return DecisionTable(tuple(rows))
 
 
-def _limits(op, dtype, sizes_bytes, winners):
-    """Return the rows of a table: an algorithm goes up to half way, in the logarithm, to where another wins."""
+def _fastest(group, op, n_bytes, members, dtype, budget_s):
+    """Return the fastest of some algorithms, the first of near-equals, and those that are not far behind."""
+    x = torch.empty(max(group.size, n_bytes // dtype.itemsize), dtype=dtype).fill_(0)
+    out = torch.zeros(len(x) + group.size, dtype=dtype)
+    calls = {name: make_call(op, x, member, out) for name, member in members.items()}
+    medians = _medians(time_calls(group.comm, calls, budget_s))
+    near = {name: calls[name] for name, median in medians.items() if median <= _NEAR * min(medians.values())}
+    if len(near) > 1:
+        medians |= _medians(time_calls(group.comm, near, _AGAIN * budget_s, repeats=(15, 400)))
+    best = min(medians[name] for name in near)
+    winner = next(name for name in near if _TIE * medians[name] <= best)
+    return winner, [name for name in members if medians[name] <= _FAR * best]
+
+
+def _medians(times):
+    return {name: float(np.median(own)) for name, own in times.items()}
+
+
+def _limits(op, dtype, sizes_bytes, winners, fastest):
+    """Return the rows of a table: where another algorithm wins the limit is bisected in the logarithm of the size."""
     rows, name = [], str(dtype).removeprefix("torch.")
     for i, winner in enumerate(winners):
         if i + 1 == len(winners):
             rows.append((op, ANY, name, None, winner))
         elif winners[i + 1] != winner:
-            rows.append((op, ANY, name, int(math.sqrt(sizes_bytes[i] * sizes_bytes[i + 1])), winner))
+            low, high = sizes_bytes[i:i + 2]
+            for _ in range(_BISECTIONS):
+                middle = int(math.sqrt(low * high))
+                is_higher = fastest(middle, (winner, winners[i + 1]))[0] == winner
+                low, high = (middle, high) if is_higher else (low, middle)
+            rows.append((op, ANY, name, int(math.sqrt(low * high)), winner))
     return rows
 
 

@@ -29,7 +29,9 @@ gather           rank i     the root
 The generators are in :mod:`mpillm.schedules.generators`, the proof in :mod:`mpillm.schedules.check_collective`.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -103,6 +105,21 @@ class CollectiveSchedule:
                 f"a collective schedule needs op, algorithm, num_ranks, sources, targets, shares and rounds of steps "
                 f"[kind, peer, chunks]; this one: {type(error).__name__} {error}"
             ) from None
+
+
+def traffic(schedule):
+    """Return what every rank sends to whom, and adds from whom, in its rounds, as shares of the whole.
+
+    Local. Two algorithms that for some number of ranks differ only in how they cut the message give the same.
+    """
+    def parts(steps):
+        found = Counter()
+        for kind, peer, chunks in steps:
+            if kind in ("send", "reduce"):
+                found[kind, peer] += Fraction(sum(schedule.shares[c] for c in chunks), sum(schedule.shares))
+        return frozenset(found.items())
+
+    return tuple(tuple(filter(None, map(parts, own))) for own in schedule.rounds)
 
 
 def draw(schedule):

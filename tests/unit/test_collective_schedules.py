@@ -9,7 +9,7 @@ import pytest
 
 from mpillm.errors import ScheduleError
 from mpillm.schedules.check_collective import check_collective
-from mpillm.schedules.collective import CollectiveSchedule, Step, draw
+from mpillm.schedules.collective import CollectiveSchedule, Step, draw, traffic
 from mpillm.schedules.generators import ALGORITHMS, make_collective
 
 RANKS = range(1, 10)
@@ -170,6 +170,16 @@ def test_rounds_and_bytes_are_the_textbook_s(op, algorithm):
 def test_no_two_names_hide_one_algorithm(op):
     found = [make(op, name, 7).rounds for name in ALGORITHMS[op]]
     assert len(set(found)) == len(found)
+
+
+def test_names_that_come_to_the_same_for_few_ranks():
+    """Two ranks can exchange halves, exchange all, or send all one way and back; for eight ranks all names differ."""
+    def kinds(op, p):
+        names = [name for name in ALGORITHMS[op] if name not in ("two_level", "trees")]
+        return len({traffic(make(op, name, p)) for name in names}), len(names)
+
+    assert [kinds(op, 2)[0] for op in ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")] == [3, 1, 1, 2, 1]
+    assert all(len(set(kinds(op, 8))) == 1 for op in ALGORITHMS)
 
 
 def test_two_level_crosses_the_network_as_little_as_can_be():
