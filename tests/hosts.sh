@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Two hosts, as network namespaces of this machine: train across them with each MPI, then pull the cable.
 #   bash tests/hosts.sh [VENV...]
+#   bash tests/hosts.sh --links RANKS RATES [VENV]: with RANKS a host (1 or 2) and a link of each of the RATES ("100mbit
+#   1gbit none"), hold the plan against all layouts (tests/links.py); under the MPICH wheel, nothing else running.
 # Every VENV has an MPI wheel with its launcher. Skipped, with the reason, without root, ip or namespaces.
 set -eu
 root=$(realpath "$(dirname "$0")/..")
@@ -11,6 +13,8 @@ if [ -z "${MPILLM_HOSTS:-}" ]; then
     unshare --mount --net --uts --pid --fork true 2>/dev/null || skip "namespaces cannot be made here"
     MPILLM_HOSTS=1 exec unshare --mount --net --uts --pid --fork --kill-child bash "$0" "${@:-$root/.venv-test-mpich}"
 fi
+links=
+[ "$1" != --links ] || { links=$3 ranks=$2; set -- "${4:-$root/.venv-test-mpich}"; }
 
 mount --make-rprivate / && mount -t proc proc /proc && mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run
 folder=$(mktemp -d)
@@ -37,18 +41,33 @@ S
 chmod +x on-host
 unset PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe # which would put both ranks on one host
 export PYTHONPATH=$root OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+failures=0
+verdict() { if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi; }
+
+hydra=(-launcher ssh -launcher-exec "$folder/on-host" -iface br0 -genv UCX_TLS tcp,self -genv UCX_NET_DEVICES eth0)
+
+if [ -n "$links" ]; then
+    for rate in $links; do
+        for i in 1 2; do
+            ip netns exec h$i tc qdisc del dev eth0 root 2>/dev/null || true
+            [ "$rate" = none ] || ip netns exec h$i tc qdisc add dev eth0 root tbf rate "$rate" burst 64kb latency 200ms
+        done
+        verdict "the plan for a link of $rate" "$1/bin/mpiexec" "${hydra[@]}" -hosts "h1:$ranks,h2:$ranks" \
+            -n $((2 * ranks)) "$1/bin/python" "$root/tests/links.py" "$rate" "$folder/choices"
+    done
+    [[ $links != *" "* ]] || verdict "changes with the link" [ "$(sort -u choices | wc -l)" -gt 1 ]
+    exit "$((failures > 0))"
+fi
+
 "$1/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2 >/dev/null
 training=("$root/tests/cluster.toml" --data.path "$folder/tokens.h5" --layout.data 2
     --train.steps 40 --train.numerics exact --train.exact_blocks 4)
-failures=0
-verdict() { if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$((failures + 1)); fi; }
 
 across() { # VENV RUN OPTION...: train on a rank a host
     local venv=$1 name=$2
     set -- "$venv/bin/python" -m mpillm train "${training[@]}" --train.run_dir "$folder/$name" "${@:3}"
     if [ -x "$venv/bin/mpiexec.hydra" ]; then
-        set -- -launcher ssh -launcher-exec "$folder/on-host" -iface br0 -hosts h1:1,h2:1 -n 2 \
-            -genv UCX_TLS tcp,self -genv UCX_NET_DEVICES eth0 "$@"
+        set -- "${hydra[@]}" -hosts h1:1,h2:1 -n 2 "$@"
     else
         set -- --prtemca plm ssh --prtemca plm_ssh_agent "$folder/on-host" --mca btl tcp,self \
             --mca btl_tcp_if_include 10.77.0.0/24 --prtemca prte_if_include 10.77.0.0/24 -H h1:1,h2:1 -np 2 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice; random
-# kills, changed checkpoints, all job templates on a Slurm, two hosts.
+# kills, changed checkpoints, all job templates on a Slurm, two hosts and links of three rates between them.
 #   bash tests/soak.sh [BIN]
 # BIN holds the python and mpiexec to use: what tests/run.sh made, if not given.
 set -eu
@@ -16,3 +16,5 @@ done
 MPILLM_MUTATIONS=1000 "$bin/python" -m pytest -q "$root/tests/unit/test_checkpoint.py"
 bash "$root/tests/slurm/run.sh" "${bin%/bin}"
 bash "$root/tests/hosts.sh" "${bin%/bin}"
+bash "$root/tests/hosts.sh" --links 1 "100mbit 1gbit none" "${bin%/bin}"
+bash "$root/tests/hosts.sh" --links 2 "100mbit 1gbit none" "${bin%/bin}"

@@ -25,6 +25,7 @@ _ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels 
 _COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
 _COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
 _SUSTAINED_S = 0.5
+_SLOW_S = 0.1  # over a slow network the largest messages would take minutes; whoever wins goes on to win
 _UNEQUAL = 1.2  # ranks that differ by less are taken as equal
 _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
@@ -205,7 +206,7 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
     Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, size and
     algorithm, and more for those that come near the best. Of near-equals the first of :func:`candidates` is taken. An
     algorithm that took more than four times the best of a size is not tried at the next; where the winner changes
-    between two sizes, it is looked up between them.
+    between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`.
     """
     rows = []
     for op in operations:
@@ -216,14 +217,17 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
 
         alive, winners = list(members), []
         for size in sizes_bytes:
-            winner, alive = fastest(size, alive)
+            winner, alive, best_s = fastest(size, alive)
             winners.append(winner)
+            if best_s > _SLOW_S:
+                break
+        winners += winners[-1:] * (len(sizes_bytes) - len(winners))
         rows += _limits(op, dtype, sizes_bytes, winners, fastest)
     return DecisionTable(tuple(rows))
 
 
 def _fastest(group, op, n_bytes, members, dtype, budget_s):
-    """Return the fastest of some algorithms, the first of near-equals, and those that are not far behind."""
+    """Return the fastest of some algorithms, the first of near-equals; those that are not far behind; and the best time."""
     x = torch.empty(max(group.size, n_bytes // dtype.itemsize), dtype=dtype).fill_(0)
     out = torch.zeros(len(x) + group.size, dtype=dtype)
     calls = {name: make_call(op, x, member, out) for name, member in members.items()}
@@ -233,7 +237,7 @@ def _fastest(group, op, n_bytes, members, dtype, budget_s):
         medians |= _medians(time_calls(group.comm, near, _AGAIN * budget_s, repeats=(15, 400)))
     best = min(medians[name] for name in near)
     winner = next(name for name in near if _TIE * medians[name] <= best)
-    return winner, [name for name in members if medians[name] <= _FAR * best]
+    return winner, [name for name in members if medians[name] <= _FAR * best], best
 
 
 def _medians(times):

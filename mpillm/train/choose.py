@@ -141,7 +141,7 @@ def _fastest(plans, config, comm):
     for plan in plans:
         resolved = plan.applied_to(config).resolve(comm.size)
         engine = Engine(resolved, comm, table=plan.table)
-        times = [_time_step(engine, resolved, comm) for _ in range(TRIED_STEPS)]
+        times = [time_step(engine, resolved, comm) for _ in range(TRIED_STEPS)]
         engine.free()
         tried.append({"layout": plan.layout, "predicted_s": plan.predicted["step_s"],
                       "measured_s": float(np.median(times[1:]))})  # the first makes windows and requests
@@ -149,7 +149,7 @@ def _fastest(plans, config, comm):
     return replace(plans[best], tried=tried, alternatives=plans[0].alternatives)
 
 
-def _time_step(engine, config, comm):
+def time_step(engine, config, comm):
     """Return the seconds of one step, of the slowest rank; the same on all."""
     generator = torch.Generator().manual_seed(config.train.seed)
     tokens = torch.randint(config.model.vocab_size, (config.train.global_batch, config.train.seq_len + 1),

@@ -155,7 +155,7 @@ def test_layers_mixed_by_a_tight_plan_recompute_as_it_says_and_agree(comm):
              for i, layer in own}
     engine.free()
     assert_all(found == {i: modes[i] for i in found}, f"{found} {modes}", comm)
-    difference = compare_layout(obeyed, comm, *reference_steps(obeyed, 2, comm))
+    difference = compare_layout(obeyed, comm, *reference_steps(obeyed, 1, comm))
     assert_all(difference.first is None, str(difference), comm)
 
 

@@ -1,0 +1,87 @@
+"""Two hosts and a link: every layout measured beside its prediction, and the plan's choice beside the best of them.
+
+    mpiexec -n N ... python tests/links.py NAME FILE
+
+``tests/hosts.sh --links`` starts it with links of several rates. The choice is appended to FILE; the exit code says whether
+it took at most a tenth longer than the best.
+"""
+
+import statistics
+import sys
+
+import numpy as np
+
+from mpillm.comm.group import as_group
+from mpillm.comm.probe import measure_machine, measure_table
+from mpillm.comm.world import comm_world, set_threads
+from mpillm.config import Config
+from mpillm.plan import Plan
+from mpillm.planner.layout import layouts, make_plan
+from mpillm.planner.pricing import Pricer, describe, to_config
+from mpillm.train.choose import time_step
+from mpillm.train.engine import Engine
+
+# Three layers: stages are uneven, so that what a pipeline saves on the wire it pays for in waiting.
+CONFIG = {
+    "model": {"hidden_size": 256, "ffn_size": 688, "num_layers": 3, "num_heads": 4, "vocab_size": 256},
+    "train": {"seq_len": 128, "global_batch": 16, "eval_every": 0, "checkpoint_every": 0},
+}
+STEPS, PAIRS = 3, 5
+
+
+def candidates(pricer, config, ranks, machine):
+    """Return the best price of every data x pipeline x tensor x microbatch x schedule; other keys as the planner sets
+    them."""
+    found = {}
+    for one in layouts(config, ranks, machine):
+        price = pricer.played(pricer.price(one))
+        key = one.data, one.pipeline, one.tensor, one.microbatch, one.schedule
+        if key not in found or price.step_s < found[key].step_s:
+            found[key] = price
+    return sorted(found.values(), key=lambda price: price.step_s)
+
+
+def engine_of(config, keys, comm, table):
+    """Return an engine of a planned layout, and its configuration."""
+    resolved = Plan(comm.size, 0, layout=keys).applied_to(config).resolve(comm.size)
+    return Engine(resolved, comm, table=table), resolved
+
+
+def main(name, path):
+    """Measure one link; return the exit code."""
+    comm = comm_world()
+    set_threads(comm)
+    config, group = Config.from_dict(CONFIG), as_group(comm)
+    machine = measure_machine(group, measure_table(group))
+    plan = comm.bcast(make_plan(config, machine, comm.size) if comm.rank == 0 else None)
+    pricer, rows = Pricer(config, machine, comm.size), []
+    prices = comm.bcast(candidates(pricer, config, comm.size, machine) if comm.rank == 0 else None)
+    for price in prices:
+        keys = to_config(price.layout, pricer)
+        engine, resolved = engine_of(config, keys, comm, plan.table)
+        times = [time_step(engine, resolved, comm) for _ in range(1 + STEPS)]
+        rows.append((statistics.median(times[1:]), price.step_s, keys))
+        engine.free()
+    best = min(rows, key=lambda row: row[0])[2]
+    ratio = 1.0
+    if plan.layout != best:
+        both = [engine_of(config, keys, comm, plan.table) for keys in (plan.layout, best)]
+        pairs = [tuple(statistics.median(time_step(*each, comm) for _ in range(STEPS)) for each in both)
+                 for _ in range(1 + PAIRS)]
+        ratio = statistics.median(mine / its for mine, its in pairs[1:])
+    if comm.rank == 0:
+        links = ", ".join(f"{level.name} {level.alpha_s * 1e6:.0f} us {1e-6 / level.beta_s_per_byte:.0f} MB/s"
+                          for level in machine.levels)
+        print(f"{name}: {comm.size} ranks; {links}")
+        for measured_s, predicted_s, keys in sorted(rows, key=lambda row: row[0]):
+            print(f"  measured {measured_s * 1e3:7.0f} ms, predicted {predicted_s * 1e3:7.0f} ms  {describe(keys)}")
+        ranks = [np.argsort(np.argsort([row[i] for row in rows])) for i in (0, 1)]
+        print(f"  rank correlation {np.corrcoef(ranks)[0, 1]:.2f} over {len(rows)} layouts")
+        print(f"  chosen {describe(plan.layout)}: {ratio:.3f} of the best, {describe(best)}", flush=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(describe(plan.layout) + "\n")
+    return int(ratio > 1.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
