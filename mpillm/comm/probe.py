@@ -22,7 +22,7 @@ OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 _ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels that a layer's forward starts
-_COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 12, 1 << 23
+_COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 6, 1 << 23
 _COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
 _SUSTAINED_S = 0.5
 _SLOW_S = 0.1  # over a slow network the largest messages would take minutes; whoever wins goes on to win
@@ -173,13 +173,16 @@ def _speeds(comm, flops_per_s):
 
 
 def _level(name, comm, colour, size, table, median_s):
-    """Measure allreduces among ranks of one colour, all colours at once."""
+    """Measure allreduces among ranks of one colour, all colours at once; or its halves, where these are faster: some
+    libraries leave a network half idle in an allreduce, and gradients take the halves."""
     part = comm.Split(colour, comm.rank)
     member = Group(part, name, table=table)
     times = []
     for n_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         x = torch.zeros(n_bytes // 4)
-        times.append(median_s(f"{name} {n_bytes}", make_call("allreduce", x, member)))
+        whole, *halves = (median_s(f"{name} {op} {n_bytes}", make_call(op, x, member))
+                          for op in ("allreduce", "reduce_scatter", "allgather"))
+        times.append(min(whole, sum(halves)))
     member.free()
     messages = 2 * (size - 1)
     beta = max(0.0, times[1] - times[0]) / (_LARGE_BYTES - _SMALL_BYTES) * size / messages

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from mpillm.cli.report import command, find_restarts, loss_rows, running_mean, timeline_rows
 from mpillm.comm.recorder import Recorder
 from mpillm.errors import ConfigError, DataError
+from mpillm.plan import Plan
 from mpillm.planner import timeline
 from mpillm.report.chrome import trace_events
 from mpillm.report.figures import KINDS, draw_loss, draw_timeline
@@ -378,6 +379,23 @@ def test_a_plan_is_drawn_and_compared_as_a_trace():
     assert rows["step"]["measured_s"] == 2.5 and rows["step"]["error"] == pytest.approx(-0.2)
     assert rows["gradients"]["measured_s"] == 0.25 and rows["update"]["error"] == pytest.approx(1.0)
     assert rows["pipeline"]["measured_s"] == pytest.approx(2.15)
+
+
+def test_what_was_sent_is_told_beside_what_was_planned(run):
+    """Both ranks send 5 and then 10 bytes a step; the plan knows of the first, and of something that nobody sends."""
+    for rank in range(2):
+        path = run / "trace" / f"rank-{rank:05d}.jsonl"
+        sent = [{"step": step, "sent": [["pipeline", "send", 5], ["world", "allreduce", 10], ["data", "bcast", 0]]}
+                for step in range(1, 7)]
+        path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in sent))
+    volume = [{"axis": "pipeline", "operation": "send", "bytes": 10}, {"axis": "tensor", "operation": "bcast", "bytes": 1}]
+    predicted = {"step_s": 20.0, "pipeline_s": 17.0, "gradients_s": 0.0, "update_s": 1.0, "volume": volume}
+    Plan(2, 1, predicted=predicted).save(run / "plan.json")
+    output = invoke(run)
+    rows = [(row["axis"], row["planned_bytes"], row["counted_bytes"]) for row in rows_of(run / "figures" / "volume.csv")]
+    assert rows == [("world", "0", "20"), ("pipeline", "10", "10"), ("tensor", "1", "0")]
+    lines = [line for line in output.splitlines() if line.startswith("  ")]
+    assert [line.endswith("differs") for line in lines] == [True, False, True]
 
 
 def test_planned_lies_above_measured_on_one_axis():
