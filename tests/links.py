@@ -26,19 +26,20 @@ CONFIG = {
     "model": {"hidden_size": 256, "ffn_size": 688, "num_layers": 3, "num_heads": 4, "vocab_size": 256},
     "train": {"seq_len": 128, "global_batch": 16, "eval_every": 0, "checkpoint_every": 0},
 }
-STEPS, PAIRS = 3, 5
+STEPS, PAIRS, HOPELESS = 3, 5, 4
 
 
 def candidates(pricer, config, ranks, machine):
-    """Return the best price of every data x pipeline x tensor x microbatch x schedule; other keys as the planner sets
-    them."""
+    """Return the best price of every data x pipeline x tensor x microbatch x schedule, other keys as the planner sets
+    them; without those that are predicted to take more than :data:`HOPELESS` times the best."""
     found = {}
     for one in layouts(config, ranks, machine):
         price = pricer.played(pricer.price(one))
         key = one.data, one.pipeline, one.tensor, one.microbatch, one.schedule
         if key not in found or price.step_s < found[key].step_s:
             found[key] = price
-    return sorted(found.values(), key=lambda price: price.step_s)
+    prices = sorted(found.values(), key=lambda price: price.step_s)
+    return [price for price in prices if price.step_s < HOPELESS * prices[0].step_s]
 
 
 def engine_of(config, keys, comm, table):
