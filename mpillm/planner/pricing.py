@@ -273,14 +273,17 @@ class Pricer:
         ConfigError
             If it does not fit even with all layers recomputed.
         """
-        found = [self._mixed(layout, limit_bytes, RECOMPUTE)]
-        try:
-            found.append(self._mixed(layout, limit_bytes, RECOMPUTE[:2]))
-        except ConfigError:
-            pass
+        found = []
+        for ways in (RECOMPUTE[:2], RECOMPUTE):
+            try:
+                found.append(self._mixed(layout, limit_bytes, ways))
+            except ConfigError:
+                if ways == RECOMPUTE and not found:
+                    raise
         return min(found, key=lambda price: price.step_s)
 
     def _mixed(self, layout, limit_bytes, ways):
+        """Return the price of the best mixture of some ways to recompute."""
         p, sizes = layout.pipeline, self.stage_sizes(replace(layout, recompute="none"))
         layers, _, _, _, head_bytes, _ = self._of(replace(layout, recompute="none"))
         fixed = self._fixed_bytes(replace(layout, recompute=ways), self._parameters(layout, layers), head_bytes)
