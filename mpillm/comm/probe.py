@@ -31,6 +31,7 @@ _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
 _FAR = 4.0  # times the best: not tried at the next size
 _BISECTIONS = 2
+_LINE_BYTES = 64
 
 
 def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
@@ -256,7 +257,7 @@ def _limits(op, dtype, sizes_bytes, winners, fastest):
         elif winners[i + 1] != winner:
             low, high = sizes_bytes[i:i + 2]
             for _ in range(_BISECTIONS):
-                middle = int(math.sqrt(low * high))
+                middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
                 is_higher = fastest(middle, (winner, winners[i + 1]))[0] == winner
                 low, high = (middle, high) if is_higher else (low, middle)
             rows.append((op, ANY, name, int(math.sqrt(low * high)), winner))

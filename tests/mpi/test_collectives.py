@@ -213,6 +213,17 @@ def test_flat_buffers_are_reduced_and_filled_where_they_lie(comm, dtype):
         assert_all(ok and torch.equal(y, whole), f"{size} {own} {y}", comm)
 
 
+def test_the_library_reduces_a_large_buffer_of_uneven_blocks_where_it_lies(comm):
+    """Whose second block is longer than the first: in place MPICH 5.0.2 aborts."""
+    group = Group(as_group(comm).comm, table=DecisionTable(()))
+    for size in (370727, 370728):
+        x = torch.arange(size, dtype=torch.float32) % 1000 + comm.rank
+        right = own_block(comm.size * (torch.arange(size) % 1000) + sum(range(comm.size)), comm, 0).float()
+        own = collectives.reduce_scatter_blocks(x, group)
+        ok = torch.equal(own, right) and own.data_ptr() == own_block(x, comm, 0).data_ptr()
+        assert_all(ok, f"{size} {own}", comm)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_in_a_window_are_combined_where_they_lie(comm, dtype, monkeypatch):
     """And give the bits that messages in the fixed order give."""
