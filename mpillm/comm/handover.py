@@ -20,7 +20,7 @@ from mpillm.comm.library import finish
 from mpillm.comm.shared import make_node
 from mpillm.schedules.blocks import align
 
-LEAST_BYTES = 1 << 18  # of a message that gains by it, measured between two ranks under MPICH 5.0.2
+LEAST_BYTES = 1 << 20  # of a message that gains by it, measured between two ranks under MPICH 5.0.2
 _LINE_BYTES = 64
 
 
