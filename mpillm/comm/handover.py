@@ -63,6 +63,7 @@ class Handover:
         slot = next((i for i, taken in enumerate(self._taken) if not taken), -1)
         if slot >= 0:
             self._taken[slot] = 1
+            self._node.fence()
             place = torch.frombuffer(self._memory, dtype=x.dtype, count=x.numel(), offset=slot * self.slot_bytes)
             place.copy_(flat(x))
             self._node.fence()
