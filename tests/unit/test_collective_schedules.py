@@ -178,7 +178,8 @@ def test_names_that_come_to_the_same_for_few_ranks():
         names = [name for name in ALGORITHMS[op] if name not in ("two_level", "trees")]
         return len({traffic(make(op, name, p)) for name in names}), len(names)
 
-    assert [kinds(op, 2)[0] for op in ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")] == [3, 1, 1, 2, 1]
+    operations = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
+    assert [kinds(op, 2)[0] for op in operations] == [3, 1, 1, 2, 1]
     assert all(len(set(kinds(op, 8))) == 1 for op in ALGORITHMS)
 
 
