@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpillm.errors import ConfigError
 from mpillm.schedules.generators import ALGORITHMS
+from mpillm.schedules.repair import COMPOSED, PADDED, PIECES, WHOLE, as_if
 
 ANY = "*"
 LIBRARY, WINDOW, TWO_LEVEL = "mpi", "window", "two_level"
@@ -23,7 +24,9 @@ class DecisionTable:
         ``axis`` and ``dtype`` may be ``"*"``; rows that name the dtype go before those that name the axis, these before
         the others. ``up_to_bytes`` of the whole vector, ``None`` without a limit. ``algorithm`` is ``"mpi"`` (the MPI
         library's own), ``"window"`` (node-shared memory) or one of :data:`mpillm.schedules.generators.ALGORITHMS`;
-        ``"two_level"`` takes shared memory inside nodes where it can.
+        ``"two_level"`` takes shared memory inside nodes where it can. Or what
+        :func:`mpillm.schedules.repair.repair` found: ``"reduce_scatter+allgather"`` for an allreduce; for allreduce and
+        bcast ``"padded:M"`` and ``"pieces:M"``, by what the table says for a message of M bytes.
     """
 
     rows: tuple
@@ -53,6 +56,11 @@ class DecisionTable:
             if limits[-1] != float("inf"):
                 limits.append(float("inf"))
                 algorithms.append(LIBRARY)
+            others = [(name, as_if(name)[1]) for name in algorithms if as_if(name)]
+            nested = [name for name, n_bytes in others if as_if(algorithms[bisect_left(limits, n_bytes)])]
+            if nested:
+                raise ConfigError(f"decision table: {', '.join(nested)}: for that many bytes the table has no "
+                                  "algorithm, but another size to go by: name a size that has one")
         return found
 
     def to_dict(self):
@@ -71,8 +79,10 @@ class DecisionTable:
         for row in found["rows"]:
             if len(row) != 5 or not (row[3] is None or isinstance(row[3], int)) or row[0] not in OPERATIONS:
                 raise ConfigError(f"decision table: row {row}: needs [op, axis, dtype, up_to_bytes or null, algorithm]")
-            if row[4] not in (LIBRARY, WINDOW, *ALGORITHMS[row[0]]) or row[4] == "trees":
-                known = ", ".join((LIBRARY, WINDOW, *ALGORITHMS[row[0]][:-1]))
+            names = [LIBRARY, WINDOW, *ALGORITHMS[row[0]], *([COMPOSED] if row[0] == "allreduce" else [])]
+            if row[4] not in names and not (row[0] in WHOLE and as_if(row[4])) or row[4] == "trees":
+                names += [f"{PADDED}:BYTES", f"{PIECES}:BYTES"] if row[0] in WHOLE else []
+                known = ", ".join(name for name in names if name != "trees")
                 raise ConfigError(f"decision table: row {row}: {row[0]} has no algorithm {row[4]}; known are {known}")
         return cls(tuple(tuple(row) for row in found["rows"]))
 

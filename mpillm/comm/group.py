@@ -9,9 +9,11 @@ from mpillm.comm.handover import Handover
 from mpillm.comm.levels import Levels, make_levels
 from mpillm.comm.library import Library
 from mpillm.comm.recorder import Checker, Recorder
+from mpillm.comm.repaired import repaired
 from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
 from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
+from mpillm.schedules.repair import COMPOSED, as_if
 
 _keyval = None
 
@@ -96,6 +98,8 @@ class Group:
             return self.node
         if algorithm == LIBRARY or self.order == "tree":
             return library
+        if algorithm == COMPOSED or as_if(algorithm):
+            return repaired(self, algorithm, op, x, n_bytes) if may_block else library
         if algorithm in (WINDOW, TWO_LEVEL) and may_block and hasattr(Levels, op) and self.levels \
                 and (op == "allgather" or x.dtype not in HALF_TYPES):  # of which sums are to be rounded once
             return self.levels

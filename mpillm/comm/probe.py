@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.collective import traffic
 from mpillm.schedules.generators import ALGORITHMS, make_collective
+from mpillm.schedules.repair import COMPOSED, as_if, repair
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
@@ -210,24 +212,24 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
     Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, size and
     algorithm, and more for those that come near the best. Of near-equals the first of :func:`candidates` is taken. An
     algorithm that took more than four times the best of a size is not tried at the next; where the winner changes
-    between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`.
+    between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`. What
+    another size or operation does clearly faster is done by that (:func:`mpillm.schedules.repair.repair`).
     """
-    rows = []
+    measured, deciders = {}, {}
     for op in operations:
         members = {name: group.with_table(only(name)) for name in candidates(op, group)}
 
         def fastest(n_bytes, names, op=op, members=members):
             return _fastest(group, op, n_bytes, {name: members[name] for name in names}, dtype, budget_s)
 
-        alive, winners = list(members), []
+        alive, measured[op], deciders[op] = list(members), {}, fastest
         for size in sizes_bytes:
             winner, alive, best_s = fastest(size, alive)
-            winners.append(winner)
+            measured[op][size] = winner, best_s
             if best_s > _SLOW_S:
                 break
-        winners += winners[-1:] * (len(sizes_bytes) - len(winners))
-        rows += _limits(op, dtype, sizes_bytes, winners, fastest)
-    return DecisionTable(tuple(rows))
+    chosen = repair(measured)
+    return DecisionTable(tuple(row for op in operations for row in _limits(op, dtype, chosen[op], deciders[op])))
 
 
 def _fastest(group, op, n_bytes, members, dtype, budget_s):
@@ -248,20 +250,21 @@ def _medians(times):
     return {name: float(np.median(own)) for name, own in times.items()}
 
 
-def _limits(op, dtype, sizes_bytes, winners, fastest):
-    """Return the rows of a table: where another algorithm wins the limit is bisected in the logarithm of the size."""
-    rows, name = [], str(dtype).removeprefix("torch.")
-    for i, winner in enumerate(winners):
-        if i + 1 == len(winners):
-            rows.append((op, ANY, name, None, winner))
-        elif winners[i + 1] != winner:
-            low, high = sizes_bytes[i:i + 2]
-            for _ in range(_BISECTIONS):
-                middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
-                is_higher = fastest(middle, (winner, winners[i + 1]))[0] == winner
-                low, high = (middle, high) if is_higher else (low, middle)
-            rows.append((op, ANY, name, int(math.sqrt(low * high)), winner))
-    return rows
+def _limits(op, dtype, chosen, fastest):
+    """Return the rows of a table: where the choice changes between two sizes, the limit is bisected in the logarithm of
+    the size if both were measured; else it is half way."""
+    rows, name, sizes_bytes = [], str(dtype).removeprefix("torch."), list(chosen)
+    for low, high in pairwise(sizes_bytes):
+        below, above = chosen[low], chosen[high]
+        if below == above:
+            continue
+        are_measured = not any(choice == COMPOSED or as_if(choice) for choice in (below, above))
+        for _ in range(_BISECTIONS if are_measured else 0):
+            middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
+            is_higher = fastest(middle, (below, above))[0] == below
+            low, high = (middle, high) if is_higher else (low, middle)
+        rows.append((op, ANY, name, int(math.sqrt(low * high)), below))
+    return [*rows, (op, ANY, name, None, chosen[sizes_bytes[-1]])]
 
 
 def _once(comm, call):

@@ -8,17 +8,19 @@ import torch
 from helpers import assert_all
 from tiny import GROUPED, one_for_every_degrees, reference_steps, tiny, train, with_layout, write_token_file
 
+from mpillm import comm as mpi
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.probe import measure_machine, only
-from mpillm.comm.scheduled import Scheduled
+from mpillm.comm.scheduled import Scheduled, Schedules
 from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.machine import Level, Machine
-from mpillm.plan import DEFAULT_TABLE
+from mpillm.plan import DEFAULT_TABLE, DecisionTable
 from mpillm.planner.layout import make_plan, price_layout
 from mpillm.planner.volume import step_volume
 from mpillm.report.planned import compare_volume
 from mpillm.report.records import read_trace
+from mpillm.schedules.blocks import all_bounds
 from mpillm.train import choose
 from mpillm.train.compare import compare_layout
 from mpillm.train.engine import Engine
@@ -47,6 +49,58 @@ def test_training_by_every_kind_of_algorithm(comm, algorithm, monkeypatch):
         assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
     wanted = "Node" if algorithm == "window" else Scheduled.__name__
     assert_all(comm.size == 1 or wanted in taken, taken, comm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ["reduce_scatter+allgather", "padded:64", "pieces:48"])
+def test_a_repaired_choice_is_run_and_gives_the_same_numbers(comm, algorithm, dtype, monkeypatch):
+    plain = (("allreduce", "*", "*", None, "ring"), ("bcast", "*", "*", None, "binomial"),
+             ("reduce_scatter", "*", "*", None, "direct"), ("allgather", "*", "*", None, "mpi"))
+    repaired = [("allreduce", "*", "*", 47, algorithm), ("allreduce", "*", "*", 64, "ring"),
+                ("allreduce", "*", "*", None, algorithm)]
+    if "+" not in algorithm:
+        repaired += [("bcast", "*", "*", 47, algorithm), ("bcast", "*", "*", 64, "binomial"),
+                     ("bcast", "*", "*", None, algorithm)]
+    group = as_group(comm)
+    asked, usual = group.with_table(DecisionTable(tuple(repaired) + plain[2:])), group.with_table(DecisionTable(plain))
+    lengths = []
+    start = Schedules.start
+
+    def noting(self, schedule, carries, sizes, *args):
+        lengths.append(sum(sizes))
+        return start(self, schedule, carries, sizes, *args)
+
+    monkeypatch.setattr(Schedules, "start", noting)
+    items = 64 // dtype.itemsize
+    for n in (0, 1, 5, items, 40):
+        x = torch.arange(n).add(comm.rank).to(dtype)
+        expected = sum(torch.arange(n).add(rank).to(dtype) for rank in range(comm.size))
+        for op in ("sum", "max"):
+            found, other = (mpi.allreduce(x, one, op) for one in (asked, usual))
+            assert_all(torch.equal(found, other) and (op == "max" or torch.equal(found, expected)), found, comm)
+        assert_all(torch.equal(mpi.allreduce(x.clone(), asked, out=x), expected), x, comm)
+        assert_all(torch.equal(mpi.bcast(torch.full((n,), comm.rank + 3).to(dtype), asked, root=comm.size - 1),
+                               torch.full((n,), comm.size + 2).to(dtype)), n, comm)
+    lengths.clear()
+    n = 13 if algorithm == "pieces:48" else 5
+    mpi.allreduce(torch.ones(n, dtype=dtype), asked)
+    count = -(-n // (48 // dtype.itemsize))
+    wanted = {"reduce_scatter+allgather": [n], "padded:64": [items],
+              "pieces:48": [high - low for low, high in all_bounds(n, count)]}[algorithm]
+    assert_all(comm.size == 1 or lengths == wanted, lengths, comm)
+
+
+def test_training_by_a_repaired_table(comm):
+    config = tiny({"model.num_layers": 4})
+    rows = [("allreduce", "*", "*", 999, "reduce_scatter+allgather"), ("allreduce", "*", "*", 2000, "pieces:5000"),
+            ("allreduce", "*", "*", 5000, "ring"), ("allreduce", "*", "*", None, "pieces:5000")]
+    _, expected = reference_steps(config, 1, comm)
+    losses = comm.bcast([step[0] for step in expected] if comm.rank == 0 else None)
+    for layout in one_for_every_degrees(config, comm.size):
+        engine = Engine(layout, comm, table=DecisionTable(tuple(rows)))
+        found = [loss for loss, _ in train(engine, 1)]
+        engine.free()
+        assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
 
 
 def test_a_machine_is_measured_planned_for_and_obeyed(comm, tmp_path):

@@ -28,8 +28,21 @@ def test_limits_out_of_order_are_refused():
         table.choose("bcast", "data", "float32", 1)
 
 
+def test_a_size_that_goes_by_another_needs_one_that_does_not():
+    rows = [("bcast", "*", "*", 100, "padded:300"), ("bcast", "*", "*", 200, "pieces:50"),
+            ("bcast", "*", "*", None, "mpi")]
+    with pytest.raises(ConfigError, match="pieces:50"):
+        DecisionTable(tuple(rows)).choose("bcast", "data", "float32", 1)
+    rows[1] = ("bcast", "*", "*", 200, "pieces:300")
+    assert DecisionTable(tuple(rows)).choose("bcast", "data", "float32", 1) == "padded:300"
+
+
 def test_the_file(tmp_path):
     plan = Plan(4, 2, DEFAULT_TABLE)
+    Plan(4, 2, DecisionTable((("allreduce", "*", "*", 9, "pieces:99"), ("allreduce", "*", "*", None,
+                                                                       "reduce_scatter+allgather")))).save(
+        tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").table.choose("allreduce", "data", "float32", 9) == "pieces:99"
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert all(Plan.load(tmp_path / "plan.json").table.choose(op, "data", "float32", 1 << 30) == "window"
@@ -43,6 +56,8 @@ def test_the_file(tmp_path):
 @pytest.mark.parametrize("row", [
     ["allreduce", "*", "*", None, "rings"], ["sort", "*", "*", None, "ring"], ["bcast", "*", "*", "big", "binomial"],
     ["bcast", "*", "*", None], ["bcast", "*", "*", None, "trees"],
+    ["bcast", "*", "*", None, "reduce_scatter+allgather"], ["bcast", "*", "*", None, "padded:0"], ["bcast", "*", "*", None, "pieces:x"],
+    ["alltoall", "*", "*", None, "pieces:64"],
 ])
 def test_a_file_with_a_bad_row_is_refused(tmp_path, row):
     path = tmp_path / "plan.json"
