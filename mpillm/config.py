@@ -342,7 +342,9 @@ def _check_layout(config, ranks):
         )
     buckets = layout.bucket_cuts
     if buckets != "auto" and (list(buckets) != sorted(set(buckets)) or (buckets and buckets[-1] > model.num_layers)):
-        raise ConfigError(f"layout.bucket_cuts = {list(buckets)}: needs growing layers between 0 and {model.num_layers}")
+        raise ConfigError(
+            f"layout.bucket_cuts = {list(buckets)}: needs growing layers between 0 and {model.num_layers}"
+        )
     if isinstance(layout.recompute, tuple) and len(layout.recompute) != model.num_layers:
         raise ConfigError(
             f"layout.recompute lists {len(layout.recompute)} modes for {model.num_layers} layers: give one a layer"

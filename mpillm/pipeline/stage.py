@@ -32,8 +32,7 @@ class Stage:
         self._in_flight, self._kept = {}, {}
 
     def when_gradients(self, module, function):
-        """Call ``function`` whenever the weights of ``module``, and of all behind it in the stage, have the gradients of
-        a microbatch.
+        """Call ``function`` whenever ``module``, and all behind it in the stage, have weight gradients of a microbatch.
 
         They have once backward has come to the input of ``module``; those that are kept, once they were computed.
         """

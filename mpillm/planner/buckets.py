@@ -1,9 +1,11 @@
 """Dynamic program: which gradients travel together."""
 
+from itertools import pairwise
+
 import numpy as np
 
 
-def bucket_cuts(ready_s, n_bytes, time_s):
+def bucket_cuts(ready_s, n_bytes, time_s, free_s=0.0):
     """Return the first gradient of every bucket after the first, so that the last bucket arrives as early as possible.
 
     Local. Gradients become ready in order; a bucket starts when its last gradient is ready and the bucket before has
@@ -19,6 +21,8 @@ def bucket_cuts(ready_s, n_bytes, time_s):
         Of each gradient.
     time_s : callable
         From an array of bytes to an array of seconds: of a bucket, with the best algorithm for its size.
+    free_s : float
+        When what went before has arrived.
 
     Returns
     -------
@@ -31,7 +35,7 @@ def bucket_cuts(ready_s, n_bytes, time_s):
     Time: ``O(len(n_bytes)**2)``.
     """
     sums = np.concatenate([[0.0], np.cumsum(n_bytes, dtype=float)])
-    ends, origin = np.zeros(len(sums)), np.zeros(len(sums), int)
+    ends, origin = np.full(len(sums), free_s, float), np.zeros(len(sums), int)
     for stop in range(1, len(sums)):
         found = np.maximum(ends[:stop], ready_s[stop - 1]) + time_s(sums[stop] - sums[:stop])
         origin[stop] = int(found.argmin())
@@ -40,3 +44,10 @@ def bucket_cuts(ready_s, n_bytes, time_s):
     while place and (place := int(origin[place])):
         cuts.append(place)
     return tuple(reversed(cuts)), float(ends[-1])
+
+
+def arrival_s(cuts, ready_s, n_bytes, time_s, free_s=0.0):
+    """Return when the last of the buckets that ``cuts`` make has arrived; the rest as in :func:`bucket_cuts`. Local."""
+    for low, high in pairwise((0, *cuts, len(n_bytes))):
+        free_s = max(free_s, ready_s[high - 1]) + float(time_s(sum(n_bytes[low:high])))
+    return free_s

@@ -118,7 +118,7 @@ def make_plan(config, machine, ranks, top=5):
     best = fitting[0]
     (forward_s, input_s, weight_s), message_s = pricer.stage_times(best.layout)
     chosen = Plan(ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node), _table(machine, ranks),
-                  model=asdict(config.model), layout=to_config(best.layout, pricer))
+                  model=asdict(config.model), layout=to_config(best, pricer))
     return replace(
         chosen,
         predicted={"step_s": best.step_s, "bubble_fraction": best.bubble_fraction,
@@ -127,9 +127,9 @@ def make_plan(config, machine, ranks, top=5):
                    "stages": {"forward_s": forward_s, "input_s": input_s, "weight_s": weight_s, "message_s": message_s,
                               "microbatches": pricer.num_microbatches(best.layout)},
                    "volume": step_volume(chosen.applied_to(config).resolve(ranks),
-                                         pricer.keeps_one_copy(best.layout))},
+                                         pricer.reduction.keeps_one_copy(best.layout))},
         binding=_binding(pricer, best, priced),
-        alternatives=[{"layout": to_config(price.layout, pricer), "step_s": price.step_s,
+        alternatives=[{"layout": to_config(price, pricer), "step_s": price.step_s,
                        "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
     )
 

@@ -10,6 +10,7 @@ from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.planner.balance import balance
 from mpillm.planner.memory import choose_modes
+from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.timeline import play
 from mpillm.planner.workload import (
@@ -18,7 +19,6 @@ from mpillm.planner.workload import (
     head_work,
     layer_parameters,
     layer_work,
-    ring_s,
     step_flops,
 )
 from mpillm.schedules.pipeline import make_schedule
@@ -45,6 +45,7 @@ class Layout:
 class Price:
     """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes.
 
+    ``gradients_s`` is what reducing gradients adds to the pipeline's time; ``bucket_cuts`` are known once played.
     ``memory_price_s`` is what one more byte of memory would save, where layers were mixed to fit into it.
     """
 
@@ -56,6 +57,7 @@ class Price:
     bubble_fraction: float
     memory_bytes: float
     memory_price_s: float = 0.0
+    bucket_cuts: tuple | None = None
 
 
 class Pricer:
@@ -70,6 +72,7 @@ class Pricer:
         self.item = ITEM_BYTES[config.train.dtype]
         self._works = lru_cache(None)(self._make_works)
         self._ends = lru_cache(None)(self._make_ends)
+        self.reduction = Reduction(config, machine, self._work)
 
     def _make_works(self, tokens, tensor, recompute, sequence_parallel):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
@@ -180,7 +183,8 @@ class Pricer:
         busy = self._fullest(layout, m) * max(sum(first), sum(last))
         pipeline_s = busy + (p - 1) * max(ramp, 0.0) + waits
         parameters = self._parameters(layout, layers)
-        gradients_s, update_s = self._update(layout, parameters)
+        gradients_s = self.reduction.price_s(layout, parameters, max(layers))
+        update_s = self._update_s(layout, parameters)
         held, fewer = self._held(layout, m)
         memory_bytes = self._fixed_bytes(layout, parameters, head_bytes) + (
             falling_bytes if fewer else held * kept_bytes)
@@ -207,12 +211,20 @@ class Pricer:
         return play(made, *times, message)
 
     def played(self, price):
-        """Return the price with the pipeline's time and bubble from the played schedule. Local."""
-        if price.layout.pipeline == 1:
-            return price
-        timeline = self.timeline(price.layout)
-        step_s = timeline.total_s + price.gradients_s + price.update_s
-        return replace(price, step_s=step_s, pipeline_s=timeline.total_s, bubble_fraction=timeline.bubble_fraction)
+        """Return the price with times and bubble from the played schedule, and the buckets that go with it. Local."""
+        layout, pipeline_s, bubble = price.layout, price.pipeline_s, price.bubble_fraction
+        ends_s = [pipeline_s]  # of every stage
+        if layout.pipeline > 1:
+            timeline = self.timeline(layout)
+            pipeline_s, bubble = timeline.total_s, timeline.bubble_fraction
+            last = {action.stage: end for row, ends in zip(timeline.schedule.actions, timeline.ends_s)
+                    for action, end in zip(row, ends)}
+            ends_s = [last[stage] for stage in range(len(last))]
+        parameters = self._parameters(layout, self._of(layout)[0])
+        cuts, gradients_s = self.reduction.played(layout, self.stage_sizes(layout), ends_s, parameters)
+        gradients_s = price.gradients_s if gradients_s is None else gradients_s
+        return replace(price, step_s=pipeline_s + gradients_s + price.update_s, pipeline_s=pipeline_s,
+                       gradients_s=gradients_s, bubble_fraction=bubble, bucket_cuts=cuts)
 
     def _parameters(self, layout, layers):
         """Return the parameters of the fullest rank."""
@@ -222,29 +234,12 @@ class Pricer:
             return (first * each + table * (1 if model.tie_embeddings else 2)) / layout.tensor
         return (max(first, last) * each + table) / layout.tensor
 
-    def _inside(self, layout):
-        """Return the data ranks that share a node."""
-        return min(layout.data, max(1, self.machine.ranks_per_node // (layout.tensor * layout.pipeline)))
-
-    def keeps_one_copy(self, layout):
-        """Tell whether data ranks share one copy of the weights. Local."""
-        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
-
-    def _update(self, layout, parameters):
-        """Return the seconds of reducing gradients, and of the optimiser with what it touches."""
-        d, inner = layout.data, layout.tensor * layout.pipeline
-        machine = self.machine
-        n_bytes, reduce_s = parameters * max(4, self.item), 0.0
-        inside = self._inside(layout)
-        if inside > 1:
-            reduce_s += ring_s(machine.levels[0], inside, n_bytes, passes=1 if self.keeps_one_copy(layout) else 2)
-        if d > inside:
-            level = machine.level_for(inner * d)
-            reduce_s += ring_s(level, math.ceil(d / inside), n_bytes / inside)
+    def _update_s(self, layout, parameters):
+        """Return the seconds of the optimiser with what it touches."""
         states = STATES[self.config.train.optimizer]
-        own = parameters / (d if layout.zero else 1)
+        own = parameters / (layout.data if layout.zero else 1)
         touched = own * 4 * (3 + 2 * states) + parameters * (4 + self.item)
-        return reduce_s, touched / machine.memory_bytes_per_s
+        return touched / self.machine.memory_bytes_per_s
 
     def _held(self, layout, microbatches):
         """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next."""
@@ -314,13 +309,16 @@ class Pricer:
         return flops / self.ranks / max(rate for _, rate in self.machine.matmul)
 
 
-def to_config(layout, pricer):
-    """Return the keys of ``[layout]``, and the microbatch, that a layout stands for. Local."""
+def to_config(price, pricer):
+    """Return the keys of ``[layout]``, and the microbatch, that a priced layout stands for. Local."""
+    layout = price.layout
     sizes, cuts = pricer.stage_sizes(layout), []
     for size in sizes[:-1]:
         cuts.append(size + (cuts[-1] if cuts else 0))
     modes = layout.recompute if isinstance(layout.recompute, str) else list(layout.recompute)
     found = {**asdict(layout), "recompute": modes, "stage_cuts": cuts, "order": list(AXES)}
+    if price.bucket_cuts is not None:
+        found["bucket_cuts"] = list(price.bucket_cuts)
     shares = pricer.shares(layout)
     return found if shares is None or len(set(shares)) == 1 else {**found, "shares": list(shares)}
 

@@ -2,12 +2,14 @@
 
 LANES = ("compute", "wait", "collective", "other")
 _LANE = {**dict.fromkeys("FBIW", 0), "update": 0, "wait": 1, "reduce": 2}
+_BESIDE = "transfer"  # several at once, beside everything else
 
 
 def trace_events(launch):
     """Return what :func:`json.dump` writes as a trace: a process a rank, a thread a kind of work.
 
-    Local. Times are in microseconds since the first span (Trace Event Format, complete events ``"ph": "X"``).
+    Local. Times are in microseconds since the first span (Trace Event Format, complete events ``"ph": "X"``, and pairs
+    ``"b"`` and ``"e"`` of what overlaps).
     """
     begin_s = min(span.start_s for step in launch.steps.values() for own in step for span in own)
     events = []
@@ -21,5 +23,10 @@ def trace_events(launch):
         for rank, own in enumerate(step):
             events += [{"ph": "X", "pid": rank, "tid": _LANE.get(span.kind, 3), "name": span.name, "cat": span.kind,
                         "ts": round((span.start_s - begin_s) * 1e6, 1),
-                        "dur": round((span.stop_s - span.start_s) * 1e6, 1), "args": {"step": number}} for span in own]
+                        "dur": round((span.stop_s - span.start_s) * 1e6, 1), "args": {"step": number}}
+                       for span in own if span.kind != _BESIDE]
+            events += [{"ph": phase, "pid": rank, "name": span.name, "cat": span.kind, "id": f"{rank}.{number}.{i}",
+                        "ts": round((at_s - begin_s) * 1e6, 1), "args": {"step": number}}
+                       for i, span in enumerate(own) if span.kind == _BESIDE
+                       for phase, at_s in (("b", span.start_s), ("e", span.stop_s))]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -136,7 +136,8 @@ def _draw_spans(axes, rank, spans, scale, points_per_s):
                       va="center_baseline", color=_ink(colour))
     for (kind, colour), places in bars.items():
         edge = min(0.5, min(width for _, width in places) / scale * points_per_s / 8)
-        axes.broken_barh(places, (rank - 0.42, 0.84), facecolor=colour, linewidth=edge, **_pattern(kind))
+        where = (rank + 0.42, 0.08) if kind == "transfer" else (rank - 0.42, 0.84)  # a line below, beside all else
+        axes.broken_barh(places, where, facecolor=colour, linewidth=edge, **_pattern(kind))
 
 
 @_styled
@@ -207,7 +208,8 @@ def _colour(kind, lighter=0.0):
     """Return the colour of a kind, from its own (0) towards white (1)."""
     from matplotlib.colors import to_rgb
 
-    return tuple(part + (1 - part) * lighter for part in to_rgb(KINDS.get(kind, KINDS["other"])[0]))
+    own, _ = KINDS.get("reduce" if kind == "transfer" else kind, KINDS["other"])
+    return tuple(part + (1 - part) * lighter for part in to_rgb(own))
 
 
 def _ink(colour):

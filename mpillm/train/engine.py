@@ -169,20 +169,15 @@ class Engine:
         # Inside a node the reduction would take the cores that backward runs on; exact sums trees of microbatches.
         self.overlaps = not self.is_exact and mesh.size("data") > 1 and all(
             mesh.world.comm.allgather(mesh.group("data").node is None))
-        self.stage_buckets, tied = {}, [None, None]
+        self.stage_buckets, tied, is_tied = {}, [None, None], self.config.model.tie_embeddings
         for stage in self.stages:
             module, own = stage.module, []
-            shared = []
-            if self.config.model.tie_embeddings:
-                shared = [layer.weight for layer in (module.embedding, module.head) if layer is not None]
-            for part in bucket_parts(module, self._bucket_cuts()):
-                others = [p for layer in part for p in layer.parameters() if not any(p is s for s in shared)]
-                if others:
-                    own.insert(0, Bucket(others, mesh, zero, first=part[0]))
-            if shared and module.is_first:
+            for part in bucket_parts(module, self._bucket_cuts(), is_tied):
+                own.insert(0, Bucket([p for layer in part for p in layer.parameters()], mesh, zero, first=part[0]))
+            if is_tied and module.is_first:
                 tied[0] = Bucket([module.embedding.weight], mesh, zero, first=module.embedding)
                 own.append(tied[0])
-            if shared and module.is_last:
+            if is_tied and module.is_last:
                 tied[1] = Bucket([module.head.weight], mesh, zero, is_counted=False, tied_to=tied[0], first=module.norm)
                 own.insert(0, tied[1])
             self.stage_buckets[stage.index] = own
@@ -203,10 +198,13 @@ class Engine:
         return cuts
 
     def _watch_gradients(self):
-        """Let reductions start when backward completes a bucket: the last one of a stage at the end of an action."""
+        """Let reductions start when backward completes a bucket, the last one of a stage at the end of an action, and
+        progress after every layer."""
         for stage in self.stages:
             for bucket in self.stage_buckets[stage.index][:-1]:
                 stage.when_gradients(bucket.first, partial(self.gradients.ready, bucket))
+            for layer in stage.module.layers:
+                stage.when_gradients(layer, self.gradients.progress)
 
     def _schedule(self, num_microbatches):
         """Build, or read, and check the pipeline schedule of this data rank."""

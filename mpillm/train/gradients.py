@@ -46,7 +46,6 @@ class GradientSync:
         self._missing[bucket] -= 1
         while self._waiting and self._missing[self._waiting[0]] == 0:
             self._start(self._waiting.popleft())
-        self.progress()
 
     def progress(self):
         """Let MPI work on the reductions under way; tell whether there are any. Local."""

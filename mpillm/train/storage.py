@@ -35,13 +35,14 @@ class Piece:
     is_counted: bool
 
 
-def bucket_parts(stage, cuts):
+def bucket_parts(stage, cuts, is_tied):
     """Return the modules of a stage in forward order, as lists of those that share a bucket.
 
-    ``cuts`` are layers at which another bucket begins; 0 leaves the embedding alone, the number of layers norm and head.
+    ``cuts`` are layers at which another bucket begins: 0 parts the embedding, the number of layers norm and head. Where
+    embedding and head are tied, they are left out.
     """
-    places = [(-1, stage.embedding), *enumerate(stage.layers, stage.start), (stage.stop, stage.norm),
-              (stage.stop, stage.head)]
+    embedding, head = (None, None) if is_tied else (stage.embedding, stage.head)
+    places = [(-1, embedding), *enumerate(stage.layers, stage.start), (stage.stop, stage.norm), (stage.stop, head)]
     found = [(place, module) for place, module in places if module is not None]
     return [[module for _, module in part] for _, part in groupby(found, lambda one: bisect_right(cuts, one[0]))]
 

@@ -1,6 +1,7 @@
 """Bits and bytes: ``exact`` gives the same bits on every layout, ``fast`` in every run; what is held, what is sent."""
 
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -101,6 +102,7 @@ class Formula:
         self.item = 8 if engine.config.train.dtype == "float64" else 4
         self.sp = self.layout.sequence_parallel and self.t > 1
         self.is_one_copy = self.layout.zero == 1 and engine.mesh.group("data").node is not None
+        self.overlaps = not self.is_exact and self.d > 1 and engine.mesh.group("data").node is None
         self.is_whole_kv = not self.is_exact and self.t > self.model.num_kv_heads
 
     def mine(self, units):
@@ -117,18 +119,23 @@ class Formula:
         return split + shared + norms, (shared if self.is_whole_kv else []) + (norms if self.sp else [])
 
     def buckets(self):
-        """Return for every bucket: sizes of its weights, of the partial ones, and whether it is a tied copy."""
+        """Return for every bucket: sizes of its weights, of the partial ones, and whether it is a tied copy.
+
+        Without a plan there is one a stage where gradients are reduced at the end, else one a layer and end.
+        """
         m, found, table = self.model, [], [self.mine(self.model.vocab_size) * self.model.hidden_size]
-        last = self.p * self.layout.chunks - 1
+        last, apart = self.p * self.layout.chunks - 1, [] if self.model.tie_embeddings else table
         for index, layers in self.stages.items():
-            sizes, partial = (part * len(layers) for part in self.layer())
+            parts = [(apart, [])] if index == 0 else []
+            parts += [self.layer() for _ in layers]
             if index == last:
-                sizes, partial = sizes + [m.hidden_size], partial + [m.hidden_size] * self.sp
-            ends = sorted({0, last} & {index})
+                parts.append(([m.hidden_size] + apart, [m.hidden_size] * self.sp))
+            for _, together in groupby(enumerate(parts), lambda part: part[0] * self.overlaps):
+                sizes, partial = zip(*(part for _, part in together))
+                found += [(sum(sizes, []), sum(partial, []), False)] * any(sizes)
             if m.tie_embeddings:
-                found += [(sizes, partial, False)] + [(table, [], end == last > 0 and 0 in self.stages) for end in ends]
-            else:
-                found.append((sizes + table * (len(ends) + (last == 0)), partial, False))
+                ends = sorted({0, last} & {index})
+                found += [(table, [], end == last > 0 and 0 in self.stages) for end in ends]
         if m.tie_embeddings and last == 0:
             found.append((table, [], True))
         return found

@@ -156,6 +156,13 @@ def the_reduction_over_data_is_skipped(patch, config):
     patch.setattr(storage.Bucket, "reduce", lambda self, is_whole: self.grad[slice(*self.range)])
 
 
+@fault(DATA | {"layout.bucket_cuts": [0, 2, 4]}, "gradient of head.weight")
+def a_bucket_starts_before_its_last_gradient(patch, config):
+    patch.setenv(shared.SWITCH, "0")
+    right = gradients.GradientSync.begin
+    patch.setattr(gradients.GradientSync, "begin", lambda self, microbatches: right(self, microbatches - 1))
+
+
 @fault(WHOLE, "gradient of head.weight")
 def the_mean_over_data_is_taken_for_the_sum(patch, config):
     right = storage.Bucket.reduce

@@ -117,6 +117,8 @@ def test_files_that_are_missing_or_no_toml(tmp_path):
     ({"layout.pipeline": 3, "layout.stage_cuts": [2]}, 3, ["stage_cuts = [2]", "3 stages need 2"]),
     ({"layout.pipeline": 3, "layout.stage_cuts": [4, 2]}, 3, ["stage_cuts = [4, 2]", "growing"]),
     ({"layout.pipeline": 3, "layout.stage_cuts": [4, 7]}, 3, ["stage_cuts = [4, 7]", "between 1 and 6"]),
+    ({"layout.bucket_cuts": [3, 2]}, 1, ["bucket_cuts = [3, 2]", "between 0 and 7"]),
+    ({"layout.bucket_cuts": [0, 8]}, 1, ["bucket_cuts = [0, 8]", "between 0 and 7"]),
     ({"layout.recompute": ["full", "none"]}, 1, ["2 modes", "7 layers"]),
     ({"layout.data": 2, "layout.shares": [4, 4]}, 2, ["shares = [4, 4]", "global_batch=9"]),
     ({"train.seq_len": 4096}, 1, ["seq_len=4096", "max_seq_len=2048"]),

@@ -1,7 +1,7 @@
 """The search over layouts: what it leaves open and what not, its prices, what binds, and the plan it writes."""
 
-import itertools
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 from click.testing import CliRunner
@@ -128,7 +128,7 @@ def test_published_iterations_from_published_rates_alone():
         config = LARGE.with_values({
             "model.num_layers": layers, "model.hidden_size": hidden, "model.ffn_size": 4 * hidden,
             "model.num_heads": heads, "model.num_kv_heads": heads, "model.head_dim": hidden // heads,
-            "train.global_batch": batch})
+            "train.global_batch": batch, "layout.bucket_cuts": []})  # they reduced gradients after backward
         ranks = layout.data * layout.pipeline * layout.tensor
         errors.append(abs(Pricer(config, PRESETS["dgx-a100"], ranks).price(layout).step_s / measured_s - 1))
 
@@ -226,7 +226,7 @@ def test_layers_are_mixed_where_memory_binds(fixed):
         assert plan.predicted["step_s"] <= pricer.played(mixed).step_s + 1e-12
         assert plan.predicted["memory_bytes_per_rank"] <= limit
         layers = len(mixed.layout.recompute)
-        for modes in itertools.product(("none", "selective", "full"), repeat=layers):
+        for modes in product(("none", "selective", "full"), repeat=layers):
             other = pricer.price(replace(fast.layout, recompute=modes))
             assert other.memory_bytes > limit or other.step_s >= mixed.step_s * (1 - 1e-9)
 
@@ -245,3 +245,69 @@ def test_the_price_of_memory_is_what_one_layer_more_saves(tmp_path):
     one_less = pricer.price(replace(none.layout, recompute=tuple(modes)))
     step_s, n_bytes = plan.predicted["step_s"], plan.predicted["memory_bytes_per_rank"]
     assert price == pytest.approx((one_less.step_s - step_s) / (n_bytes - one_less.memory_bytes))
+NETWORK = replace(MACHINE, levels=(Level("node", 1, 1e-6, 1e-9), Level("network", 64, 1e-5, 1e-8)))
+
+
+@pytest.mark.parametrize("keys", [{"layout.data": 2}, {"layout.data": 4}, {"layout.data": 2, "layout.pipeline": 2},
+                                  {"layout.data": 2, "layout.pipeline": 2, "layout.schedule": "zb-h1"}])
+def test_buckets_are_planned_where_gradients_cross_nodes(keys):
+    """Every choice of cuts is played by hand: the plan's is the best of them, and each is priced as it was played."""
+    ranks = keys["layout.data"] * keys.get("layout.pipeline", 1)
+    config = SMALL.with_values({"layout.tensor": 1, "layout.chunks": 1, "train.microbatch": 2, "layout.zero": 1,
+                                "layout.recompute": "none", "layout.schedule": "1f1b"} | keys
+                               | {"layout.pipeline": keys.get("layout.pipeline", 1)})
+    plan = make_plan(config, NETWORK, ranks)
+    timeline, stages = predicted_timeline(plan), plan.predicted["stages"]
+    starts = [0, *plan.layout["stage_cuts"], 6]
+    table, each = 4 * 64 * 64, 4 * 64 * (4 * 64 + 3 * 128)
+    head_s = [stages[key][-1] for key in ("input_s", "weight_s")]
+    layer_s = [stages[key][0] / (starts[1] - starts[0]) for key in ("input_s", "weight_s")]
+    if ranks == keys["layout.data"]:  # one stage: a layer from the same model without the head's share
+        pricer = Pricer(config, NETWORK, ranks)
+        layer, head = pricer._works(64, 1, "none", False)
+        layer_s, head_s = [layer.input_s, layer.weight_s], [head.input_s, head.weight_s]
+    else:
+        count = starts[-1] - starts[-2]
+        head_s = [whole - count * part for whole, part in zip(head_s, layer_s)]
+    is_split = plan.layout["schedule"] == "zb-h1"
+
+    def arrival(cuts):
+        arrived = 0.0
+        for stage in range(len(starts) - 1):
+            end = timeline.ends_s[stage][-1]
+            layers = [(place, each, sum(layer_s[is_split:])) for place in range(starts[stage], starts[stage + 1])][::-1]
+            if starts[stage + 1] == 6:
+                layers.insert(0, (6, table, sum(head_s[is_split:])))
+            if stage == 0:
+                layers.append((-1, table, 0.0))
+            now, free, waiting = end - sum(duration for *_, duration in layers), 0.0, 0
+            for place, n_bytes, duration in layers:
+                now, waiting = now + duration, waiting + n_bytes
+                if place in cuts or (place, n_bytes, duration) == layers[-1]:
+                    d = keys["layout.data"]
+                    free, waiting = max(now, free) + (d - 1) * (1e-5 + waiting / d * 1e-8), 0
+            arrived = max(arrived, free)
+        return arrived
+
+    best = min(arrival(cuts) for count in range(8) for cuts in combinations(range(7), count))
+    for cuts in (None, (), (3,), tuple(range(7))):
+        fixed = config if cuts is None else config.with_values({"layout.bucket_cuts": list(cuts)})
+        found = price_layout(fixed, NETWORK, ranks)
+        wanted = best if cuts is None else arrival(cuts)
+        assert cuts is None or found.layout["bucket_cuts"] == list(cuts)
+        back_s = found.predicted["pipeline_s"] + found.predicted["gradients_s"] - wanted
+        assert back_s == pytest.approx(pass_s(found), rel=1e-6)
+
+
+def pass_s(plan):
+    """One way round the data ranks, for the weights of the fullest rank."""
+    d, p = plan.layout["data"], plan.layout["pipeline"]
+    layers = [stop - start for start, stop in zip([0, *plan.layout["stage_cuts"]], [*plan.layout["stage_cuts"], 6])]
+    n_bytes = 4 * (max(layers) * 64 * (4 * 64 + 3 * 128) + (2 if p == 1 else 1) * 64 * 64)
+    return (d - 1) * (1e-5 + n_bytes / d * 1e-8)
+
+
+def test_inside_a_node_a_stage_has_one_bucket():
+    assert make_plan(SMALL.with_values({"layout.data": 4}), MACHINE, 4).layout["bucket_cuts"] == []
+    exact = SMALL.with_values({"layout.data": 4, "train.numerics": "exact"})
+    assert make_plan(exact, NETWORK, 4).layout["bucket_cuts"] == []

@@ -1,0 +1,118 @@
+"""What reducing gradients over the data axis adds to a step, and where their buckets are best cut."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+
+from mpillm.planner.buckets import arrival_s, bucket_cuts
+from mpillm.planner.workload import ITEM_BYTES, layer_parameters, ring_s
+
+
+class Reduction:
+    """Prices the sums over the data axis, for layouts of one configuration on one machine. Local.
+
+    Parameters
+    ----------
+    config : Config
+    machine : Machine
+    work : callable
+        ``work(layout, mode)`` returns what a layer with one way to recompute costs a microbatch, and the head.
+    """
+
+    def __init__(self, config, machine, work):
+        self.config, self.machine, self._work = config, machine, work
+        self._wide = max(4, ITEM_BYTES[config.train.dtype])  # of gradients
+        cuts = config.layout.bucket_cuts
+        self._given = None if cuts == "auto" else cuts
+
+    def keeps_one_copy(self, layout):
+        """Tell whether data ranks share one copy of the weights. Local."""
+        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
+
+    def price_s(self, layout, parameters, most_layers):
+        """Return the seconds that it adds: there and back, less what backward hides of the way there.
+
+        Hidden is what has arrived when backward ends, if every layer has its bucket. ``parameters`` and layers are those
+        of the fullest rank.
+        """
+        if layout.data == 1:
+            return 0.0
+        one_way_s, n_bytes = self._one_way_s(layout), parameters * self._wide
+        there_s = one_way_s(n_bytes)
+        back_s = 0.0 if self.keeps_one_copy(layout) else there_s
+        if self._overlaps(layout) and self._given != ():
+            model = self.config.model
+            count = most_layers if layout.pipeline == 1 and not model.tie_embeddings else most_layers - 1
+            last = (layer_parameters(model) + model.vocab_size * model.hidden_size) / layout.tensor * self._wide
+            hidden_s = count * min(self._completes_s(self._work(layout, mode)[0], layout)
+                                   for mode in set(self._modes(layout)))
+            there_s = max(there_s - hidden_s, one_way_s(last))
+        return there_s + back_s
+
+    def played(self, layout, sizes, ends_s, parameters):
+        """Return the cuts of buckets, chosen unless given, and the seconds from the pipeline's end to all gradients.
+
+        Local. ``sizes`` are the layers of every stage, ``ends_s`` the end of its last action. Returns ``None`` for the
+        seconds where nothing overlaps, which :meth:`price_s` knows as well.
+        """
+        if not self._overlaps(layout):
+            return self._given or (), None
+        back_s = self._one_way_s(layout)(parameters * self._wide)
+        cuts, arrived_s = self._play_buckets(layout, sizes, ends_s)
+        return cuts, arrived_s - max(ends_s) + back_s
+
+    def _inside(self, layout):
+        """Return the data ranks that share a node."""
+        return min(layout.data, max(1, self.machine.ranks_per_node // (layout.tensor * layout.pipeline)))
+
+    def _overlaps(self, layout):
+        """Tell whether gradients are reduced beside backward: where that is not done by the cores that compute."""
+        return self._inside(layout) < layout.data and self.config.train.numerics != "exact"
+
+    def _one_way_s(self, layout):
+        """Return the function from bytes to seconds of half an allreduce over the data axis."""
+        machine, inside = self.machine, self._inside(layout)
+        level = machine.level_for(layout.tensor * layout.pipeline * layout.data)
+        outside = math.ceil(layout.data / inside)
+        return lambda n_bytes: (ring_s(machine.levels[0], inside, n_bytes, 1)
+                                + ring_s(level, outside, n_bytes / inside, 1))
+
+    def _modes(self, layout):
+        """Return how each layer recomputes."""
+        modes = layout.recompute
+        return (modes,) * self.config.model.num_layers if isinstance(modes, str) else modes
+
+    def _completes_s(self, work, layout):
+        """Return the seconds from one gradient to the next in the action that completes them."""
+        return work.weight_s + (0.0 if layout.schedule.startswith("zb") else work.input_s)
+
+    def _play_buckets(self, layout, sizes, ends_s):
+        """Return the cuts of buckets and when the last one of any rank has arrived. A rank's stages follow each other
+        last to first."""
+        cuts, free_s, time_s = set(), {}, self._one_way_s(layout)
+        starts = np.cumsum([0, *sizes]).tolist()
+        for stage, (start, stop) in reversed(list(enumerate(pairwise(starts)))):
+            places, ready_s, n_bytes = self._gradients(layout, start, stop, ends_s[stage])
+            free = free_s.get(stage % layout.pipeline, 0.0)
+            if self._given is None:
+                own, end_s = bucket_cuts(ready_s, n_bytes, time_s, free)
+                cuts |= {places[i - 1] for i in own}
+            else:
+                own = [i for i in range(1, len(places)) if places[i - 1] in self._given]
+                end_s = arrival_s(own, ready_s, n_bytes, time_s, free)
+            free_s[stage % layout.pipeline] = end_s
+        return tuple(sorted(cuts)) if self._given is None else self._given, max(free_s.values())
+
+    def _gradients(self, layout, start, stop, end_s):
+        """Return for layers ``[start, stop)`` with their ends, in the order of backward: the layer that each gradient
+        belongs to (-1 the embedding), when it is ready if the last is at ``end_s``, and its bytes."""
+        model, modes = self.config.model, self._modes(layout)
+        table, each = model.vocab_size * model.hidden_size, layer_parameters(model)
+        found = [(stop, self._work(layout, "none")[1], table)] * (stop == model.num_layers)
+        found += [(place, self._work(layout, modes[place])[0], each) for place in range(stop - 1, start - 1, -1)]
+        after = np.cumsum([self._completes_s(work, layout) for _, work, _ in found])
+        if start == 0:
+            found, after = found + [(-1, None, table)], np.append(after, after[-1])
+        places, _, counts = zip(*found)
+        return places, end_s - after[-1] + after, [count / layout.tensor * self._wide for count in counts]
