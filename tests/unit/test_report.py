@@ -419,6 +419,21 @@ def test_a_chrome_trace_has_every_span_of_every_rank():
         "rank 0 (data 0 pipeline 0 tensor 0)", "rank 1 (data 0 pipeline 1 tensor 0)"}
 
 
+def test_reductions_on_their_way_are_beside_all_else():
+    own = [Span("B", "0B0", 1.0, 2.0), Span("transfer", "bucket 0", 1.25, 2.5), Span("transfer", "bucket 1", 1.5, 2.25),
+           Span("update", "weights", 2.5, 3.0)]
+    launch = Launch([{"data": 0, "pipeline": 0, "tensor": 0}], {3: [own]})
+    events = [e for e in trace_events(launch)["traceEvents"] if e["ph"] in "be"]
+    assert [(e["ph"], e["name"], e["ts"]) for e in events] == [
+        ("b", "bucket 0", 2.5e5), ("e", "bucket 0", 1.5e6), ("b", "bucket 1", 5e5), ("e", "bucket 1", 1.25e6)]
+    assert len({e["id"] for e in events}) == 2
+    [shares], step_s = step_shares([[own]])
+    assert step_s == 2 and shares["other"] == pytest.approx(0.25) and shares["reduce"] == 0
+    [axes] = draw_timeline(launch, 3).axes
+    lows = sorted(round(bars.get_paths()[0].get_extents().y0, 2) for bars in axes.collections)
+    assert lows == [-0.42, -0.42, 0.42]
+
+
 def test_a_recorder_knows_what_a_rank_is_in():
     recorder, kinds = Recorder(), []
     for name, *arguments in (("begin_step", 3), ("begin", "F", "0F0"), ("end", "F"), ("end_step",),
