@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_all
-from tiny import LAYOUTS, configure, everything, one_for_every_degrees, reference_steps, same, tiny, train, with_layout
+from tiny import LAYOUTS, configure, everything, one_for_every_degrees, reference_steps, tiny, train, with_layout
 
 from mpillm.comm import shared
 from mpillm.comm.probe import only
@@ -48,11 +48,11 @@ def starts(monkeypatch):
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 def test_every_cut_on_every_degree_gives_the_reference(comm, tied):
     config = tiny({**FOUR, "model.tie_embeddings": tied})
-    batches, expected = reference_steps(config, 2, comm)
+    batches, expected = reference_steps(config, 1, comm)
     layouts = one_for_every_degrees(config, comm.size)
     data = [found for found in layouts if found.layout.data > 1]
     assert len(data) == {2: 1, 4: 3}[comm.size]
-    for i, cuts in enumerate(CUTS.values()):
+    for i, cuts in enumerate((CUTS["all"], CUTS["two"], CUTS["ends"])):
         for found in data:
             layout = with_layout(found, bucket_cuts=cuts, zero=i % 2).resolve(comm.size)
             difference = compare_layout(layout, comm, batches, expected)
@@ -125,13 +125,9 @@ def test_cuts_changed_by_hand_change_calls_and_bytes(comm, algorithm):
         engines = [Engine(obeyed, comm, table=only(algorithm)) for _ in range(2)]
         histories = [train(engine, 2) for engine in engines]
         recorder = engines[0].mesh.recorder
-        width, ffn = 40, 54
-        each = [4 * width * width, 3 * ffn * width, 2 * width]  # heads, feed-forward, norms
-        names = [(-1, [257 * width]), *((i, [n for n in (width * width,) * 4 + (ffn * width,) * 3 + (width,) * 2])
-                                        for i in range(4)), (4, [width, 257 * width])]
-        assert sum(names[1][1]) == sum(each)
+        table, layer = 257 * 40, [40 * 40] * 4 + [54 * 40] * 3 + [40] * 2
         buckets = {}
-        for place, sizes in names:
+        for place, sizes in [(-1, [table]), *((i, layer) for i in range(4)), (4, [40, table])]:
             buckets.setdefault(sum(cut <= place for cut in cuts), []).extend(sizes)
         padded = [align(sum(align(n, 16) for n in sizes), 16 * comm.size) for sizes in buckets.values()]
         wanted = 2 * len(buckets), 2 * 8 * sum(n - n // comm.size for n in padded)
@@ -160,8 +156,6 @@ def test_a_checkpoint_knows_nothing_of_buckets(comm, data_path):
     close = all(np.allclose(left[key], right[key], rtol=1e-10, atol=1e-13) for key in left)
     assert_all(np.allclose(found, whole, rtol=1e-10, atol=0) and left.keys() == right.keys() and close,
                f"{found} {whole}", comm)
-    parts = run("parts", 3, [0, 2]) + run("parts", 6, [0, 2]), run("other", 6, [0, 2])
-    assert_all(parts[0] == parts[1] and same(data_path, "parts", "other"), parts, comm)
 
 
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
