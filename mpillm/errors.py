@@ -97,12 +97,27 @@ def together(comm, work, action):
     Collective over ``comm``; ``work`` itself must not communicate. Errors of files and on-purpose errors are agreed on
     (:func:`agree`), any other is a bug and passes through.
     """
-    error = result = None
-    try:
-        result = work()
-    except MpillmError as caught:
-        error = caught
-    except OSError as caught:
-        error = DataError(f"{action}: {caught}")
+    error, result = _attempt(work, action)
     agree(comm, error, action)
     return result
+
+
+def on_rank_0(comm, work, action):
+    """Do ``work()`` on rank 0 alone; return its result, or raise its error, on every rank.
+
+    Collective over ``comm``; otherwise as :func:`together`. What is returned travels as an object.
+    """
+    error, result = comm.bcast(_attempt(work, action) if comm.rank == 0 else None)
+    if error is not None:
+        raise error
+    return result
+
+
+def _attempt(work, action):
+    """Return the error that is to be agreed on, or None, and the result."""
+    try:
+        return None, work()
+    except MpillmError as error:
+        return error, None
+    except OSError as error:
+        return DataError(f"{action}: {error}"), None

@@ -1,10 +1,12 @@
 """Runs the command line with a fault planted: ``python faulty.py KIND RANK STEP train CONFIG ...``.
 
-The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass, or
-``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint.
+The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass,
+``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, or ``full``, from where on it can
+write no file longer than a few bytes.
 """
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -37,6 +39,9 @@ def plant(kind, rank, step):
                 run(*work)
                 if kind == "kill":
                     die()
+                if kind == "full":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+                    return
                 if kind == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive

@@ -25,7 +25,7 @@ from tiny import MODEL, write_token_file
 from mpillm.errors import CheckpointError
 from mpillm.train.checkpoint import Checkpoint, complete_checkpoints
 
-RANKS, STEPS, KEPT = 2, 120, 3
+RANKS, STEPS, KEPT = 2, 60, 3
 TRAIN = {"steps": STEPS, "seq_len": 12, "global_batch": 2, "microbatch": 1, "eval_every": 0, "checkpoint_every": 1,
          "checkpoint_keep": KEPT, "hang_limit_s": 5.0, "lr_schedule": "constant"}
 

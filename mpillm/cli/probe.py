@@ -14,7 +14,7 @@ def command(output):
     from mpillm.comm.group import as_group
     from mpillm.comm.probe import measure_machine, measure_table
     from mpillm.comm.world import comm_world, set_threads
-    from mpillm.errors import together
+    from mpillm.errors import on_rank_0
     from mpillm.plan import DEFAULT_TABLE
 
     comm = comm_world()
@@ -22,7 +22,7 @@ def command(output):
     group = as_group(comm)
     table = measure_table(group) if comm.size > 1 else DEFAULT_TABLE
     machine = measure_machine(group, table)
-    together(comm, lambda: machine.save(output) if comm.rank == 0 else None, f"-o {output}")
+    on_rank_0(comm, lambda: machine.save(output), f"-o {output}")
     if comm.rank == 0:
         for width, rate in machine.matmul:
             click.echo(f"products of width {width:5}: {rate / 1e9:8.1f} GFLOP/s a rank")

@@ -5,6 +5,7 @@ after all files are written, synced and agreed on; what the manifest lists is wh
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import h5py
 import numpy as np
 import torch
 
-from mpillm.errors import CheckpointError, DataError, together
+from mpillm.errors import CheckpointError, DataError, on_rank_0, together
 
 VERSION = 1
 DTYPES = ("float64", "float32")
@@ -62,7 +63,7 @@ class Saving:
         self.step, self._comm, self._keep, self._manifest = step, comm, keep, manifest
         self._final, self._temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
         self._action, self._error, self._entries, self._thread = f"save {self._final}", None, None, None
-        together(comm, lambda: _clear(self._temporary) if comm.rank == 0 else None, self._action)
+        on_rank_0(comm, lambda: _clear(self._temporary), self._action)
         if in_background:
             shards = [(*where, {kind: tensor.detach().clone() for kind, tensor in tensors.items()})
                       for *where, tensors in shards]
@@ -92,7 +93,7 @@ class Saving:
             return self._entries
 
         gathered = self._comm.gather(together(self._comm, written, self._action))
-        together(self._comm, lambda: self._publish(gathered) if self._comm.rank == 0 else None, self._action)
+        on_rank_0(self._comm, lambda: self._publish(gathered), self._action)
         return self._final
 
     def _publish(self, gathered):
@@ -249,19 +250,49 @@ def _find(path):
 def _write_file(path, shards):
     """Write this rank's shards, sync, and return their manifest entries."""
     entries = []
-    with h5py.File(path, "w") as file:
-        for name, shape, start, tensors in shards:
-            for kind, tensor in tensors.items():
-                values = _as_numpy(tensor)
-                where = f"{kind}/{name}/{start}"
-                file.create_dataset(where, data=values)
-                shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
-                         "sha256": hashlib.sha256(values).hexdigest()}
-                entries.append((kind, name, list(shape), values.dtype.name, shard))
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    with _KeepsItsError(path, "w") as raw:
+        with h5py.File(raw, "w") as file:
+            for name, shape, start, tensors in shards:
+                for kind, tensor in tensors.items():
+                    values = _as_numpy(tensor)
+                    where = f"{kind}/{name}/{start}"
+                    file.create_dataset(where, data=values)
+                    shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
+                             "sha256": hashlib.sha256(values).hexdigest()}
+                    entries.append((kind, name, list(shape), values.dtype.name, shard))
+        if raw.error:
+            raise raw.error
+        os.fsync(raw.fileno())
     return entries
 
+
+class _KeepsItsError(io.FileIO):
+    """A file for HDF5 that never fails to write but keeps the first error, to be raised once HDF5 has closed it.
+
+    HDF5 cannot close what it could not write, and ends the process with a segmentation fault when it leaves. Writing
+    also lets other threads run, which HDF5's own writing does not.
+    """
+
+    error = None
+
+    def write(self, data):
+        """Write all of ``data``, or keep the error."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while len(left) and not self.error:
+                left = left[super().write(left):]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size=None):
+        """Set the size, or keep the error."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
 
 def _as_numpy(tensor):
     return np.ascontiguousarray(tensor.detach().cpu().numpy() if torch.is_tensor(tensor) else tensor)

@@ -16,7 +16,7 @@ from mpillm.comm.group import as_group
 from mpillm.comm.probe import measure_machine, measure_table
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
-from mpillm.errors import MpillmError, together
+from mpillm.errors import MpillmError, on_rank_0, together
 from mpillm.machine import Machine
 from mpillm.plan import DEFAULT_TABLE, Plan
 from mpillm.planner.layout import make_plan, price_layout
@@ -57,25 +57,17 @@ def choose_plan(config, comm, probe_top=1):
     """
     config = together(comm, partial(with_vocabulary, config), "data")
     num_nodes = len(set(nodes_of(comm)))
-    kept = comm.bcast(_kept_plan(config, comm.size, num_nodes) if comm.rank == 0 else None)
+    kept = on_rank_0(comm, lambda: _kept_plan(config, comm.size, num_nodes), "plan")
     if kept:
         return kept, f"plan of {config.train.run_dir}"
     machine, origin = known_machine(comm)
 
     def plan():
-        made = make_plan(config, machine, comm.size, top=probe_top - 1) if comm.rank == 0 else None
-        others = made.alternatives if made else ()
+        made = make_plan(config, machine, comm.size, top=probe_top - 1)
         return [made, *(price_layout(Plan(0, 0, layout=other["layout"]).applied_to(config), machine, comm.size)
-                        for other in others)]
+                        for other in made.alternatives)]
 
-    error, plans = None, None
-    try:
-        plans = plan()
-    except MpillmError as caught:
-        error = caught
-    error, plans = comm.bcast((error, plans))  # planned once: all obey the same
-    if error:
-        raise error
+    plans = on_rank_0(comm, plan, "plan")  # planned once: all obey the same
     return (plans[0] if len(plans) == 1 else _fastest(plans, config, comm)), origin
 
 
@@ -94,7 +86,7 @@ def known_machine(comm):
     kinds = comm.allgather([_processor(), len(os.sched_getaffinity(0)), threads, library, torch.__version__])
     digest = hashlib.sha256(json.dumps([kinds, nodes_of(comm)]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm" / f"machine-{digest}.json"
-    machine = comm.bcast(_remembered(cache) if comm.rank == 0 else None)
+    machine = on_rank_0(comm, lambda: _remembered(cache), "machine")
     if machine:
         return machine, f"machine as measured before, {cache}; remove it to measure again"
     group = as_group(comm)

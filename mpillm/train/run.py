@@ -11,7 +11,7 @@ from pathlib import Path
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
-from mpillm.errors import CheckpointError, CollectiveError, ConfigError, DataError, NumbersError, together
+from mpillm.errors import CheckpointError, CollectiveError, ConfigError, DataError, NumbersError, on_rank_0, together
 from mpillm.plan import Plan
 from mpillm.train import checkpoint
 from mpillm.train.data import TokenFile, file_digest, training_order, with_vocabulary
@@ -64,7 +64,8 @@ class Run:
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
         start = together(self.comm, lambda: self._find_start(resume), "resume")
-        self._on_rank_0(lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True))
+        writing = f"train.run_dir = {self.folder}"
+        on_rank_0(self.comm, lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True), writing)
         self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
             together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
@@ -75,7 +76,7 @@ class Run:
         self.skipped, self.skipped_in_a_row, self._saving = 0, 0, None
         self.stop, self.stopped_by = stop, None
         self._restore(start, resume)
-        self._on_rank_0(self._describe)
+        on_rank_0(self.comm, self._describe, writing)
         self._metrics_file = self._open_metrics() if self.comm.rank == 0 else None
 
     def __iter__(self):
@@ -246,7 +247,7 @@ class Run:
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
-        self.data_digest = self.comm.bcast(file_digest(self.config.data.path) if self.comm.rank == 0 else None)
+        self.data_digest = on_rank_0(self.comm, lambda: file_digest(self.config.data.path), "data")
         if start is not None:
             self._load_or_older(start, resume)
         elif self.config.train.init_from:
@@ -318,7 +319,7 @@ class Run:
     def _watch(self):
         """Return what ends the job if it hangs, or None. Records of an earlier hang are put away first."""
         folder = self.folder / "flight"
-        self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+        on_rank_0(self.comm, lambda: shutil.rmtree(folder, ignore_errors=True), f"remove {folder}")
         if not self.config.train.hang_limit_s or self.comm.size == 1:
             return None
         mesh = self.engine.mesh
@@ -330,10 +331,6 @@ class Run:
         (self.folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
         self.plan.save(self.folder / "plan.json")
         copy_tokenizer(self.config.data.path, self.folder)
-
-    def _on_rank_0(self, work):
-        """Write to the run directory on rank 0; all ranks learn whether it failed."""
-        together(self.comm, work if self.comm.rank == 0 else lambda: None, f"train.run_dir = {self.folder}")
 
     def _open_metrics(self):
         """Open the metrics for appending, without the lines of steps that will be done again."""

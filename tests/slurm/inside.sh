@@ -137,6 +137,7 @@ preemptions() {
 walltime() {
     local id
     id=$(submit walltime cpu.sbatch --time=00:02:00 --signal=B:USR1@60)
+    until_start "$id" 0 walltime
     for _ in $(seq 150); do waits "$id" && break; sleep 1; done
     verdict "stopped before the walltime, with a checkpoint" grep -q "stopped by" "mpillm-$id.out"
     verdict "requeued, trained to the end" until_done "$id" 400
@@ -151,7 +152,7 @@ node() {
     scontrol update nodename=n2 state=down reason=test
     for _ in $(seq 60); do waits "$id" && break; sleep 0.5; done
     verdict "a job whose node is lost is back in the queue" waits "$id"
-    scontrol update nodename=n2 state=resume
+    scontrol update nodename=n2 state=resume || true # it may be back by itself
     verdict "trained to the end" until_done "$id" 300
     verdict "from the newest checkpoint" grep -q "going on from step [1-9]" "mpillm-$id.out"
     verdict "with the weights of an unbroken run, bit for bit" as_whole node

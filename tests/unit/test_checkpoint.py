@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 
@@ -310,3 +312,45 @@ def test_in_the_background_nothing_is_announced_early(tmp_path, monkeypatch):
     assert found.step == 7
     for name in SHAPES:
         assert found.read(name).tobytes() == values(name, "weight").numpy().tobytes()
+
+
+FULL = """
+import resource, sys
+import torch
+from mpillm.comm.single import SingleComm
+from mpillm.errors import DataError
+from mpillm.train.checkpoint import save
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    save(Path(sys.argv[1]), 4, [("w", (90000,), 0, {"weight": torch.ones(90000)})], {}, SingleComm())
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 5000, 100_000])
+def test_no_room_is_an_error_and_not_the_end_of_the_process(path, limit_bytes):
+    """HDF5 that could not write would crash when the process leaves: hence a process of its own."""
+    job = subprocess.run([sys.executable, "-c", FULL, path.parent, str(limit_bytes)], capture_output=True, text=True)
+    assert job.returncode == 0 and not job.stderr, job.stderr
+    assert "File too large" in job.stdout and "free some space" in job.stdout
+    assert complete_checkpoints(path.parent) == [path]
+
+
+def test_a_checkpoint_that_is_being_removed_is_none(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    remove, seen = shutil.rmtree, []
+
+    def watched(path, **options):
+        if path.exists():  # what a kill at this moment, and at every later one, would leave
+            seen.append([step.name for step in complete_checkpoints(folder)])
+        remove(path, **options)
+
+    for step in (1, 2, 3):
+        write(folder, step, keep=2)
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    write(folder, 4, keep=2)
+    write(folder, 4, keep=2)  # in the place of one of the same step
+    assert seen == [["step-00000003", "step-00000004"]] * 2
+    assert sorted(os.listdir(folder)) == ["step-00000003", "step-00000004"]

@@ -1,11 +1,14 @@
 """Jobs with a fault planted on one rank: they end soon, say where, lose nothing, and go on to the same weights."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import tomli_w
-from helpers import run_mpi
+from helpers import AS_ROOT, OVERSUBSCRIBE, mpiexec, run_mpi
 from tiny import MODEL, same, write_token_file
 
 from mpillm.train.checkpoint import complete_checkpoints
@@ -72,3 +75,33 @@ def test_a_rank_killed_while_saving_leaves_a_whole_checkpoint(folder, phase, ran
     job = train(folder, name, name, rank, 4)
     assert job.returncode not in (0, 85)
     assert goes_on(folder, name, step)
+
+
+def test_a_full_disk_ends_all_and_costs_no_checkpoint(folder):
+    job = train(folder, "full", "full", 1, 4)
+    assert job.returncode == 74
+    assert "rank 1" in job.stderr and "File too large" in job.stderr
+    assert goes_on(folder, "full", 2)
+
+
+@pytest.mark.slow
+def test_a_file_system_of_a_megabyte_keeps_its_checkpoint(folder):
+    """Room for one checkpoint, not for two; once there is more the run goes on."""
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("it needs root and a mount namespace, to mount a file system")
+    (folder / "tmpfs").mkdir()
+    script = """
+        mount -t tmpfs -o size=1m tmpfs tmpfs
+        "$@"; echo "first $?"
+        ls tmpfs/checkpoints/*/manifest.json
+        mount -o remount,size=16m tmpfs tmpfs
+        "$@"; echo "second $?"
+        mkdir kept && cp -r tmpfs/. kept"""
+    job = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, "bash", mpiexec(), "-n", str(RANKS), sys.executable, "-m", "mpillm",
+         "train", "config.toml", "--train.run_dir", "tmpfs"], cwd=folder, env=os.environ | OVERSUBSCRIBE | AS_ROOT,
+        capture_output=True, text=True, timeout=120)
+    assert "first 74" in job.stdout and "second 0" in job.stdout, job.stdout + job.stderr
+    assert job.stdout.split("first 74")[1].split("second")[0].split() == ["tmpfs/checkpoints/step-00000002/manifest.json"]
+    assert "No space left on device" in job.stderr and "going on from step 2" in job.stderr
+    assert same(folder, "kept", "whole")
