@@ -294,6 +294,7 @@ class _KeepsItsError(io.FileIO):
             self.error = self.error or error
             return size
 
+
 def _as_numpy(tensor):
     return np.ascontiguousarray(tensor.detach().cpu().numpy() if torch.is_tensor(tensor) else tensor)
 
