@@ -1,7 +1,9 @@
 """What a training step sends: bytes by axis and operation, message for message as the run sends them."""
 
+from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
+from itertools import groupby
 
 from mpillm.planner.stages import default_cuts
 from mpillm.planner.workload import ITEM_BYTES
@@ -129,14 +131,17 @@ class Volume:
         embedding and head share, and a copy of it that is not updated."""
         model, (whole, partial) = self.model, self._layer()
         table = [self._mine(model.vocab_size) * model.hidden_size]
+        cuts = () if self.layout.bucket_cuts == "auto" else self.layout.bucket_cuts
         for index, layers in self.stages.items():
-            sizes, parts = whole * len(layers), partial * len(layers)
-            if index == self.last:
-                sizes, parts = [*sizes, model.hidden_size], [*parts, *[model.hidden_size] * self.is_sharded_by_tokens]
             is_first, is_last = index == 0, index == self.last
-            if not model.tie_embeddings:
-                sizes = sizes + table * (is_first + is_last)
-            yield sizes, parts, False, False
+            own = [] if model.tie_embeddings else table
+            places = [(-1, own, [])] * is_first + [(layer, whole, partial) for layer in layers]
+            if is_last:
+                norm = [model.hidden_size]
+                places.append((model.num_layers, norm + own, norm * self.is_sharded_by_tokens))
+            for _, part in groupby(places, lambda place: bisect_right(cuts, place[0])):
+                _, sizes, parts = zip(*part)
+                yield sum(sizes, []), sum(parts, []), False, False
             if model.tie_embeddings and is_first:
                 yield table, [], True, False
             if model.tie_embeddings and is_last:

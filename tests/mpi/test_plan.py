@@ -216,8 +216,9 @@ def test_layers_mixed_by_a_tight_plan_recompute_as_it_says_and_agree(comm):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"train.numerics": "exact", "train.dtype": "float32"},
-    {"train.dtype": "bfloat16", "model.tie_embeddings": True, **GROUPED["shared"]},
-], ids=["exact", "tied"])
+    {"train.dtype": "bfloat16", "model.tie_embeddings": True, "layout.bucket_cuts": [0, 1, 2], **GROUPED["shared"]},
+    {"layout.bucket_cuts": [1, 2, 3]},
+], ids=["exact", "tied", "buckets"])
 def test_planned_volume_is_what_is_sent(comm, changes):
     config = tiny({"model.num_layers": 4, **changes})
     for layout in one_for_every_degrees(config, comm.size):
