@@ -36,12 +36,12 @@ def plant(kind, rank, step):
             run = self.runner.run
 
             def within(*work):
-                run(*work)
+                losses = run(*work)
                 if kind == "kill":
                     die()
                 if kind == "full":
                     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-                    return
+                    return losses
                 if kind == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive

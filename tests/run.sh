@@ -15,16 +15,7 @@ trap 'rm -rf "$results"' EXIT
 trap 'exit 130' INT
 
 export XDG_CACHE_HOME=$results  # where a measured machine is remembered
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Four ranks on fewer cores: waiting ranks give way; Open MPI 5 and 4 want to be asked.
-export MPIR_CVAR_POLLS_BEFORE_YIELD=${MPIR_CVAR_POLLS_BEFORE_YIELD:-100}
-export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}
-export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe:-true}
-export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle:-true}
-if [ "$(id -u)" = 0 ]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=${OMPI_ALLOW_RUN_AS_ROOT:-1}
-    export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:-1}
-fi
+source tests/launchers.sh
 
 environment() {  # environment MPI [WHEEL]: all that follows runs in it
     bin=$environments/.venv-test-$1/bin

@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice; random
-# kills, changed checkpoints, all job templates on a Slurm, two hosts and links of three rates between them.
-#   bash tests/soak.sh [BIN]
-# BIN holds the python and mpiexec to use: what tests/run.sh made, if not given.
+# kills, changed checkpoints, all faults under Open MPI too, all job templates on a Slurm, two hosts and links of three
+# rates between them.
+#   bash tests/soak.sh [BIN [OPENMPI_BIN]]
+# BIN and OPENMPI_BIN hold the python and mpiexec to use: what tests/run.sh made, if not given.
 set -eu
 root=$(realpath "$(dirname "$0")/..")
-bin=${1:-$root/.venv-test-mpich/bin}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MPIR_CVAR_POLLS_BEFORE_YIELD=${MPIR_CVAR_POLLS_BEFORE_YIELD:-100}
+bin=${1:-$root/.venv-test-mpich/bin} openmpi=${2:-$root/.venv-test-openmpi/bin}
+source "$root/tests/launchers.sh"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 for n in 1 2 3 4; do
     "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/soak.py"
 done
 "$bin/mpiexec" -n 9 "$bin/python" -m mpi4py -m pytest --only-mpi -q -k 9-ranks "$root"/tests/mpi/test_{executor,collectives,shared}.py
 "$bin/python" "$root/tests/kills.py" 200
+"$openmpi/python" "$root/tests/kills.py" 50
+"$openmpi/python" -m pytest -q "$root"/tests/unit/test_{faults,bad_input}.py
+for n in 1 2 3 4; do
+    "$openmpi/mpiexec" -n "$n" "$openmpi/python" -m mpi4py -m pytest --only-mpi -q "$root"/tests/mpi/test_{faults,resume}.py
+done
 MPILLM_MUTATIONS=1000 "$bin/python" -m pytest -q "$root/tests/unit/test_checkpoint.py"
 bash "$root/tests/slurm/run.sh" "${bin%/bin}"
-bash "$root/tests/hosts.sh" "${bin%/bin}"
+bash "$root/tests/hosts.sh" "${bin%/bin}" "${openmpi%/bin}"
 bash "$root/tests/hosts.sh" --links 1 "100mbit 1gbit none" "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 2 "100mbit 1gbit none" "${bin%/bin}"

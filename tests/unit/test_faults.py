@@ -85,13 +85,13 @@ def test_a_full_disk_ends_all_and_costs_no_checkpoint(folder):
 
 
 @pytest.mark.slow
-def test_a_file_system_of_a_megabyte_keeps_its_checkpoint(folder):
+def test_a_file_system_that_fills_up_keeps_its_checkpoint(folder):
     """Room for one checkpoint, not for two; once there is more the run goes on."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("it needs root and a mount namespace, to mount a file system")
     (folder / "tmpfs").mkdir()
     script = """
-        mount -t tmpfs -o size=1m tmpfs tmpfs
+        mount -t tmpfs -o size=1600k tmpfs tmpfs
         "$@"; echo "first $?"
         ls tmpfs/checkpoints/*/manifest.json
         mount -o remount,size=16m tmpfs tmpfs
