@@ -123,8 +123,8 @@ def save_in_background(run):
             steps += 1
         run.finish_save()
         stall_s = time.perf_counter() - start - steps * step_s
-        say(run, f"saving in the background: writing {written_s[-1]:.2f} s, beside {steps} steps of {step_s:.3f} s; keeps "
-                 f"training {stall_s:.2f} s ({copied_s:.2f} s of it to copy): {stall_s / written_s[-1]:.1%}")
+        say(run, f"saving in the background: writing {written_s[-1]:.2f} s, beside {steps} steps of {step_s:.3f} s; "
+                 f"keeps training {stall_s:.2f} s ({copied_s:.2f} s of it to copy): {stall_s / written_s[-1]:.1%}")
     checkpoint._write_file = write
 
 

@@ -60,8 +60,8 @@ class Stragglers:
 
     def _warn(self, rank, factor, own_s, kind):
         if self._comm.rank == 0:
-            warnings.warn(f"rank {rank} on {self._ranks[rank][-1]} holds up the others: {own_s:.3g} s of own work a step, "
-                          f"{factor:.1f} times what it or ranks with the same work took, most of it in {kind}",
+            warnings.warn(f"rank {rank} on {self._ranks[rank][-1]} holds up the others: {own_s:.3g} s of own work a "
+                          f"step, {factor:.1f} times what it or ranks with the same work took, most of it in {kind}",
                           stacklevel=4)
 
 

@@ -97,11 +97,12 @@ def test_a_file_system_that_fills_up_keeps_its_checkpoint(folder):
         mount -o remount,size=16m tmpfs tmpfs
         "$@"; echo "second $?"
         mkdir kept && cp -r tmpfs/. kept"""
-    job = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", script, "bash", mpiexec(), "-n", str(RANKS), sys.executable, "-m", "mpillm",
-         "train", "config.toml", "--train.run_dir", "tmpfs"], cwd=folder, env=os.environ | OVERSUBSCRIBE | AS_ROOT,
-        capture_output=True, text=True, timeout=120)
+    words = [mpiexec(), "-n", str(RANKS), sys.executable, "-m", "mpillm", "train", "config.toml"]
+    job = subprocess.run(["unshare", "--mount", "bash", "-c", script, "bash", *words, "--train.run_dir", "tmpfs"],
+                         cwd=folder, env=os.environ | OVERSUBSCRIBE | AS_ROOT, capture_output=True, text=True,
+                         timeout=120)
     assert "first 74" in job.stdout and "second 0" in job.stdout, job.stdout + job.stderr
-    assert job.stdout.split("first 74")[1].split("second")[0].split() == ["tmpfs/checkpoints/step-00000002/manifest.json"]
+    kept = job.stdout.split("first 74")[1].split("second")[0].split()
+    assert kept == ["tmpfs/checkpoints/step-00000002/manifest.json"]
     assert "No space left on device" in job.stderr and "going on from step 2" in job.stderr
     assert same(folder, "kept", "whole")
