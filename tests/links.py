@@ -2,8 +2,9 @@
 
     mpiexec -n N ... python tests/links.py NAME FILE
 
-``tests/hosts.sh --links`` starts it with links of several rates. The choice and the fastest others are then measured in turn,
-again and again. The choice is appended to FILE; the exit code says whether it took at most a tenth longer than the best.
+``tests/hosts.sh --links`` starts it with links of several rates. The choice and the fastest others are then measured in
+turn, again and again. The choice is appended to FILE; the exit code says whether it took at most a tenth longer than the
+best.
 """
 
 import statistics
@@ -78,8 +79,8 @@ def main(name, path):
             print(f"  measured {measured_s * 1e3:7.0f} ms, predicted {predicted_s * 1e3:7.0f} ms  {describe(keys)}")
         ranks = [np.argsort(np.argsort([row[i] for row in rows])) for i in (0, 1)]
         print(f"  rank correlation {np.corrcoef(ranks)[0, 1]:.2f} over {len(rows)} layouts")
-        print(f"  chosen {describe(plan.layout)}: {times[0] * 1e3:.0f} ms, predicted {plan.predicted['step_s'] * 1e3:.0f}; "
-              f"{ratio:.3f} of the best, {describe(best)}", flush=True)
+        predicted_s = plan.predicted["step_s"]
+        print(f"  chosen {describe(plan.layout)}: {times[0] * 1e3:.0f} ms, predicted {predicted_s * 1e3:.0f}; {ratio:.3f} of the best, {describe(best)}", flush=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(describe(plan.layout) + "\n")
     return int(ratio > 1.1)

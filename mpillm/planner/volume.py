@@ -29,8 +29,8 @@ def step_volume(config, is_one_copy):
     for batch, ranks in batches.items():
         for pipeline in range(layout.pipeline):
             for tensor in range(layout.tensor):
-                for key, n_bytes in Volume(config, is_one_copy, pipeline, tensor).sent(batch, sum(map(len, cuts))).items():
-                    total[key] += ranks * n_bytes
+                sent = Volume(config, is_one_copy, pipeline, tensor).sent(batch, sum(map(len, cuts)))
+                total.update({key: ranks * n_bytes for key, n_bytes in sent.items()})
     return [{"axis": axis, "operation": operation, "bytes": n_bytes}
             for (axis, operation), n_bytes in sorted(total.items()) if n_bytes]
 

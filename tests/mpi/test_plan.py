@@ -234,8 +234,8 @@ def test_planned_volume_is_what_is_sent(comm, changes):
 
 
 def test_a_traced_run_counts_what_its_plan_said(comm, data_path):
-    config = tiny({"model.num_layers": 4, "train.run_dir": str(data_path / "run"), "train.steps": 2, "train.trace": True,
-                   "data.path": str(data_path / "tokens.h5"), "train.eval_every": 1,
+    config = tiny({"model.num_layers": 4, "train.run_dir": str(data_path / "run"), "train.steps": 2,
+                   "train.trace": True, "data.path": str(data_path / "tokens.h5"), "train.eval_every": 1,
                    "layout.data": 2 if comm.size % 2 == 0 else 1, "layout.pipeline": 1})
     machine = replace(MACHINE, shares_memory=True)
     run = Run(config, comm, plan=price_layout(config, machine, comm.size))
@@ -243,4 +243,5 @@ def test_a_traced_run_counts_what_its_plan_said(comm, data_path):
     run.free()
     [launch] = read_trace(data_path / "run" / "trace")
     planned = {(one["axis"], one["operation"]): one["bytes"] for one in run.plan.predicted["volume"]}
-    assert_all(launch.sent == {1: planned, 2: planned} and (planned or comm.size == 1), f"{launch.sent} {planned}", comm)
+    is_same = launch.sent == {1: planned, 2: planned}
+    assert_all(is_same and (planned or comm.size == 1), f"{launch.sent} {planned}", comm)

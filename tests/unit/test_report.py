@@ -388,11 +388,13 @@ def test_what_was_sent_is_told_beside_what_was_planned(run):
         sent = [{"step": step, "sent": [["pipeline", "send", 5], ["world", "allreduce", 10], ["data", "bcast", 0]]}
                 for step in range(1, 7)]
         path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in sent))
-    volume = [{"axis": "pipeline", "operation": "send", "bytes": 10}, {"axis": "tensor", "operation": "bcast", "bytes": 1}]
+    volume = [{"axis": axis, "operation": operation, "bytes": n_bytes}
+              for axis, operation, n_bytes in (("pipeline", "send", 10), ("tensor", "bcast", 1))]
     predicted = {"step_s": 20.0, "pipeline_s": 17.0, "gradients_s": 0.0, "update_s": 1.0, "volume": volume}
     Plan(2, 1, predicted=predicted).save(run / "plan.json")
     output = invoke(run)
-    rows = [(row["axis"], row["planned_bytes"], row["counted_bytes"]) for row in rows_of(run / "figures" / "volume.csv")]
+    rows = rows_of(run / "figures" / "volume.csv")
+    rows = [(row["axis"], row["planned_bytes"], row["counted_bytes"]) for row in rows]
     assert rows == [("world", "0", "20"), ("pipeline", "10", "10"), ("tensor", "1", "0")]
     lines = [line for line in output.splitlines() if line.startswith("  ")]
     assert [line.endswith("differs") for line in lines] == [True, False, True]
