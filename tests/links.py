@@ -80,7 +80,8 @@ def main(name, path):
         ranks = [np.argsort(np.argsort([row[i] for row in rows])) for i in (0, 1)]
         print(f"  rank correlation {np.corrcoef(ranks)[0, 1]:.2f} over {len(rows)} layouts")
         predicted_s = plan.predicted["step_s"]
-        print(f"  chosen {describe(plan.layout)}: {times[0] * 1e3:.0f} ms, predicted {predicted_s * 1e3:.0f}; {ratio:.3f} of the best, {describe(best)}", flush=True)
+        print(f"  chosen {describe(plan.layout)}: {times[0] * 1e3:.0f} ms, predicted {predicted_s * 1e3:.0f}; "
+              f"{ratio:.3f} of the best, {describe(best)}", flush=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(describe(plan.layout) + "\n")
     return int(ratio > 1.1)
