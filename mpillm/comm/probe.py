@@ -31,7 +31,7 @@ _SLOW_S = 0.02  # over a slow network the largest messages would take minutes; w
 _UNEQUAL = 1.2  # ranks that differ by less are taken as equal
 _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
-_FAR = 4.0  # times the best: not tried at the next size
+_FAR, _FAR_S = 4.0, 5e-4  # times the best and so much more: not tried at the next size; slow to start may be fast
 _BISECTIONS = 2
 _LINE_BYTES = 64
 
@@ -211,7 +211,7 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
 
     Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, size and
     algorithm, and more for those that come near the best. Of near-equals the first of :func:`candidates` is taken. An
-    algorithm that took more than four times the best of a size is not tried at the next; where the winner changes
+    algorithm that took far longer than the best of a size is not tried at the next; where the winner changes
     between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`. What
     another size or operation does clearly faster is done by that (:func:`mpillm.schedules.repair.repair`).
     """
@@ -243,7 +243,7 @@ def _fastest(group, op, n_bytes, members, dtype, budget_s):
         medians |= _medians(time_calls(group.comm, near, _AGAIN * budget_s, repeats=(15, 400)))
     best = min(medians[name] for name in near)
     winner = next(name for name in near if _TIE * medians[name] <= best)
-    return winner, [name for name in members if medians[name] <= _FAR * best], best
+    return winner, [name for name in members if medians[name] <= _FAR * best + _FAR_S], best
 
 
 def _medians(times):
