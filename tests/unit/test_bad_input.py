@@ -51,6 +51,7 @@ def check(job, code, words):
     assert job.returncode == code, job.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_one_message_and_the_exit_code(folder, case, ranks):
@@ -61,11 +62,13 @@ def test_one_message_and_the_exit_code(folder, case, ranks):
     assert not (folder / "run").exists(), "a refused run left a folder"
 
 
+@pytest.mark.slow
 def test_more_tensor_ranks_than_heads(folder):
     check(train(folder, 3, {"model.num_heads": "2", "model.head_dim": "8", "layout.tensor": "3"}), 2,
           ["layout.tensor=3", "num_heads=2", "tensor <= 2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_tokens_beyond_what_the_file_states(folder, ranks):
     """Seen in a step, by the rank that reads them: it reports and ends the job."""
@@ -74,6 +77,7 @@ def test_tokens_beyond_what_the_file_states(folder, ranks):
     assert job.returncode and "damaged.h5: token" in job.stderr and "vocab_size 257" in job.stderr, job.stderr
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model_and_a_used_run_directory(folder):
     first = train(folder, 1, {"train.run_dir": "used"})
     assert first.returncode == 0, first.stderr

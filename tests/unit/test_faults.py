@@ -13,7 +13,7 @@ from tiny import MODEL, same, write_token_file
 
 from mpillm.train.checkpoint import complete_checkpoints
 
-pytestmark = pytest.mark.launches
+pytestmark = [pytest.mark.launches, pytest.mark.slow]  # under Open MPI in tests/soak.sh
 
 RANKS, LIMIT_S = 3, 4.0
 TRAIN = {"steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "checkpoint_every": 2,
@@ -66,7 +66,6 @@ def test_a_fault_in_a_step_ends_the_job_and_says_where(folder, kind, within_s):
     assert goes_on(folder, kind, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase, rank, step", [
     ("middle", 1, 2), ("written", 2, 2), ("manifest", 0, 2), ("renamed", 0, 4),
 ])
@@ -84,7 +83,6 @@ def test_a_full_disk_ends_all_and_costs_no_checkpoint(folder):
     assert goes_on(folder, "full", 2)
 
 
-@pytest.mark.slow
 def test_a_file_system_that_fills_up_keeps_its_checkpoint(folder):
     """Room for one checkpoint, not for two; once there is more the run goes on."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
