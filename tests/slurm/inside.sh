@@ -54,6 +54,7 @@ sinfo -N
 
 job=$(mktemp -d) && cd "$job"
 export PYTHONPATH=$root VENV=$venv MPILLM_SLURM=$root/slurm MPIR_CVAR_POLLS_BEFORE_YIELD=100
+export UCX_TLS=tcp,self # as between real nodes; addresses of all transports are long, and Slurm's pmi2 was seen to garble them
 "$venv/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2 >/dev/null
 cp "$root/tests/cluster.toml" train.toml
 failures=0
