@@ -67,8 +67,9 @@ class Reduction:
         return min(layout.data, max(1, self.machine.ranks_per_node // (layout.tensor * layout.pipeline)))
 
     def _overlaps(self, layout):
-        """Tell whether gradients are reduced beside backward: where that is not done by the cores that compute."""
-        return self._inside(layout) < layout.data and self.config.train.numerics != "exact"
+        """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
+        have to do it."""
+        return self._inside(layout) == 1 < layout.data and self.config.train.numerics != "exact"
 
     def _one_way_s(self, layout):
         """Return the function from bytes to seconds of half an allreduce over the data axis."""

@@ -166,9 +166,10 @@ class Engine:
         """Move weights and gradients to flat storage: the buckets of each stage, last to first as backward completes
         them, and one for a matrix that two stages share."""
         mesh, zero = self.mesh, self.config.layout.zero == 1
-        # Inside a node the reduction would take the cores that backward runs on; exact sums trees of microbatches.
+        # Data ranks that share a node reduce in its memory, on the cores that backward runs on; exact sums trees of
+        # microbatches.
         self.overlaps = not self.is_exact and mesh.size("data") > 1 and all(
-            mesh.world.comm.allgather(mesh.group("data").node is None))
+            mesh.world.comm.allgather(mesh.group("data").memory is None))
         self.stage_buckets, tied, is_tied = {}, [None, None], self.config.model.tie_embeddings
         for stage in self.stages:
             module, own = stage.module, []
