@@ -55,7 +55,8 @@ sinfo -N
 job=$(mktemp -d) && cd "$job"
 export PYTHONPATH=$root VENV=$venv MPILLM_SLURM=$root/slurm MPIR_CVAR_POLLS_BEFORE_YIELD=100
 export UCX_TLS=tcp,self,sysv,posix # with all transports a rank's address may be longer than a line of Slurm's pmi2
-"$venv/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2 >/dev/null
+# Which files are held out follows from their names: named from here they are the same in every clone.
+(cd "$root" && exec "$venv/bin/python" -m mpillm data mpillm/*.py -o "$job/tokens.h5" --validation-fraction 0.2 >/dev/null)
 cp "$root/tests/cluster.toml" train.toml
 failures=0
 verdict() { # NAME COMMAND...: whether the command succeeds
