@@ -26,6 +26,7 @@ SLOT_BYTES = 1 << 20
 NUM_SLOTS = 8  # two are enough to be right; with more a slot has left the readers' caches when it is written again
 PIECE_BYTES = 1 << 18
 AT_ONCE_BYTES = 1 << 14  # up to here every rank combines everything: one meeting in place of two
+TURNS_ALONE = 200  # of waiting, before every further one lets MPI work: that costs what a short wait takes
 _LINE_BYTES = 64
 
 
@@ -110,13 +111,17 @@ class Node:
         return [part[start:start + len(x)] for part in parts]
 
     def barrier(self):
-        """Wait until every rank is here and what it wrote before can be seen."""
+        """Wait until every rank is here and what it wrote before can be seen; messages of this rank go on meanwhile."""
         own, leave = self._own, os.sched_yield
         self.fence()
         own[0] = count = own[0] + 1
         for other in self._others:
+            turns = 0
             while other[0] < count:
                 leave()
+                turns += 1
+                if turns > TURNS_ALONE:  # who is late may be waiting for what this rank has begun to send
+                    self.comm.Iprobe()
         self.fence()
 
     def free(self):
