@@ -55,6 +55,11 @@ def allreduce(x, comm, op="sum", out=None):
     -------
     Tensor, same shape, replicated
 
+    Raises
+    ------
+    ShapeError
+        On this rank, before any message, if ``out`` is not so.
+
     Notes
     -----
     Backward as a linear operator: see :mod:`mpillm.autograd.regions`. Sends ``2 (p-1)/p n`` bytes a rank, or nothing
@@ -70,6 +75,8 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     ``may_block`` lets it take an algorithm that makes no progress by itself, such as shared memory; so in all others.
     """
     group = as_group(comm)
+    if out is not None and not (out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous()):
+        raise ShapeError(f"allreduce: out is {_described(out)}, x is {_described(x)}: pass a contiguous tensor like x")
     if group.size == 1:
         return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
     n_bytes = x.nbytes
@@ -159,6 +166,7 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
+    dim %= x.dim()
     group.enter("allgather", (group.size - 1) * x.nbytes, x.dtype, (*x.shape[:dim], size, *x.shape[dim + 1:]))
     if size is None:
         lengths = group.comm.allgather(x.shape[dim])
@@ -214,7 +222,7 @@ def allgather_blocks(x, comm):
     group.enter("allgather", (group.size - 1) * len(own) * x.element_size(), x.dtype, x.shape)
     transport = group.transport("allgather", x, x.nbytes, True)
     finish(transport.allgather(own, host, cuts))
-    if x.is_cuda:
+    if host.data_ptr() != x.data_ptr():
         x.copy_(host)
 
 
@@ -323,6 +331,7 @@ def igather(x, comm, dim=0, root=0, may_block=False):
     group = as_group(comm)
     if group.size == 1:
         return Pending(x.detach().clone())
+    dim %= x.dim()
     group.enter("gather", 0 if group.rank == root else x.nbytes, x.dtype, (*x.shape[:dim], *x.shape[dim + 1:]), root)
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(x.movedim(dim, 0))
@@ -350,6 +359,10 @@ class Pending:
             self._request = None
         self._keep = ()
         return self._result if self._finish is None else self._finish()
+
+
+def _described(x):
+    return f"{'' if x.is_contiguous() else 'strided '}{x.dtype} {list(x.shape)}"
 
 
 def _blocks(lengths, rows):

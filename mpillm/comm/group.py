@@ -86,7 +86,8 @@ class Group:
     def transport(self, op, x, n_bytes, may_block):
         """Return what carries out ``op`` on tensors like ``x``, ``n_bytes`` in all.
 
-        Collective on first use. Shared memory makes no progress by itself, so nonblocking calls never take it.
+        Collective on first use. Shared memory makes no progress by itself, so nonblocking calls never take it, nor the
+        library for sums of half types, of which it has only the messages. Sums in the fixed order alone always block.
         """
         library = self._libraries[may_block]
         key = op, x.dtype
@@ -94,10 +95,13 @@ class Group:
             self._choices[key] = self.table.choices(op, self.name, str(x.dtype).removeprefix("torch."))
         limits, algorithms = self._choices[key]
         algorithm = algorithms[bisect_left(limits, n_bytes)]
-        if algorithm == WINDOW and may_block and self.node:
+        if algorithm in (WINDOW, TWO_LEVEL) and may_block and self.node:
             return self.node
-        if algorithm == LIBRARY or self.order == "tree":
+        if self.order == "tree":
             return library
+        if algorithm == LIBRARY:
+            is_half_sum = x.dtype in HALF_TYPES and op in ("allreduce", "reduce_scatter")
+            return library if may_block or not is_half_sum else self.schedules.transport("direct")
         if algorithm == COMPOSED or as_if(algorithm):
             return repaired(self, algorithm, op, x, n_bytes) if may_block else library
         if algorithm in (WINDOW, TWO_LEVEL) and may_block and hasattr(Levels, op) and self.levels \

@@ -44,8 +44,8 @@ class Handover:
         n_bytes = num_slots * self.slot_bytes
         if self._node is None or not self._node.has_room(self._inside.size * n_bytes):
             return
-        slots, flags = (self._node.empty(size, dtype) for size, dtype in
-                        ((n_bytes, torch.uint8), (num_slots, torch.int64)))
+        slots = self._node.empty(n_bytes, torch.uint8, is_set_aside=False)
+        flags = self._node.empty(num_slots, torch.int64)
         flags.zero_()
         parts = [(memory.numpy(), memoryview(taken.numpy())) for memory, taken in
                  zip(self._node.views(slots), self._node.views(flags))]

@@ -8,6 +8,7 @@ import math
 
 from mpillm.comm.buffers import as_bytes, host_empty, staged, unstaged
 from mpillm.comm.collectives import Pending
+from mpillm.comm.group import as_group
 
 FORWARD, BACKWARD, TIED = range(3)  # what a message carries; the lowest digits of its tag
 
@@ -17,23 +18,56 @@ def tag_of(kind, stage=0, microbatch=0, num_microbatches=1):
     return 3 * (stage * num_microbatches + microbatch) + kind
 
 
-def isend(x, group, to, tag):
-    """Start sending ``x`` to rank ``to`` of ``group``.
+def isend(x, comm, to, tag):
+    """Start sending ``x`` to another rank.
 
-    Local start; rank ``to`` must receive. ``x`` must not change before ``wait()``, which returns ``x``.
+    Local; collective over ``comm`` the first time a bare communicator is seen (:func:`mpillm.comm.group.as_group`).
+
+    Parameters
+    ----------
+    x : Tensor, any shape, varying
+        Must not change before ``wait()``.
+    comm : Comm or Group
+    to : int
+        Rank in ``comm``, which must receive.
+    tag : int
+
+    Returns
+    -------
+    Pending
+        ``wait()`` returns ``x``.
+
+    Notes
+    -----
+    Sends the bytes of ``x``.
     """
-    source = staged(x)
+    group, source = as_group(comm), staged(x)
     group.recorder.add(group.name, "send", x.nbytes)
     if group.handover and group.handover.carries(to, x.nbytes):
         return Pending(x, group.handover.isend(source, to, tag), (source,))
     return Pending(x, group.comm.Isend(as_bytes(source), to, tag), (source,))
 
 
-def irecv(shape, like, group, source, tag):
-    """Start receiving a tensor of ``shape``, with dtype and device of ``like``, from rank ``source`` of ``group``.
+def irecv(shape, like, comm, source, tag):
+    """Start receiving a tensor from another rank.
 
-    ``wait()`` returns it.
+    Local or collective as :func:`isend`.
+
+    Parameters
+    ----------
+    shape : Size
+        As it was sent: MPI tells nobody.
+    like : Tensor
+        Whose dtype and device it has.
+    comm : Comm or Group
+    source, tag : int
+
+    Returns
+    -------
+    Pending
+        ``wait()`` returns the tensor, varying.
     """
+    group = as_group(comm)
     if group.handover and group.handover.carries(source, math.prod(shape) * like.element_size()):
         request, take = group.handover.irecv(shape, like, source, tag)
         return Pending(None, request, (), lambda: unstaged(take(), like))

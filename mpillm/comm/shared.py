@@ -9,13 +9,17 @@ Ranks meet by counters in a window, one cache line a rank, and wait with ``sched
 
 The manners of windows, each of which cost somebody a wrong result: segments start on pages of their own
 (``alloc_shared_noncontig``); counters are fenced with ``Win.Sync`` inside ``Lock_all``; all ranks together look up the
-room in ``/dev/shm`` first, because allocation succeeds where touching the memory dies.
+room in ``/dev/shm`` first and have the system set the memory aside, because allocation succeeds where touching it dies.
 """
 
+import ctypes
+import errno
+import mmap
 import os
 
 import torch
 
+from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.sums import combine_tree
 from mpillm.errors import LaunchError
 from mpillm.schedules.blocks import all_bounds
@@ -25,9 +29,10 @@ SWITCH = "MPILLM_SHARED_WINDOWS"  # set to 0, everything goes by messages
 SLOT_BYTES = 1 << 20
 NUM_SLOTS = 8  # two are enough to be right; with more a slot has left the readers' caches when it is written again
 PIECE_BYTES = 1 << 18
-AT_ONCE_BYTES = 1 << 14  # up to here every rank combines everything: one meeting in place of two
+AT_ONCE_BYTES = 1 << 18  # of all other ranks: up to here every rank combines everything, one meeting in place of two
 TURNS_ALONE = 200  # of waiting, before every further one lets MPI work: that costs what a short wait takes
 _LINE_BYTES = 64
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: since Linux 5.14 an error in place of a signal where there is no memory
 
 
 def make_node(comm):
@@ -54,7 +59,8 @@ class Node:
 
     def __init__(self, comm):
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.slot_bytes, self.at_once_bytes = SLOT_BYTES, AT_ONCE_BYTES
+        self._peers = [rank for rank in range(comm.size) if rank != comm.rank]
+        self.slot_bytes, self.at_once_bytes = SLOT_BYTES, AT_ONCE_BYTES // len(self._peers)
         self._windows, self._together, self._slots, self._turn = [], {}, {}, 0
         window, counters = self._allocate([_LINE_BYTES] * comm.size)
         self.fence = window.Sync  # between memory and what tells of it
@@ -68,18 +74,18 @@ class Node:
         """Tell whether the node's shared memory has room for so many bytes more."""
         return min(self.comm.allgather(_room_bytes())) >= n_bytes
 
-    def empty(self, size, dtype):
+    def empty(self, size, dtype, is_set_aside=True):
         """Return an uninitialised flat tensor in a window.
 
         The ranks' tensors of one call belong together: the collectives reduce views at the same place of them where
-        they lie.
+        they lie. With ``is_set_aside`` False what is never used costs nothing, and what is used must fit by itself.
 
         Raises
         ------
         LaunchError
             On all ranks, if the shared memory of the node has no room for it.
         """
-        window, parts = self._allocate([size * dtype.itemsize] * self.size)
+        window, parts = self._allocate([size * dtype.itemsize] * self.size, is_set_aside)
         parts = [part.view(dtype) for part in parts]
         self._together[_storage(parts[self.rank])] = window, parts
         return parts[self.rank]
@@ -104,9 +110,9 @@ class Node:
 
     def views(self, x):
         """Return what belongs together with ``x``, by rank, or None if ``x`` does not lie in a window. Local."""
-        if _storage(x) not in self._together:
+        _, parts = self._together.get(_storage(x), (None, None)) if self._together else (None, None)
+        if parts is None or parts[0].dtype != x.dtype:
             return None
-        _, parts = self._together[_storage(x)]
         start = x.storage_offset()
         return [part[start:start + len(x)] for part in parts]
 
@@ -134,19 +140,21 @@ class Node:
     def allreduce(self, x, out, op):
         """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         together = self.views(out)
-        if together is None and x.numel() * x.element_size() <= min(self.at_once_bytes, self.slot_bytes):
-            slots = self._next_slots(x.dtype, 1)
-            slots[self.rank][0][:len(x)] = x
+        if together is None and x.nbytes <= min(self.at_once_bytes, self.slot_bytes):
+            if x.dtype not in HALF_TYPES:
+                x, out = _light(1, x, out)
+            slots, size = self._next_slots(x.dtype, 1), len(x)
+            slots[self.rank][0][:size] = x
             self.barrier()
-            combine_tree([slot[0][:len(x)] for slot in slots], op, out)
+            combine_tree([slot[0][:size] for slot in slots], op, out)
         elif together is None:
             self._staged_reduce(x, out, all_bounds(len(x), self.size), op, True)
         else:
             if x.data_ptr() != out.data_ptr():
                 out.copy_(x)
             self.barrier()
-            for low, high in _pieces(*all_bounds(len(out), self.size)[self.rank], out):
-                pieces = [part[low:high] for part in together]
+            low, high = all_bounds(len(out), self.size)[self.rank]
+            for pieces in _pieces([part[low:high] for part in together]):
                 own = combine_tree(pieces, op, pieces[self.rank])
                 for piece in pieces:
                     if piece is not own:
@@ -160,8 +168,8 @@ class Node:
             self._staged_reduce(x, out, cuts, op, False)
         else:
             self.barrier()
-            for low, high in _pieces(start, stop, x):
-                combine_tree([part[low:high] for part in together], op, out[low - start:high - start])
+            for *pieces, piece in _pieces([*(part[start:stop] for part in together), out]):
+                combine_tree(pieces, op, piece)
             self.barrier()
 
     def allgather(self, x, out, cuts):
@@ -169,12 +177,11 @@ class Node:
         together, own = self.views(out), out[slice(*cuts[self.rank])]
         if own.data_ptr() != x.data_ptr():
             own.copy_(x)
-        others = [rank for rank in range(self.size) if rank != self.rank]
         if together is None:
-            self._publish(own, {rank: out[slice(*cuts[rank])] for rank in others}, cuts)
+            self._publish(own, {rank: out[slice(*cuts[rank])] for rank in self._peers}, cuts)
         else:
             self.barrier()
-            for rank in others:
+            for rank in self._peers:
                 out[slice(*cuts[rank])] = together[rank][slice(*cuts[rank])]
             self.barrier()
 
@@ -212,7 +219,10 @@ class Node:
 
     def _publish(self, x, outs, cuts):
         """Show ``x`` to all ranks, none of them larger than the largest of ``cuts``; take that of some to ``outs``."""
-        for number in range(self._rounds(cuts, x.dtype, 1)):
+        rounds = self._rounds(cuts, x.dtype, 1)
+        x, *blocks = _light(rounds, x, *outs.values())
+        outs = dict(zip(outs, blocks))
+        for number in range(rounds):
             slots = self._next_slots(x.dtype, 1)
             _fill(slots[self.rank][0], x, number)
             self.barrier()
@@ -221,8 +231,11 @@ class Node:
 
     def _exchange(self, parts, outs, cuts, dtype):
         """Send ``parts`` to some ranks, take ``outs`` from some, none larger than the largest of ``cuts``."""
-        for number in range(self._rounds(cuts, dtype, self.size)):
-            slots = self._next_slots(dtype, self.size)
+        rounds = self._rounds(cuts, dtype, self.size)
+        like, *blocks = _light(rounds, torch.empty(0, dtype=dtype), *parts.values(), *outs.values())
+        parts, outs = dict(zip(parts, blocks)), dict(zip(outs, blocks[len(parts):]))
+        for number in range(rounds):
+            slots = self._next_slots(like.dtype, self.size)
             for rank, part in parts.items():
                 _fill(slots[self.rank][rank], part, number)
             self.barrier()
@@ -234,25 +247,28 @@ class Node:
 
         A slot has a part for every rank: what it is to combine, and the last result of the slot's own rank.
         """
+        rounds, own = self._rounds(cuts, x.dtype, self.size), self.rank
+        if x.dtype not in HALF_TYPES:
+            x, out = _light(rounds, x, out)
         parts = [x[low:high] for low, high in cuts]
         outs = [out[low:high] for low, high in cuts] if is_gathered else [out] * self.size
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        for number in range(self._rounds(cuts, x.dtype, self.size) + is_gathered):
+        for number in range(rounds + is_gathered):
             slots = self._next_slots(x.dtype, self.size)
-            mine = slots[self.rank]
-            for rank in others:
-                _fill(mine[rank], parts[rank], number)
+            mine = slots[own]
+            if number < rounds:
+                for rank in self._peers:
+                    _fill(mine[rank], parts[rank], number)
             if is_gathered and number > 0:
-                _fill(mine[self.rank], outs[self.rank], number - 1)
+                _fill(mine[own], outs[own], number - 1)
             self.barrier()
             if is_gathered and number > 0:
-                for rank in others:
+                for rank in self._peers:
                     _drain(slots[rank][rank], outs[rank], number - 1)
             step = len(mine[0])
-            own = parts[self.rank][number * step:(number + 1) * step]
-            if len(own):
-                pieces = [own if rank == self.rank else slot[self.rank][:len(own)] for rank, slot in enumerate(slots)]
-                combine_tree(pieces, op, outs[self.rank][number * step:(number + 1) * step])
+            part = parts[own][number * step:(number + 1) * step]
+            if len(part):
+                pieces = [part if rank == own else slot[own][:len(part)] for rank, slot in enumerate(slots)]
+                combine_tree(pieces, op, outs[own][number * step:(number + 1) * step])
 
     def _rounds(self, cuts, dtype, count):
         """Return in how many rounds these blocks go through a slot of ``count`` parts."""
@@ -264,7 +280,7 @@ class Node:
         return max(1, self.slot_bytes // dtype.itemsize // count // 16) * 16
 
     def _next_slots(self, dtype, count):
-        """Return the slots of the coming round, by rank, as ``count`` equal parts each.
+        """Return the slots of the coming round, by rank, as ``count`` equal parts each: arrays if the dtype is numpy's.
 
         They are used in turn: with one barrier a round, and two slots or more, what is written now was last read before
         the barrier of the round before.
@@ -273,27 +289,36 @@ class Node:
         key = dtype, count, self._turn
         if key not in self._slots:
             low, step = self._turn * SLOT_BYTES, self._part_items(dtype, count)
-            self._slots[key] = [part[low:low + SLOT_BYTES].view(dtype)[:count * step].split(step)
-                                for part in self._staging]
+            staging = [part if isinstance(dtype, torch.dtype) else part.numpy() for part in self._staging]
+            self._slots[key] = [list(part[low:low + SLOT_BYTES].view(dtype)[:count * step].reshape(count, step))
+                                for part in staging]
         return self._slots[key]
 
-    def _allocate(self, sizes):
+    def _allocate(self, sizes, is_set_aside=True):
         """Return a new window of ``sizes[rank]`` bytes on every rank, and all ranks' memory in it as bytes."""
         from mpi4py import MPI
 
         if not self.has_room(sum(sizes)):
-            raise LaunchError(
-                f"a window of {self.size} ranks needs {sum(sizes) / 2**20:.0f} MiB of {SHARED_MEMORY}, where "
-                f"{_room_bytes() / 2**20:.0f} MiB are free: make {SHARED_MEMORY} larger (in a container: --shm-size), "
-                f"or set {SWITCH}=0 to use messages"
-            )
+            raise self._no_room(sizes)
         info = MPI.Info.Create()
         info.Set("alloc_shared_noncontig", "true")
         window = MPI.Win.Allocate_shared(sizes[self.rank], 1, info, self.comm)
         info.Free()
         window.Lock_all(MPI.MODE_NOCHECK)
+        parts = [_memory(window, rank, size) for rank, size in enumerate(sizes)]
+        if not all(self.comm.allgather(not is_set_aside or _set_aside(parts[self.rank]))):
+            del parts
+            _free(window)
+            raise self._no_room(sizes)  # others took the room meanwhile
         self._windows.append(window)
-        return window, [_memory(window, rank, size) for rank, size in enumerate(sizes)]
+        return window, parts
+
+    def _no_room(self, sizes):
+        return LaunchError(
+            f"a window of {self.size} ranks needs {sum(sizes) / 2**20:.0f} MiB of {SHARED_MEMORY}, where "
+            f"{_room_bytes() / 2**20:.0f} MiB are free: make {SHARED_MEMORY} larger (in a container: --shm-size), "
+            f"or set {SWITCH}=0 to use messages"
+        )
 
 
 def _free(window):
@@ -308,16 +333,35 @@ def _memory(window, rank, size):
     return torch.frombuffer(window.Shared_query(rank)[0], dtype=torch.uint8, count=size)
 
 
+def _set_aside(memory):
+    """Have the system set memory aside; tell whether it could. Systems that know no such call are believed."""
+    if not len(memory):
+        return True
+    start = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = memory.data_ptr() + len(memory) - start
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _POPULATE_WRITE)
+    return not failed or ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS)
+
+
 def _room_bytes():
     """Return the free bytes of this node's shared memory."""
     free = os.statvfs(SHARED_MEMORY)
     return free.f_bavail * free.f_frsize
 
 
-def _pieces(start, stop, like):
-    """Cut a range of items into pieces that fit a cache."""
-    step = PIECE_BYTES // like.element_size()
-    return [(low, min(low + step, stop)) for low in range(start, stop, step)]
+def _pieces(blocks):
+    """Cut blocks, equally long, into pieces that fit a cache; return those at one place together."""
+    step = PIECE_BYTES // blocks[0].element_size()
+    return zip(*(block.split(step) for block in blocks)) if len(blocks[0]) > step else [blocks]
+
+
+def _light(rounds, *tensors):
+    """Return what one round takes as arrays, of half types as integers: a call of theirs costs a microsecond less than
+    a tensor's, but has no threads."""
+    if rounds > 1:
+        return tensors
+    return [(x.view(torch.int16) if x.dtype in HALF_TYPES else x).numpy() for x in tensors]
 
 
 def _fill(part, block, number):
@@ -331,7 +375,7 @@ def _drain(part, block, number):
     """Copy a part of a slot to piece ``number`` of a block."""
     piece = block[number * len(part):(number + 1) * len(part)]
     if len(piece):
-        piece.copy_(part[:len(piece)])
+        piece[:] = part[:len(piece)]
 
 
 def _storage(x):

@@ -269,17 +269,55 @@ def test_traffic_of_the_caller_is_not_mixed_up(comm):
 
 
 def test_send_and_receive(comm):
-    group = as_group(comm)
     after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     for dtype, shape in itertools.product(DTYPES if comm.size > 1 else [], [(0, 3), (7,), (2, 9)]):
         x = data(shape, dtype, comm.rank, is_strided=True)
-        arriving = [mpi.irecv(shape, x, group, before, tag) for tag in (2, 1)]
-        leaving = [mpi.isend(x + tag, group, after, tag) for tag in (1, 2)]
+        arriving = [mpi.irecv(shape, x, comm, before, tag) for tag in (2, 1)]
+        leaving = [mpi.isend(x + tag, comm, after, tag) for tag in (1, 2)]
         received = [pending.wait() for pending in arriving]
         sent = [pending.wait() for pending in leaving]
         right = data(shape, dtype, before)
         ok = torch.equal(received[0], right + 2) and torch.equal(received[1], right + 1) and torch.equal(sent[0], x + 1)
         assert_all(ok, f"{dtype} {shape}", comm)
+
+
+def test_a_result_goes_nowhere_else(comm):
+    """What is no place for it is refused before any message; strided blocks come back to where they were."""
+    x = torch.ones(4, 6)
+    for out in (torch.ones(6, 4).T, torch.ones(4, 6, dtype=torch.float64), torch.ones(24)):
+        with pytest.raises(ShapeError, match="pass a contiguous tensor like x"):
+            mpi.allreduce(x, comm, out=out)
+    room = torch.zeros(2 * 7)
+    x = room[::2]
+    low, high = bounds(7, comm.size, comm.rank)
+    x[low:high] = comm.rank + 1
+    collectives.allgather_blocks(x, comm)
+    right = [rank + 1 for rank in range(comm.size) for _ in range(counts(7, comm.size)[rank])]
+    assert_all(x.tolist() == right and not room[1::2].any(), room, comm)
+
+
+def test_checked_collectives_count_dimensions_from_either_end(comm):
+    group = Group(as_group(comm).comm, is_checked=True)
+    x = data((2, 7), torch.float64, 0)
+    own = own_block(x, comm, 1)
+    whole = mpi.allgather(own, group, -1), mpi.allgather(own, group, -1, 7), mpi.gather(own, group, -1, 0)
+    right = x, x, x if comm.rank == 0 or comm.size == 1 else x[:, :0]
+    assert_all(all(map(torch.equal, whole, right)), whole, comm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sum_that_was_started_waits_for_nobody(comm, dtype):
+    """The others start theirs only after a message that comes later in this rank's program."""
+    x, received = torch.full((9,), comm.rank + 1, dtype=dtype), 0
+    group = as_group(comm)
+    mpi.iallreduce(x, group).wait()  # first uses are collective
+    if comm.rank > 0:
+        received = comm.recv(source=0)
+    pending = mpi.iallreduce(x, group)
+    for rank in range(1, comm.size if comm.rank == 0 else 0):
+        comm.send(rank, rank)
+    right = comm.size * (comm.size + 1) // 2
+    assert_all(pending.wait().tolist() == 9 * [right] and received == comm.rank, "differs", comm)
 
 
 def test_recorded_bytes(comm):

@@ -73,9 +73,25 @@ def test_no_room_is_an_error_on_all_ranks_or_messages(comm, monkeypatch):
         node.empty(1 << 20, torch.float32)
     none = shared.make_node(group.comm) is None
     monkeypatch.undo()
+    before = len(node._windows)
+    monkeypatch.setattr(shared, "_set_aside", lambda memory: comm.rank > 0)  # others have taken the room meanwhile
+    with pytest.raises(LaunchError, match="/dev/shm"):
+        node.empty(1 << 20, torch.float32)
+    assert len(node._windows) == before
+    monkeypatch.undo()
     monkeypatch.setenv(shared.SWITCH, "0" if comm.rank == 0 else "1")  # one rank is enough
     none &= shared.make_node(group.comm) is None
     assert_all(none, "a node all the same", comm)
+
+
+def test_half_a_window_s_words_are_no_place_in_it(comm):
+    """Views of another type are summed as tensors of their own."""
+    if comm.size == 1:
+        return
+    group = as_group(comm).with_table(only("window"))
+    x = group.node.empty(64, torch.int64).fill_(comm.rank + 1).view(torch.int32)[10:20]
+    found = mpi.allreduce(x, group, out=x)
+    assert_all(found.tolist() == 5 * [comm.size * (comm.size + 1) // 2, 0], found, comm)
 
 
 def test_windows_are_given_back(comm):
