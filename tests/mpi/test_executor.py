@@ -114,6 +114,18 @@ def test_started_again_with_other_values(comm):
     one.free()
 
 
+def test_waited_for_in_any_order(comm):
+    """Even and odd ranks wait in opposite orders, in one group and in two; messages too long to leave unreceived."""
+    part = comm.Clone()
+    groups = [as_group(each).with_table(only("ring")) for each in (comm, comm, part)]
+    parts = [data((1 << 19) + i, torch.float64, comm.rank) for i in range(3)]
+    pending = [mpi.iallreduce(*each) for each in zip(parts, groups)]
+    results = {i: pending[i].wait() for i in ((0, 1, 2), (2, 1, 0))[comm.rank % 2]}
+    ok = all(torch.equal(results[i], mpi.allreduce(own, comm)) for i, own in enumerate(parts))
+    part.Free()
+    assert_all(ok, "mixed up", comm)
+
+
 def test_several_at_once(comm):
     group = as_group(comm).with_table(only("ring"))
     parts = [data(5000 + i, torch.float64, comm.rank) for i in range(3)]
