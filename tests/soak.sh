@@ -24,5 +24,6 @@ done
 MPILLM_MUTATIONS=1000 "$bin/python" -m pytest -q "$root/tests/unit/test_checkpoint.py"
 bash "$root/tests/slurm/run.sh" "${bin%/bin}"
 bash "$root/tests/hosts.sh" "${bin%/bin}" "${openmpi%/bin}"
+bash "$root/tests/hosts.sh" --collectives "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 1 "100mbit 1gbit none" "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 2 "100mbit 1gbit none" "${bin%/bin}"

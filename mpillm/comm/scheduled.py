@@ -11,20 +11,55 @@ _NUM_TAGS = 1 << 14
 
 
 class Schedules:
-    """Runs schedules over the ranks of ``comm``, on a clone of it. Collective to make and to free."""
+    """Runs schedules over the ranks of ``comm``, on a clone of it. Collective over ``comm`` to make and to free.
+
+    Parameters
+    ----------
+    comm : Comm
+
+    Attributes
+    ----------
+    nodes : tuple of int
+        The node of every rank.
+    """
 
     def __init__(self, comm):
         self.comm, self.num_started, self._transports = comm.Clone(), 0, {}
         self.nodes = nodes_of(self.comm)
 
     def transport(self, algorithm):
-        """Return what carries out collectives by ``algorithm``. Local."""
+        """Return what carries out collectives by ``algorithm``.
+
+        Local.
+
+        Parameters
+        ----------
+        algorithm : str
+            Of :data:`mpillm.schedules.generators.ALGORITHMS`, but ``"trees"``.
+
+        Returns
+        -------
+        Scheduled
+        """
         if algorithm not in self._transports:
             self._transports[algorithm] = Scheduled(self, algorithm)
         return self._transports[algorithm]
 
     def start(self, schedule, carries, sizes, inputs, outputs, dtype, op):
-        """Start a schedule once; return its :class:`Executor`. Collective."""
+        """Start a schedule once.
+
+        Collective over the ranks.
+
+        Parameters
+        ----------
+        schedule, carries, sizes, inputs, outputs, dtype, op
+            As of :class:`Executor`.
+
+        Returns
+        -------
+        Executor
+            Started; it releases its requests at its end.
+        """
         self.num_started += 1
         tag = self.num_started % _NUM_TAGS
         executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once=True)
@@ -37,7 +72,14 @@ class Schedules:
 
 
 def nodes_of(comm):
-    """Return the node of every rank, named by the least rank on it. Collective over ``comm``."""
+    """Return the node of every rank, named by the least rank on it.
+
+    Collective over ``comm``.
+
+    Returns
+    -------
+    tuple of int
+    """
     if comm.size == 1:
         return (0,)
     from mpi4py import MPI
@@ -49,7 +91,16 @@ def nodes_of(comm):
 
 
 class Scheduled:
-    """Collectives over a group by one algorithm; every method returns the started :class:`Executor`."""
+    """Collectives over a group by one algorithm, on flat host tensors.
+
+    Every method is collective over the group and returns the started :class:`Executor`: until it is done inputs must
+    not change. ``cuts`` are the ``(start, stop)`` of every rank's block.
+
+    Parameters
+    ----------
+    schedules : Schedules
+    algorithm : str
+    """
 
     def __init__(self, schedules, algorithm):
         self.schedules, self.algorithm = schedules, algorithm
@@ -119,7 +170,15 @@ class Scheduled:
 
 @lru_cache(maxsize=256)
 def checked(op, algorithm, num_ranks, root, nodes):
-    """Return a schedule and what its messages carry; it is checked once, before it first runs."""
+    """Return a schedule, checked once, before it first runs, and what its messages carry.
+
+    Local.
+
+    Returns
+    -------
+    (CollectiveSchedule, tuple)
+        The second is :attr:`~mpillm.schedules.check_collective.CollectiveReport.carries`.
+    """
     schedule = make_collective(op, algorithm, num_ranks, root, nodes)
     return schedule, check_collective(schedule).carries
 

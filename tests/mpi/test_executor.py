@@ -1,4 +1,4 @@
-"""Schedules on real ranks: every generator, dtypes, sizes, in place, started again, several at once."""
+"""Schedules on real ranks: every generator but trees, dtypes, sizes, in place, started again, several at once."""
 
 import pytest
 import torch
