@@ -7,7 +7,7 @@ from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import make_collective
 
-_NUM_TAGS = 1 << 14
+_NUM_TAGS = 1 << 14  # of executors that run once; those that are kept have as many more
 
 
 class Schedules:
@@ -24,7 +24,7 @@ class Schedules:
     """
 
     def __init__(self, comm):
-        self.comm, self.num_started, self._transports = comm.Clone(), 0, {}
+        self.comm, self.num_started, self.num_kept, self._transports = comm.Clone(), 0, 0, {}
         self.nodes = nodes_of(self.comm)
 
     def transport(self, algorithm):
@@ -45,24 +45,24 @@ class Schedules:
             self._transports[algorithm] = Scheduled(self, algorithm)
         return self._transports[algorithm]
 
-    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op):
-        """Start a schedule once.
+    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op, is_once=True):
+        """Start a schedule.
 
         Collective over the ranks.
 
         Parameters
         ----------
-        schedule, carries, sizes, inputs, outputs, dtype, op
+        schedule, carries, sizes, inputs, outputs, dtype, op, is_once
             As of :class:`Executor`.
 
         Returns
         -------
         Executor
-            Started; it releases its requests at its end.
+            Started.
         """
-        self.num_started += 1
-        tag = self.num_started % _NUM_TAGS
-        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once=True)
+        self.num_started, self.num_kept = self.num_started + is_once, self.num_kept + (not is_once)
+        tag = self.num_started % _NUM_TAGS if is_once else _NUM_TAGS + self.num_kept % _NUM_TAGS
+        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once)
         executor.start()
         return executor
 
@@ -110,7 +110,7 @@ class Scheduled:
         """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         schedule, carries = self._schedule("allreduce")
         cuts = schedule.bounds(len(x))
-        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op)
+        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op, _kept(x, out))
 
     def reduce_scatter(self, x, out, cuts, op):
         """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
@@ -119,7 +119,7 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
         own = {c: out[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.targets[c] == self.rank}
-        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op)
+        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, _kept(x, out))
 
     def allgather(self, x, out, cuts):
         """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
@@ -128,7 +128,7 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.sources) if rank == self.rank))
         own = {c: x[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.sources[c] == self.rank}
-        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype)
+        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype, kept=_kept(out, x))
 
     def bcast(self, x, root):
         """Give every rank the ``x`` of ``root``."""
@@ -163,9 +163,42 @@ class Scheduled:
     def _schedule(self, op, root=0):
         return checked(op, self.algorithm, self.size, root, self.schedules.nodes)
 
-    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum"):
+    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum", kept=None):
+        key = self, schedule.op, op, tuple(cuts)
+        if kept and key in kept:
+            kept[key].start()
+            return kept[key]
         sizes = [high - low for low, high in cuts]
-        return self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op)
+        started = self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op, is_once=kept is None)
+        if kept is not None:
+            kept[key] = started
+        return started
+
+
+def keep(x):
+    """Let schedules keep what they bind to ``x`` where they work in place, scratch memory included, and start it again.
+
+    Local; the same on all ranks that reduce or gather it. It is known by the tensor itself, as an address may return,
+    on some ranks only, with another tensor.
+
+    Parameters
+    ----------
+    x : Tensor
+        Flat, in host memory.
+    """
+    x.executors = {}
+
+
+def release(x):
+    """Release what schedules keep for ``x``, if anything. Local; nothing may be under way on it."""
+    for executor in x.__dict__.pop("executors", {}).values():
+        executor.free()
+
+
+def _kept(x, other):
+    """Return the executors of ``x``, or None if it has none to be kept or ``other`` is no part of it."""
+    is_in_place = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return x.__dict__.get("executors") if is_in_place else None
 
 
 @lru_cache(maxsize=256)

@@ -6,11 +6,11 @@ from helpers import assert_all
 
 from mpillm import comm as mpi
 from mpillm.comm import executor
-from mpillm.comm.collectives import allgather_blocks, reduce_scatter_blocks
+from mpillm.comm.collectives import allgather_blocks, ireduce_scatter_blocks, reduce_scatter_blocks
 from mpillm.comm.executor import Executor
 from mpillm.comm.group import as_group
 from mpillm.comm.probe import only
-from mpillm.comm.scheduled import Scheduled, checked
+from mpillm.comm.scheduled import Scheduled, checked, keep, release
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.generators import ALGORITHMS
 
@@ -127,6 +127,23 @@ def test_started_again_with_other_values(comm):
         right = sum(value + rank for rank in range(comm.size))
         assert_all(bool((out == right).all()), f"{out[0]} {right}", comm)
     one.free()
+
+
+def test_what_is_bound_to_a_buffer_that_recurs_is_started_again(comm):
+    """Beside others that come and go; whether or not the call may block."""
+    group, made, x = as_group(comm).with_table(only("ring")), [], torch.empty(1001)
+    keep(x)
+    for value in (1.0, 5.0, 7.0):
+        x.fill_(value + comm.rank)
+        pending = ireduce_scatter_blocks(x, group, may_block=value == 5)
+        other = mpi.iallreduce(x.new_full((999,), value), group)
+        pending.wait()
+        allgather_blocks(x, group)
+        sums = x == sum(value + rank for rank in range(comm.size)), other.wait() == comm.size * value
+        assert_all(all(map(torch.all, sums)), f"{value} {x[0]}", comm)
+        made.append(list(x.executors.values()))
+    assert_all(made[0] == made[1] == made[2] and len(made[0]) == (2 if comm.size > 1 else 0), made, comm)
+    release(x)
 
 
 def test_waited_for_in_any_order(comm):
