@@ -18,7 +18,7 @@ from mpillm.comm.scheduled import keep, release
 from mpillm.schedules.blocks import ALIGNMENT, align, bounds
 from mpillm.schedules.tree import TreeAccumulator
 
-KEPT_BYTES = 4 << 20  # of the largest gradient buffer that schedules stay bound to: of larger ones it is no gain
+KEPT_BYTES = 4 << 20  # of the largest buffer that schedules stay bound to: with larger ones it is no gain
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class Bucket:
         if not tied_to and not (self.is_one_copy and self.group.rank > 0):
             for p, offset in zip(self.parameters, self.offsets):
                 self.data[offset:offset + p.numel()] = p.detach().reshape(-1)
-        if self.grad.nbytes <= KEPT_BYTES:
-            keep(self.grad)
+        for x in (self.data, self.grad):
+            if x.nbytes <= KEPT_BYTES:
+                keep(x)
         self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
         self.is_sharded = is_sharded
@@ -116,6 +117,7 @@ class Bucket:
 
     def free(self):
         """Let go of the buffers, whose memory may be shared and about to go: parameters become empty."""
+        release(self.data)
         release(self.grad)
         self.data = self.grad = self.master = None
         for p in self.parameters:
