@@ -3,6 +3,8 @@
 #   bash tests/hosts.sh [VENV...]
 #   bash tests/hosts.sh --links RANKS RATES [VENV]: with RANKS a host (1 or 2) and a link of each of the RATES ("100mbit
 #   1gbit none"), hold the plan against all layouts (tests/links.py); under the MPICH wheel, nothing else running.
+#   bash tests/hosts.sh --collectives [VENV]: with 2 ranks a host and a link of 1 Gbit/s, hold the two-level allreduce of
+#   16 MiB against the library's own, with windows and without; under the MPICH wheel, nothing else running.
 # Every VENV has an MPI wheel with its launcher. Skipped, with the reason, without root, ip or namespaces.
 set -eu
 root=$(realpath "$(dirname "$0")/..")
@@ -13,8 +15,9 @@ if [ -z "${MPILLM_HOSTS:-}" ]; then
     unshare --mount --net --uts --pid --fork true 2>/dev/null || skip "namespaces cannot be made here"
     MPILLM_HOSTS=1 exec unshare --mount --net --uts --pid --fork --kill-child bash "$0" "${@:-$root/.venv-test-mpich}"
 fi
-links=
+links='' collectives=''
 [ "$1" != --links ] || { links=$3 ranks=$2; set -- "${4:-$root/.venv-test-mpich}"; }
+[ "$1" != --collectives ] || { collectives=1; set -- "${2:-$root/.venv-test-mpich}"; }
 
 mount --make-rprivate / && mount -t proc proc /proc && mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run
 folder=$(mktemp -d)
@@ -46,12 +49,39 @@ verdict() { if "${@:2}"; then echo "ok    $1"; else echo "FAILS $1"; failures=$(
 
 hydra=(-launcher ssh -launcher-exec "$folder/on-host" -iface br0 -genv UCX_TLS tcp,self -genv UCX_NET_DEVICES eth0)
 
+shape() { # RATE: what the link lets through
+    for i in 1 2; do
+        ip netns exec h$i tc qdisc del dev eth0 root 2>/dev/null || true
+        [ "$1" = none ] || ip netns exec h$i tc qdisc add dev eth0 root tbf rate "$1" burst 64kb latency 200ms
+    done
+}
+
+two_level_wins() { # VENV WINDOWS
+    "$1/bin/mpiexec" "${hydra[@]}" -genv MPILLM_SHARED_WINDOWS "$2" -hosts h1:2,h2:2 -n 4 "$1/bin/python" -m mpillm \
+        bench collectives --ops allreduce --sizes 16777216 --machine two_level.json --json rows.json || return
+    "$1/bin/python" - <<'P'
+import json
+found = {row["algorithm"]: row["median_s"] for row in json.load(open("rows.json"))["rows"] if row["nodes"] == 2}
+raise SystemExit(not found["two_level"] < found["mpi"])
+P
+}
+
+if [ -n "$collectives" ]; then
+    shape 1gbit
+    "$1/bin/python" - <<'P'
+from dataclasses import replace
+from mpillm.machine import PRESETS
+table = (("allreduce", "*", "*", None, "two_level"),)
+replace(next(iter(PRESETS.values())), num_ranks=4, table=table).save("two_level.json")
+P
+    verdict "two_level is faster than the library's allreduce of 16 MiB" two_level_wins "$1" 1
+    verdict "also with windows switched off" two_level_wins "$1" 0
+    exit "$((failures > 0))"
+fi
+
 if [ -n "$links" ]; then
     for rate in $links; do
-        for i in 1 2; do
-            ip netns exec h$i tc qdisc del dev eth0 root 2>/dev/null || true
-            [ "$rate" = none ] || ip netns exec h$i tc qdisc add dev eth0 root tbf rate "$rate" burst 64kb latency 200ms
-        done
+        shape "$rate"
         verdict "the plan for a link of $rate" "$1/bin/mpiexec" "${hydra[@]}" -hosts "h1:$ranks,h2:$ranks" \
             -n $((2 * ranks)) "$1/bin/python" "$root/tests/links.py" "$rate" "$folder/choices"
     done

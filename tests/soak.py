@@ -1,4 +1,5 @@
-"""Every layout of this launch's ranks, for the long test: against the reference, and bit for bit in ``exact``.
+"""Every layout of this launch's ranks, for the long test: against the reference, and bit for bit in ``exact``; and with
+ranks that are late at random, bit for bit on every path that messages take.
 
     mpiexec -n N python tests/soak.py
 """
@@ -6,16 +7,19 @@
 import random
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager
+from functools import wraps
 
 import pytest
 import torch
 from tiny import GROUPED, alone, one_for_every_degrees, reference_steps, tiny, train
 
-from mpillm.comm import library, shared
+from mpillm.comm import executor, group, handover, library, scheduled, shared
 from mpillm.comm.probe import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
-from mpillm.plan import LIBRARY, WINDOW
+from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
 from mpillm.train.compare import all_layouts, compare_layout, describe
 from mpillm.train.engine import Engine
 
@@ -25,6 +29,19 @@ MODELS = {
     "straddling groups, masked": {**GROUPED["straddling"], "data.mask_documents": True},
 }
 EXACT = {"train.numerics": "exact", "train.dtype": "float32", "train.steps": 20}
+STEPS = 500
+# How often ranks are late, by up to 5 ms; least at what is called again and again while they wait
+LATE = ((shared.Node, "barrier", 0.02), (library.Library, "_call", 0.02), (handover.Handover, "_take", 0.02),
+        (executor.Executor, "Test", 0.002))
+# In fast float64: the decision table of each path, and what brings the run onto it
+PATHS = {
+    "window": (only(WINDOW), lambda patch: None),
+    "ring": (only("ring"), lambda patch: None),
+    "windows off": (DEFAULT_TABLE, lambda patch: patch.setenv(shared.SWITCH, "0")),
+    "pretended nodes": (only(TWO_LEVEL), lambda patch: (
+        patch.setattr(group, "make_node", lambda comm: None),
+        patch.setattr(scheduled, "nodes_of", lambda comm: tuple(rank // 2 * 2 for rank in range(comm.size))))),
+}
 
 
 def main():
@@ -34,8 +51,10 @@ def main():
     for name, model in MODELS.items():
         differing += against_reference(tiny(model), f"{name}, 5 steps in float64", comm)
         differing += against_one_rank(tiny({**model, **EXACT}), f"{name}, 20 steps in exact float32", comm)
-    late = tiny({**EXACT, "train.steps": 500, "model.num_layers": 4})
-    differing += with_delays(late, "500 steps in exact float32, ranks late at random", comm)
+    late = {"train.steps": STEPS, "model.num_layers": 4}
+    differing += late_against_one_rank(tiny({**EXACT, **late}), comm)
+    for path in PATHS if comm.size > 1 else ():
+        differing += late_against_in_time(tiny(late), path, comm)
     return VALIDATION if differing else OK
 
 
@@ -48,44 +67,79 @@ def against_reference(config, title, comm):
 
 def against_one_rank(config, title, comm):
     """Return how many layouts differ in any bit from the run of one rank."""
-    history, whole = alone(config, comm, 20)
-    found = {}
-    for layout in all_layouts(config, comm.size):
-        engine = Engine(layout, comm)
-        same = train(engine, 20) == history
-        same &= all(torch.equal(values, whole[name][start:start + len(values)])
-                    for name, ranges in engine.weight_ranges().items() for start, values in ranges)
-        engine.free()
-        found[describe(layout.layout)] = None if all(comm.allgather(same)) else "not the same bits"
-    return report(title, comm, found)
+    expected = alone(config, comm, 20)
+    return report(title, comm, {describe(layout.layout): differs(run(layout, comm, 20), expected, comm)
+                                for layout in all_layouts(config, comm.size)})
 
 
-def with_delays(config, title, comm):
-    """Return how many runs of 500 steps, in which ranks are late at random, differ in any bit from that of one rank."""
-    history, whole = alone(config, comm, 500)
-    late, found = random.Random(comm.rank), {}
+def late_against_one_rank(config, comm):
+    """Return how many exact runs, in which ranks are late at random, differ in any bit from that of one rank."""
+    expected, found = alone(config, comm, STEPS), {}
+    with late(comm) as calls:
+        for algorithm in (WINDOW, LIBRARY):
+            for layout in one_for_every_degrees(config, comm.size):
+                found[f"{describe(layout.layout)} {algorithm}"] = differs(
+                    run(layout, comm, STEPS, only(algorithm)), expected, comm)
+    return report(f"{STEPS} steps in exact float32, late at random ({calls_of(calls)})", comm, found)
 
-    def delayed(function):
+
+def late_against_in_time(config, path, comm):
+    """Return how many runs on a path, in which ranks are late at random, differ in any bit from those in time."""
+    found, calls, (table, prepare) = {}, Counter(), PATHS[path]
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        for layout in one_for_every_degrees(config, comm.size):
+            expected = run(layout, comm, STEPS, table)
+            with late(comm) as own:
+                found[describe(layout.layout)] = differs(run(layout, comm, STEPS, table), expected, comm)
+            calls += own
+    return report(f"{path}, {STEPS} steps in float64, late at random ({calls_of(calls)})", comm, found)
+
+
+@contextmanager
+def late(comm):
+    """Let this rank be late at random, also at handing over the smallest messages; give a count of all occasions."""
+    numbers, calls = random.Random(comm.rank), Counter()
+
+    def delayed(function, chance):
+        @wraps(function)
         def call(*args):
-            if late.random() < 0.02:
-                time.sleep(late.random() * 0.005)
+            calls[function.__qualname__] += 1
+            if numbers.random() < chance:
+                time.sleep(numbers.random() * 0.005)
             return function(*args)
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared.Node, "barrier", delayed(shared.Node.barrier))
-        patch.setattr(library.Library, "_call", delayed(library.Library._call))
-        for algorithm in (WINDOW, LIBRARY):
-            for layout in one_for_every_degrees(config, comm.size):
-                engine = Engine(layout, comm, table=only(algorithm))
-                same = train(engine, 500) == history
-                same &= all(torch.equal(values, whole[name][start:start + len(values)])
-                            for name, ranges in engine.weight_ranges().items() for start, values in ranges)
-                engine.free()
-                same = all(comm.allgather(same))
-                found[f"{describe(layout.layout)} {algorithm}"] = None if same else "not the same bits"
-    return report(title, comm, found)
+        patch.setattr(handover, "LEAST_BYTES", 1)
+        for owner, name, chance in LATE:
+            patch.setattr(owner, name, delayed(getattr(owner, name), chance))
+        yield calls
+
+
+def run(layout, comm, steps, table=DEFAULT_TABLE):
+    """Train; return losses and norms, and ``{(name, start): flat values}`` of this rank's weights."""
+    engine = Engine(layout, comm, table=table)
+    history = train(engine, steps)
+    weights = {(name, start): values.clone() for name, ranges in engine.weight_ranges().items()
+               for start, values in ranges}
+    engine.free()
+    return history, weights
+
+
+def differs(found, expected, comm):
+    """Say of a run if it differs in any bit, on any rank, from another on these ranks or from that of one rank."""
+    (history, weights), (right, whole) = found, expected
+    is_same = history == right and all(
+        torch.equal(values, whole[name, start] if (name, start) in whole else whole[name][start:start + len(values)])
+        for (name, start), values in weights.items())
+    return None if all(comm.allgather(is_same)) else "not the same bits"
+
+
+def calls_of(calls):
+    """Return counted calls as text."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(calls.items()))
 
 
 def report(title, comm, found):

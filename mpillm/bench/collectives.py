@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES
-from mpillm.comm.probe import make_call, measure_table, only, time_calls
+from mpillm.comm.probe import candidates, make_call, measure_table, only, time_calls
 from mpillm.plan import LIBRARY, WINDOW
 from mpillm.schedules.blocks import counts
 
@@ -25,21 +25,44 @@ _GLOO = {
 
 
 def copy_bandwidth(comm):
-    """Return how many bytes a second all ranks together copy, all at once, in memory of their own. Collective."""
+    """Return how many bytes a second all ranks together copy, all at once, in memory of their own.
+
+    Collective over ``comm``.
+
+    Returns
+    -------
+    float
+    """
     x, y = torch.empty(_COPY_ITEMS).fill_(0), torch.empty(_COPY_ITEMS).fill_(0)
     times = time_calls(comm, {"copy": lambda: y.copy_(x)})["copy"]
     return comm.size * x.numel() * x.element_size() / float(np.median(times))
 
 
-def measure(group, operations, sizes_bytes, dtype, with_peers, table=None, budget_s=0.2, show=lambda op, size: None):
+def measure(group, operations, sizes_bytes, dtype, with_peers, table=None, with_candidates=False, budget_s=0.2,
+            show=lambda op, size: None):
     """Measure every operation at every size, all implementations in turn but gloo, which comes after.
 
     Collective over ``group``.
 
     Parameters
     ----------
+    group : Group
+        Of two ranks or more.
+    operations : sequence of str
+        Of :data:`OPERATIONS`.
+    sizes_bytes : sequence of int
+        Of the whole vector.
+    dtype : torch.dtype
+    with_peers : bool
+        Measure gloo too.
     table : DecisionTable, optional
         What mpillm chooses by; measured first if not given.
+    with_candidates : bool
+        Measure, as ``impl`` ``"candidate"``, every algorithm that a table could name.
+    budget_s : float
+        About how long each may be measured.
+    show : callable
+        Told of every operation and size before it is measured.
 
     Returns
     -------
@@ -51,14 +74,15 @@ def measure(group, operations, sizes_bytes, dtype, with_peers, table=None, budge
     chosen = group.with_table(table)
     window = None if group.node is None else group.with_table(only(WINDOW))
     speed, rows = copy_bandwidth(group.comm), []
-    nodes = len(set(group.comm.allgather(_node_name())))
+    members = {op: {name: group.with_table(only(name)) for name in candidates(op, group)} if with_candidates else {}
+               for op in operations}
     with gloo(group.comm) if with_peers else _nothing() as dist:
         for op in operations:
             for n_bytes in sizes_bytes:
                 show(op, n_bytes)
                 n = max(group.size, n_bytes // dtype.itemsize)
                 shared = window.node.empty(n, dtype).zero_() if window and op in _IN_PLACE else None
-                calls, algorithms = _calls(op, n, dtype, chosen, dist)
+                calls, algorithms = _calls(op, n, dtype, chosen, members[op], dist)
                 if shared is not None:
                     calls["mpillm"], algorithms["mpillm"] = make_call(op, shared, window), WINDOW
                 alone = {"gloo": calls.pop("gloo")} if "gloo" in calls else {}  # its threads would disturb the next
@@ -66,17 +90,43 @@ def measure(group, operations, sizes_bytes, dtype, with_peers, table=None, budge
                 for impl, times in times_s.items():
                     median_s = float(np.median(times))
                     rows.append({
-                        "op": op, "dtype": _name(dtype), "impl": impl, "bytes": n_bytes, "ranks": group.size,
-                        "nodes": nodes, "algorithm": algorithms[impl], "median_s": median_s,
-                        "p99_s": float(np.percentile(times, 99)), "bandwidth_bytes_per_s": n_bytes / median_s,
-                        "copy_fraction": n_bytes / median_s / speed,
+                        "op": op, "dtype": _name(dtype), "impl": impl.partition(" ")[0], "bytes": n_bytes,
+                        "ranks": group.size, "nodes": len(set(group.schedules.nodes)), "algorithm": algorithms[impl],
+                        "median_s": median_s, "p99_s": float(np.percentile(times, 99)),
+                        "bandwidth_bytes_per_s": n_bytes / median_s, "copy_fraction": n_bytes / median_s / speed,
                     })
                 if shared is not None:
                     window.node.release(shared)
     return rows
 
 
-def _calls(op, n, dtype, chosen, dist):
+def far_from_best(rows):
+    """Return where the table's choice was clearly slower than the best of the candidates and the library's own.
+
+    Local.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of :func:`measure`, with candidates.
+
+    Returns
+    -------
+    list of (dict, dict)
+        Row of the choice and row of the best, where the first took more than 10 % and more than 10 us longer.
+    """
+    found = []
+    for choice in rows:
+        if choice["impl"] == "mpillm-copy":
+            others = [row for row in rows if row["impl"] in ("candidate", "mpi")
+                      and (row["op"], row["bytes"]) == (choice["op"], choice["bytes"])]
+            best = min(others, key=lambda row: row["median_s"])
+            if choice["median_s"] > max(1.1 * best["median_s"], best["median_s"] + 1e-5):
+                found.append((choice, best))
+    return found
+
+
+def _calls(op, n, dtype, chosen, members, dist):
     """Return the functions to time on ``n`` items of a rank's own, and the algorithm of each, by implementation."""
     # written, because pages that only were asked for are all one page of zeros
     x, out = torch.empty(n, dtype=dtype).fill_(0), torch.empty(n + chosen.size, dtype=dtype).fill_(0)
@@ -85,6 +135,8 @@ def _calls(op, n, dtype, chosen, dist):
     if dtype not in HALF_TYPES:
         calls["mpi"] = _library_call(op, chosen.comm, x.numpy(), out.numpy(), counts(n, chosen.size))
         algorithms["mpi"] = LIBRARY
+    for name, member in members.items():
+        calls[f"candidate {name}"], algorithms[f"candidate {name}"] = make_call(op, x, member, out), name
     if dist is not None and op in _GLOO:
         whole, block = x[:n // chosen.size * chosen.size], out[:n // chosen.size]
         calls["gloo"], algorithms["gloo"] = lambda: _GLOO[op](dist, whole, block), "gloo"
@@ -96,9 +148,11 @@ def _library_call(op, comm, x, out, sizes):
     from mpi4py import MPI
 
     mine = [sizes[comm.rank]] * comm.size
+    is_uneven = sizes[0] < sizes[1]  # MPICH 5.0.2 aborts in place: its copy to the front overlaps
+    scattered = (x, out[:mine[0]]) if is_uneven else (MPI.IN_PLACE, x)
     return {
         "allreduce": lambda: comm.Allreduce(MPI.IN_PLACE, x),
-        "reduce_scatter": lambda: comm.Reduce_scatter(MPI.IN_PLACE, x, sizes),
+        "reduce_scatter": lambda: comm.Reduce_scatter(*scattered, sizes),
         "allgather": lambda: comm.Allgatherv(MPI.IN_PLACE, [x, sizes]),
         "bcast": lambda: comm.Bcast(x),
         "alltoall": lambda: comm.Alltoallv([x, sizes], [out[:sum(mine)], mine]),
@@ -107,17 +161,18 @@ def _library_call(op, comm, x, out, sizes):
 
 @contextmanager
 def gloo(comm):
-    """Give PyTorch's ``torch.distributed`` over gloo on the ranks of ``comm``. Collective."""
+    """Give PyTorch's ``torch.distributed`` over gloo on the ranks of ``comm``.
+
+    Collective over ``comm``. A rank that fails leaves at once: the others may be waiting for it elsewhere.
+    """
     import torch.distributed as dist
 
     with tempfile.TemporaryDirectory(prefix="mpillm-gloo-") as folder:
         path = comm.bcast(f"{folder}/store")
         dist.init_process_group("gloo", init_method=f"file://{path}", rank=comm.rank, world_size=comm.size)
-        try:
-            yield dist
-        finally:
-            dist.destroy_process_group()
-            comm.Barrier()
+        yield dist
+        dist.destroy_process_group()
+        comm.Barrier()
 
 
 @contextmanager
@@ -127,9 +182,3 @@ def _nothing():
 
 def _name(dtype):
     return str(dtype).removeprefix("torch.")
-
-
-def _node_name():
-    from mpi4py import MPI
-
-    return MPI.Get_processor_name()

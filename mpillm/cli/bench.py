@@ -1,6 +1,7 @@
 """``mpillm bench``: measure, beside PyTorch when asked."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -12,13 +13,15 @@ from pathlib import Path
 import click
 import torch
 
-from mpillm.bench.collectives import OPERATIONS, SIZES_BYTES
+from mpillm.bench.collectives import OPERATIONS, SIZES_BYTES, far_from_best
 from mpillm.bench.collectives import measure as measure_collectives
 from mpillm.bench.training import make_cases, make_rows, measure, mpillm_program, peer_program, prepare
 from mpillm.cli.options import CONTEXT, with_config
 from mpillm.comm.group import as_group
 from mpillm.comm.world import launched_size
 from mpillm.errors import ConfigError, DataError, LaunchError
+from mpillm.machine import Machine
+from mpillm.plan import DecisionTable
 
 # Asked in a process of its own: MPI that has started here would disturb the jobs.
 _MPI_VERSION = """
@@ -80,7 +83,10 @@ def bench_train(config, peers, output, pairs, steps, ranks, layouts):
 @click.option("--sizes", default=",".join(map(str, SIZES_BYTES)), show_default=True, metavar="BYTES,...")
 @click.option("--dtype", default="float32", show_default=True,
               type=click.Choice(["float64", "float32", "bfloat16", "float16", "int64", "int32"]))
-def bench_collectives(peers, output, figure, ops, sizes, dtype):
+@click.option("--machine", metavar="FILE", help="choose by the table that mpillm probe wrote there, of as many ranks")
+@click.option("--all", "with_candidates", is_flag=True,
+              help="measure every algorithm that a table could name, and say where the choice is not near the best")
+def bench_collectives(peers, output, figure, ops, sizes, dtype, machine, with_candidates):
     """Time collectives on this launch's ranks (under mpirun or srun), every implementation in turn.
 
     mpillm is on tensors in a shared window, mpillm-copy on tensors outside one, by the algorithm that a short
@@ -94,11 +100,17 @@ def bench_collectives(peers, output, figure, ops, sizes, dtype):
         _check_writable(option, path)
     if comm.size < 2:
         raise LaunchError("mpillm bench collectives: one rank has nobody to talk to: start it as mpirun -n 2 or more")
+    if figure and not importlib.util.find_spec("matplotlib"):
+        raise ConfigError("--figure: needs matplotlib, not found here: pip install mpillm[plot]")
+    table = _table(machine, comm.size) if machine else None
     torch.set_num_threads(1)
-    rows = measure_collectives(as_group(comm), operations, sizes_bytes, getattr(torch, dtype), peers,
+    rows = measure_collectives(as_group(comm), operations, sizes_bytes, getattr(torch, dtype), peers, table,
+                               with_candidates,
                                show=lambda *what: comm.rank or click.echo("{} {} bytes".format(*what), err=True))
     if comm.rank == 0:
         click.echo(collectives_table(rows))
+        if with_candidates:
+            click.echo(behind_best(rows))
         if output:
             _write_report(output, rows)
         if figure:
@@ -115,6 +127,15 @@ def collectives_table(rows):
         f"{row['op']:15} {row['bytes']:10} {row['impl']:12} {row['algorithm']:18} {row['median_s'] * 1e6:11.1f} "
         f"{row['p99_s'] * 1e6:11.1f} {row['bandwidth_bytes_per_s'] / 1e9:7.2f} {row['copy_fraction']:8.1%}"
         for row in rows
+    )])
+
+
+def behind_best(rows):
+    """Return as text how often the choice was as good as the best, and a line for each where it was not."""
+    far, total = far_from_best(rows), sum(row["impl"] == "mpillm-copy" for row in rows)
+    return "\n".join([f"choice within 10 % or 10 us of the best: {total - len(far)} of {total}", *(
+        f"{choice['op']} of {choice['bytes']} bytes: {choice['algorithm']} {choice['median_s'] * 1e6:.1f} us, "
+        f"{best['algorithm']} {best['median_s'] * 1e6:.1f} us" for choice, best in far
     )])
 
 
@@ -144,6 +165,15 @@ def machine():
         "torch": importlib.metadata.version("torch"),
         "mpi": mpi.stdout.strip("\n\0").split("\n")[0] or "none",
     }
+
+
+def _table(name, num_ranks):
+    """Return the table of a machine that was measured with so many ranks."""
+    machine = Machine.load(name)
+    if not machine.table or machine.num_ranks != num_ranks:
+        raise ConfigError(f"--machine {name}: has a table for {machine.num_ranks or 'no'} ranks, this launch has "
+                          f"{num_ranks}: give what mpillm probe wrote under a launch like this")
+    return DecisionTable(machine.table)
 
 
 def _check_launch(output):

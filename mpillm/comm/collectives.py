@@ -20,6 +20,7 @@ import torch
 from mpillm.comm.buffers import flat, host_empty, staged, unstaged
 from mpillm.comm.group import as_group
 from mpillm.comm.library import finish
+from mpillm.comm.scheduled import Scheduled
 from mpillm.errors import ShapeError
 from mpillm.schedules.blocks import all_bounds, bounds, counts
 
@@ -194,17 +195,17 @@ def reduce_scatter_blocks(x, comm):
 
 
 def ireduce_scatter_blocks(x, comm, may_block=False):
-    """Start :func:`reduce_scatter_blocks`. Until it is waited for, the block is kept apart: the library wants that."""
+    """Start :func:`reduce_scatter_blocks`. Until it is waited for, the library wants the block to be kept apart."""
     group = as_group(comm)
     if group.size == 1:
         return Pending(x)
     cuts, host = all_bounds(len(x), group.size), staged(x)
     own = slice(*cuts[group.rank])
-    out = host[own] if may_block else host_empty(host[own].shape, x)
-    group.enter("reduce_scatter", (len(x) - len(out)) * x.element_size(), x.dtype, x.shape)
-    transport = group.transport("reduce_scatter", x, x.nbytes, may_block)
-    request = transport.reduce_scatter(host, out, cuts, "sum")
     block = x[own]
+    group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x.dtype, x.shape)
+    transport = group.transport("reduce_scatter", x, x.nbytes, may_block)
+    out = host[own] if may_block or isinstance(transport, Scheduled) else host_empty(block.shape, x)
+    request = transport.reduce_scatter(host, out, cuts, "sum")
     return Pending(block, request, (host,), lambda: block if block.data_ptr() == out.data_ptr() else block.copy_(out))
 
 

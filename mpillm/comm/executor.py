@@ -1,21 +1,23 @@
 """Runs collective schedules: persistent requests, messages in segments that are reduced while the next ones travel."""
 
-import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES, as_bytes
+from mpillm.comm.library import finish
 from mpillm.comm.sums import COMBINE
 
 SEGMENT_BYTES = 1 << 20
+_under_way = []  # of this process: while one is waited for all progress, as nonblocking operations of MPI do
 
 
 class Executor:
     """One rank's part of a schedule, bound to memory; may be started any number of times.
 
-    Collective over ``comm`` to make, start and wait for, in the same order on all ranks.
+    Collective over ``comm`` to make and to start, in the same order on all ranks; several that are under way at the
+    same time may be waited for in any order.
 
     Parameters
     ----------
@@ -60,35 +62,47 @@ class Executor:
         self._progress = None
 
     def start(self):
-        """Begin."""
+        """Begin, with what the inputs hold now. Collective. Not before what was started last has finished."""
         self._progress = self._run()
+        _under_way.append(self)
         self.Test()
 
     def Test(self):
-        """Let it progress; tell whether it is finished. Named as a request's method, which it stands for."""
-        return self._progress is None or next(self._progress, self) is self and self._finish()
+        """Let it and all others under way progress; tell whether it is finished.
+
+        Local. Named as a request's method, which it stands for.
+
+        Returns
+        -------
+        bool
+        """
+        for executor in list(_under_way):
+            executor._advance()
+        return self._progress is None
 
     def wait(self):
         """Work until it is finished, leaving the core to others while there is nothing to do."""
-        while not self.Test():
-            os.sched_yield()
+        finish(self)
 
     def free(self):
-        """Release the requests."""
+        """Release the requests. Local; it must have finished."""
         for bound in self._rounds:
             for message in bound.sends + bound.receives:
                 for request in message.requests:
                     request.Free()
         self._rounds = []
 
-    def _finish(self):
+    def _advance(self):
+        """Go on until there is nothing to do but wait, or to the end."""
+        if next(self._progress, self) is not self:
+            return
         self._progress = None
+        _under_way.remove(self)
         for chunk, out in self.outputs.items():
             if out.data_ptr() != self._slots[chunk].data_ptr():
                 out.copy_(self._slots[chunk])
         if self._is_once:
             self.free()
-        return True
 
     def _slot(self, chunk, is_wide, is_changed):
         """Return where a chunk is while the schedule runs: its output, its input if that is only sent, or scratch."""

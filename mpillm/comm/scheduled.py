@@ -7,27 +7,62 @@ from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import make_collective
 
-_NUM_TAGS = 1 << 14
+_NUM_TAGS = 1 << 14  # of executors that run once; those that are kept have as many more
 
 
 class Schedules:
-    """Runs schedules over the ranks of ``comm``, on a clone of it. Collective to make and to free."""
+    """Runs schedules over the ranks of ``comm``, on a clone of it. Collective over ``comm`` to make and to free.
+
+    Parameters
+    ----------
+    comm : Comm
+
+    Attributes
+    ----------
+    nodes : tuple of int
+        The node of every rank.
+    """
 
     def __init__(self, comm):
-        self.comm, self.num_started, self._transports = comm.Clone(), 0, {}
+        self.comm, self.num_started, self.num_kept, self._transports = comm.Clone(), 0, 0, {}
         self.nodes = nodes_of(self.comm)
 
     def transport(self, algorithm):
-        """Return what carries out collectives by ``algorithm``. Local."""
+        """Return what carries out collectives by ``algorithm``.
+
+        Local.
+
+        Parameters
+        ----------
+        algorithm : str
+            Of :data:`mpillm.schedules.generators.ALGORITHMS`, but ``"trees"``.
+
+        Returns
+        -------
+        Scheduled
+        """
         if algorithm not in self._transports:
             self._transports[algorithm] = Scheduled(self, algorithm)
         return self._transports[algorithm]
 
-    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op):
-        """Start a schedule once; return its :class:`Executor`. Collective."""
-        self.num_started += 1
-        tag = self.num_started % _NUM_TAGS
-        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once=True)
+    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op, is_once=True):
+        """Start a schedule.
+
+        Collective over the ranks.
+
+        Parameters
+        ----------
+        schedule, carries, sizes, inputs, outputs, dtype, op, is_once
+            As of :class:`Executor`.
+
+        Returns
+        -------
+        Executor
+            Started.
+        """
+        self.num_started, self.num_kept = self.num_started + is_once, self.num_kept + (not is_once)
+        tag = self.num_started % _NUM_TAGS if is_once else _NUM_TAGS + self.num_kept % _NUM_TAGS
+        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once)
         executor.start()
         return executor
 
@@ -37,7 +72,14 @@ class Schedules:
 
 
 def nodes_of(comm):
-    """Return the node of every rank, named by the least rank on it. Collective over ``comm``."""
+    """Return the node of every rank, named by the least rank on it.
+
+    Collective over ``comm``.
+
+    Returns
+    -------
+    tuple of int
+    """
     if comm.size == 1:
         return (0,)
     from mpi4py import MPI
@@ -49,7 +91,16 @@ def nodes_of(comm):
 
 
 class Scheduled:
-    """Collectives over a group by one algorithm; every method returns the started :class:`Executor`."""
+    """Collectives over a group by one algorithm, on flat host tensors.
+
+    Every method is collective over the group and returns the started :class:`Executor`: until it is done inputs must
+    not change. ``cuts`` are the ``(start, stop)`` of every rank's block.
+
+    Parameters
+    ----------
+    schedules : Schedules
+    algorithm : str
+    """
 
     def __init__(self, schedules, algorithm):
         self.schedules, self.algorithm = schedules, algorithm
@@ -59,7 +110,7 @@ class Scheduled:
         """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         schedule, carries = self._schedule("allreduce")
         cuts = schedule.bounds(len(x))
-        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op)
+        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op, _kept(x, out))
 
     def reduce_scatter(self, x, out, cuts, op):
         """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
@@ -68,7 +119,7 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
         own = {c: out[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.targets[c] == self.rank}
-        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op)
+        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, _kept(x, out))
 
     def allgather(self, x, out, cuts):
         """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
@@ -77,7 +128,7 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.sources) if rank == self.rank))
         own = {c: x[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.sources[c] == self.rank}
-        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype)
+        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype, kept=_kept(out, x))
 
     def bcast(self, x, root):
         """Give every rank the ``x`` of ``root``."""
@@ -112,14 +163,55 @@ class Scheduled:
     def _schedule(self, op, root=0):
         return checked(op, self.algorithm, self.size, root, self.schedules.nodes)
 
-    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum"):
+    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum", kept=None):
+        key = self, schedule.op, op, tuple(cuts)
+        if kept and key in kept:
+            kept[key].start()
+            return kept[key]
         sizes = [high - low for low, high in cuts]
-        return self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op)
+        started = self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op, is_once=kept is None)
+        if kept is not None:
+            kept[key] = started
+        return started
+
+
+def keep(x):
+    """Let schedules keep what they bind to ``x`` where they work in place, scratch memory included, and start it again.
+
+    Local; the same on all ranks that reduce or gather it. It is known by the tensor itself, as an address may return,
+    on some ranks only, with another tensor.
+
+    Parameters
+    ----------
+    x : Tensor
+        Flat, in host memory.
+    """
+    x.executors = {}
+
+
+def release(x):
+    """Release what schedules keep for ``x``, if anything. Local; nothing may be under way on it."""
+    for executor in x.__dict__.pop("executors", {}).values():
+        executor.free()
+
+
+def _kept(x, other):
+    """Return the executors of ``x``, or None if it has none to be kept or ``other`` is no part of it."""
+    is_in_place = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return x.__dict__.get("executors") if is_in_place else None
 
 
 @lru_cache(maxsize=256)
 def checked(op, algorithm, num_ranks, root, nodes):
-    """Return a schedule and what its messages carry; it is checked once, before it first runs."""
+    """Return a schedule, checked once, before it first runs, and what its messages carry.
+
+    Local.
+
+    Returns
+    -------
+    (CollectiveSchedule, tuple)
+        The second is :attr:`~mpillm.schedules.check_collective.CollectiveReport.carries`.
+    """
     schedule = make_collective(op, algorithm, num_ranks, root, nodes)
     return schedule, check_collective(schedule).carries
 

@@ -14,8 +14,11 @@ from itertools import groupby
 import torch
 
 from mpillm.comm import collectives
+from mpillm.comm.scheduled import keep, release
 from mpillm.schedules.blocks import ALIGNMENT, align, bounds
 from mpillm.schedules.tree import TreeAccumulator
+
+KEPT_BYTES = 4 << 20  # of the largest buffer that schedules stay bound to: with larger ones it is no gain
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,9 @@ class Bucket:
         if not tied_to and not (self.is_one_copy and self.group.rank > 0):
             for p, offset in zip(self.parameters, self.offsets):
                 self.data[offset:offset + p.numel()] = p.detach().reshape(-1)
+        for x in (self.data, self.grad):
+            if x.nbytes <= KEPT_BYTES:
+                keep(x)
         self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
         self.is_sharded = is_sharded
@@ -111,6 +117,8 @@ class Bucket:
 
     def free(self):
         """Let go of the buffers, whose memory may be shared and about to go: parameters become empty."""
+        release(self.data)
+        release(self.grad)
         self.data = self.grad = self.master = None
         for p in self.parameters:
             p.data, p.main_grad = p.data.new_empty(0), None

@@ -13,6 +13,7 @@ from helpers import assert_all
 from tiny import LAYOUTS, configure, everything, one_for_every_degrees, reference_steps, tiny, train, with_layout
 
 from mpillm.comm import shared
+from mpillm.comm.executor import Executor
 from mpillm.comm.probe import only
 from mpillm.machine import Machine
 from mpillm.planner.layout import price_layout
@@ -42,6 +43,23 @@ def starts(monkeypatch):
     monkeypatch.setattr(Bucket, "start", lambda self: (
         found.append((self, {kind for kind, _ in self.mesh.recorder._open})), right(self))[1])
     return found
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_from_the_second_step_on_schedules_are_bound_already(comm, zero, monkeypatch):
+    """Those of weights and gradients; of what else is summed each has its own memory."""
+    made, make = [], Executor.__init__
+    monkeypatch.setattr(Executor, "__init__", lambda self, schedule, *others, **options: (
+        made.append(schedule.op), make(self, schedule, *others, **options))[1])
+    config = tiny({**FOUR, "layout.data": comm.size, "layout.zero": zero}).resolve(comm.size)
+    engine = Engine(config, comm, table=only("ring"))
+    for step in (1, 2):
+        made.clear()
+        train(engine, 1, step)
+        found = {op: made.count(op) for op in ("reduce_scatter", "allgather")}
+        wanted = len(engine.all_buckets) if step == 1 and comm.size > 1 else 0
+        assert_all(set(found.values()) == {wanted}, (step, found), comm)
+    engine.free()
 
 
 @two_and_four
