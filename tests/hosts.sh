@@ -2,7 +2,7 @@
 # Two hosts, as network namespaces of this machine: train across them with each MPI, then pull the cable.
 #   bash tests/hosts.sh [VENV...]
 #   bash tests/hosts.sh --links RANKS RATES [VENV]: with RANKS a host (1 or 2) and a link of each of the RATES ("100mbit
-#   1gbit none"), hold the plan against all layouts (tests/links.py); under the MPICH wheel, nothing else running.
+#   1gbit none"), hold the plan against all layouts (tests/layouts.py); under the MPICH wheel, nothing else running.
 # Every VENV has an MPI wheel with its launcher. Skipped, with the reason, without root, ip or namespaces.
 set -eu
 root=$(realpath "$(dirname "$0")/..")
@@ -53,7 +53,7 @@ if [ -n "$links" ]; then
             [ "$rate" = none ] || ip netns exec h$i tc qdisc add dev eth0 root tbf rate "$rate" burst 64kb latency 200ms
         done
         verdict "the plan for a link of $rate" "$1/bin/mpiexec" "${hydra[@]}" -hosts "h1:$ranks,h2:$ranks" \
-            -n $((2 * ranks)) "$1/bin/python" "$root/tests/links.py" "$rate" "$folder/choices"
+            -n $((2 * ranks)) "$1/bin/python" "$root/tests/layouts.py" link "$folder/choices"
     done
     [[ $links != *" "* ]] || verdict "changes with the link" [ "$(sort -u choices | wc -l)" -gt 1 ]
     exit "$((failures > 0))"
