@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 from mpillm.errors import ConfigError
 from mpillm.machine import Level, Machine
-from mpillm.planner.balance import balance
+from mpillm.planner.balance import balance, price_speeds
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.hierarchy import FORMULAS, INSIDE, Hierarchy, decide
 from mpillm.planner.memory import UNITS, choose_modes
@@ -39,17 +40,48 @@ def test_stages_end_as_early_as_the_best_cuts(seed):
     assert end(found) == pytest.approx(min(map(end, parts(n, count))), rel=1e-9)
 
 
+def solved(items, item_s, start_s, most, active):
+    """Return the program of :func:`balance` for given ranks that take part, by HiGHS: its time and the ranks' duals."""
+    item_s, start_s, n = item_s[active], start_s[active], len(active)
+    found = linprog(np.r_[np.zeros(n), 1.0], A_ub=np.c_[np.diag(item_s), -np.ones(n)], b_ub=-start_s,
+                    A_eq=[[1.0] * n + [0.0]], b_eq=[items], bounds=[*((0, most[r]) for r in active), (None, None)])
+    return (found.fun, dict(zip(active, -found.ineqlin.marginals))) if found.success else (np.inf, {})
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_shares_are_the_best_whole_ones(seed):
+def test_shares_are_the_best_whole_ones_and_their_bound_the_best_of_all_active_sets(seed):
     rng = np.random.default_rng(seed)
     ranks, items = int(rng.integers(1, 5)), int(rng.integers(1, 8))
-    item_s, start_s = rng.random(ranks) + 0.1, rng.random(ranks) * 0.1
-    found = balance(items, item_s, start_s)
-    every = [x for x in itertools.product(range(items + 1), repeat=ranks) if sum(x) == items]
+    item_s, start_s = rng.random(ranks) + 0.1, rng.random(ranks) * rng.choice([0.1, 3.0])
+    most = rng.integers(2, 9, ranks) if ranks == 4 else np.full(ranks, items)
+    found = balance(items, item_s, start_s, most)
+    every = [x for x in itertools.product(*(range(m + 1) for m in most)) if sum(x) == items]
     best = min(max(s + t * x for s, t, x in zip(start_s, item_s, shares) if x) for shares in every)
-    assert sum(found.shares) == items
+    assert sum(found.shares) == items and all(x <= m for x, m in zip(found.shares, most))
     assert found.time_s == pytest.approx(best)
-    assert found.bound_s <= found.time_s + 1e-12 or 0 in found.shares
+    bound_s, prices = min((solved(items, item_s, start_s, most, list(active)) for count in range(1, ranks + 1)
+                           for active in itertools.combinations(range(ranks), count)), key=lambda one: one[0])
+    assert found.bound_s == pytest.approx(bound_s) and found.bound_s <= found.time_s + 1e-12
+    assert found.rank_prices == pytest.approx([prices.get(rank, 0.0) for rank in range(ranks)], abs=1e-9)
+
+
+def test_a_message_is_split_over_the_routes_that_pay():
+    """Of two links and one that is fast but far: 5 us and 10 GB/s, 5 us and 5 GB/s, 100 us and 50 GB/s."""
+    beta, alpha = 1 / np.array([10e9, 5e9, 50e9]), np.array([5e-6, 5e-6, 100e-6])
+    small, large = (balance(n_bytes, beta, alpha) for n_bytes in (30_000, 100_000_000))
+    assert small.shares == (20_000, 10_000, 0) and small.rank_prices == pytest.approx((2 / 3, 1 / 3, 0))
+    assert large.time_s == pytest.approx((100e6 + (5e-6 * 15e9 + 100e-6 * 50e9)) / 65e9)
+    assert large.time_s < min(alpha + 100e6 * beta) and large.time_s - large.bound_s < beta.max()
+
+
+def test_a_faster_rank_brings_what_its_price_says():
+    speeds, step_s = np.array([1.0, 0.9, 0.5]), 2.0
+    rows = price_speeds(16, speeds, step_s)
+    for rank, row in enumerate(rows):
+        faster = speeds * np.where(np.arange(3) == rank, 1.0001, 1)
+        saved = 1 - balance(16, 1 / faster).bound_s / balance(16, 1 / speeds).bound_s
+        assert row["price_s_per_unit"] * 1e-4 * row["limit"] == pytest.approx(step_s * saved, rel=1e-3)
+    assert not price_speeds(16, [0.5, 0.5], step_s)
 
 
 def test_shares_keep_to_what_ranks_hold_and_prices_are_true():
