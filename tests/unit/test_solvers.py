@@ -223,8 +223,8 @@ def test_a_repair_that_saves_little_is_left():
 
 
 def test_full_sizes_take_no_time():
-    """Counts of 128 layers on 64 stages and 1,000 gradients; limits far above what they take, which is measured
-    elsewhere, so that only another order of growth fails."""
+    """Counts of 128 layers on 64 stages and 1,000 gradients; limits far above what they take, which
+    tests/solver_times.py measures, so that only another order of growth fails."""
     rng = np.random.default_rng(0)
     start = time.process_time()
     balanced_cuts(1 + 0.1 * rng.random(128), 64, 256, 1 + 0.3 * rng.random(64))
