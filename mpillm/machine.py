@@ -86,6 +86,10 @@ class Machine:
                 0 <= time < math.inf for time in times):
             raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates must be positive "
                               f"and times at least zero; found rates {rates}, times {times}")
+        sizes, widths = [level.size for level in self.levels], [width for width, _ in self.matmul]
+        if min(sizes + widths) < 1 or sizes != sorted(sizes) or widths != sorted(set(widths)):
+            raise ConfigError(f"machine {self.name}: sizes of levels {sizes}, widths of matrix products {widths}: both "
+                              "must be positive and ascend, from the innermost level and the narrowest product on")
         if self.speeds and (len(self.speeds) != self.num_ranks or not all(0 < s < math.inf for s in self.speeds)):
             raise ConfigError(f"machine {self.name}: speeds {list(self.speeds)}: needs one positive number for each of "
                               f"its {self.num_ranks} ranks")

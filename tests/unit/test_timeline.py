@@ -168,5 +168,11 @@ def test_the_command_writes_json_and_refuses_chunks_for_auto():
     assert found["makespan_ms"] == pytest.approx(8 * 30 + 3 * 30)
     assert found["bubble_fraction"] == pytest.approx(3 / 11)
     assert found["in_flight_max"] == [4, 3, 2, 1]
+    path = found["critical_path"]
+    assert (path[0], path[-1]) == ("0F0", "0B7") and found["total_ms"] == pytest.approx(
+        sum(20 if "B" in action else 10 for action in path))
+    still = simulate("--schedule", "1f1b", "--pipeline", "2", "--microbatches", "2", "--forward-ms", "0",
+                     "--backward-input-ms", "0", "--backward-weight-ms", "0", "--json", "-").exception
+    assert isinstance(still, ConfigError) and "all are 0" in str(still)
     refused = simulate("--schedule", "auto", *TIMES, "--chunks", "2").exception
     assert isinstance(refused, ConfigError) and "interleaved" in str(refused)
