@@ -134,9 +134,13 @@ class Machine:
     def scaled(self, what, factor):
         """Return the machine with one figure multiplied.
 
-        Local. ``what`` is ``matmul``, the attribute of a figure of memory, elementwise work or attention, or the name
-        of a level for its bandwidth.
+        Local. ``what`` is ``matmul``, the attribute of a figure of memory, elementwise work or attention, the name of a
+        level for its bandwidth, or ``speed of rank R``.
         """
+        speeds = {f"speed of rank {rank}": rank for rank in range(len(self.speeds))}
+        if what in speeds:
+            return replace(self, speeds=tuple(speed * (factor if rank == speeds[what] else 1)
+                                              for rank, speed in enumerate(self.speeds)))
         if what == "matmul":
             return replace(self, matmul=tuple((width, rate * factor) for width, rate in self.matmul))
         if what in ("memory_bytes", "memory_bytes_per_s", "elementwise_bytes_per_s", "attention_flops_per_s"):

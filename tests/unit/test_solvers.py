@@ -3,16 +3,19 @@
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from mpillm.config import Config
 from mpillm.errors import ConfigError
-from mpillm.machine import Level, Machine
+from mpillm.machine import PRESETS, Level, Machine
 from mpillm.planner.balance import balance, price_speeds
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.hierarchy import FORMULAS, INSIDE, Hierarchy, decide
+from mpillm.planner.layout import make_plan
 from mpillm.planner.memory import UNITS, choose_modes
 from mpillm.planner.stages import balanced_cuts
 from mpillm.schedules.repair import COMPOSED, PIECES, WHOLE, as_if, repair
@@ -94,6 +97,19 @@ def test_shares_keep_to_what_ranks_hold_and_prices_are_true():
     assert balance(10, item_s, most=[3, 9, 9]).bound_s - found.bound_s == pytest.approx(found.item_price_s)
     with pytest.raises(ConfigError, match="ranks hold"):
         balance(9, item_s, most=[1, 1, 1])
+
+
+def test_a_plan_for_unequal_ranks_says_what_each_costs():
+    config = Config.from_dict({"model": {"vocab_size": 64, "hidden_size": 64, "ffn_size": 128, "num_layers": 6,
+                                         "num_heads": 4},
+                               "train": {"seq_len": 32, "global_batch": 8}})
+    machine = replace(PRESETS["cpu-node"], speeds=(1.0, 0.5), num_ranks=2)
+    by_data, by_stage = (make_plan(config.with_values({key: 2}), machine, 2)
+                         for key in ("layout.data", "layout.pipeline"))
+    priced = {one["what"]: one["price_s_per_unit"] for one in by_data.binding}
+    assert [priced[f"speed of data rank {rank}"] for rank in (0, 1)] == pytest.approx(
+        [2 / 3 * by_data.predicted["pipeline_s"], 2 / 3 * by_data.predicted["pipeline_s"]])  # 2/3 over 1, 1/3 over 0.5
+    assert any(one["what"].startswith("speed of rank") and one["price_s_per_unit"] > 0 for one in by_stage.binding)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
