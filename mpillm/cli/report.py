@@ -54,8 +54,8 @@ def command(run, output, step):
         from mpillm.planner.layout import predicted_timeline
 
         planned = planned_spans(predicted_timeline(plan), plan.predicted, launch.coords)
-        rows = [{"origin": origin, **row} for origin, spans in (("planned", planned), ("measured", launch.steps[number]))
-                for row in timeline_rows(spans)]
+        both = {"planned": planned, "measured": launch.steps[number]}
+        rows = [{"origin": origin, **row} for origin, spans in both.items() for row in timeline_rows(spans)]
         _save(output / "planned", draw_both(planned, launch, number), rows)
     _show_comparison(output, plan, metrics, shares)
     if plan and "volume" in plan.predicted and launch.sent[number]:
