@@ -86,6 +86,10 @@ class Machine:
                 0 <= time < math.inf for time in times):
             raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates must be positive "
                               f"and times at least zero; found rates {rates}, times {times}")
+        sizes, widths = [level.size for level in self.levels], [width for width, _ in self.matmul]
+        if min(sizes + widths) < 1 or sizes != sorted(sizes) or widths != sorted(set(widths)):
+            raise ConfigError(f"machine {self.name}: sizes of levels {sizes}, widths of matrix products {widths}: both "
+                              "must be positive and ascend, from the innermost level and the narrowest product on")
         if self.speeds and (len(self.speeds) != self.num_ranks or not all(0 < s < math.inf for s in self.speeds)):
             raise ConfigError(f"machine {self.name}: speeds {list(self.speeds)}: needs one positive number for each of "
                               f"its {self.num_ranks} ranks")
@@ -130,9 +134,13 @@ class Machine:
     def scaled(self, what, factor):
         """Return the machine with one figure multiplied.
 
-        Local. ``what`` is ``matmul``, the attribute of a figure of memory, elementwise work or attention, or the name
-        of a level for its bandwidth.
+        Local. ``what`` is ``matmul``, the attribute of a figure of memory, elementwise work or attention, the name of a
+        level for its bandwidth, or ``speed of rank R``.
         """
+        speeds = {f"speed of rank {rank}": rank for rank in range(len(self.speeds))}
+        if what in speeds:
+            return replace(self, speeds=tuple(speed * (factor if rank == speeds[what] else 1)
+                                              for rank, speed in enumerate(self.speeds)))
         if what == "matmul":
             return replace(self, matmul=tuple((width, rate * factor) for width, rate in self.matmul))
         if what in ("memory_bytes", "memory_bytes_per_s", "elementwise_bytes_per_s", "attention_flops_per_s"):
@@ -174,23 +182,32 @@ class Machine:
 EVERYWHERE = 1 << 20  # the size of a preset's last level
 
 # Sustained matrix rates are the largest that a search over shapes measured (Bekman, Machine Learning Engineering,
-# 2024); for narrower products half of that at 256 and four fifths at 1024 are assumed. A rank's share of the network is
-# the node's over its ranks; collectives inside reach 78 % of NVLink on A100 and 82 % on H100 (nccl-tests, same book).
-# Elementwise kernels reach nine tenths of the memory's rate (Calculon, Isaev et al. 2023). Multiprocessors are those of
-# the data sheets, tiles those of NVIDIA's Matrix Multiplication Background User's Guide (2023).
+# 2024). Products of 4096 x 4096 over an inner dimension of 256 and 1024 reach 392 and 681 of the 785 TFLOP/s of 4096
+# on an H100 (OpenXLA, gpu/model/matmul_interpolator_data.h, 2025); the others are taken to lose as much. A layer's
+# forward is about 20 kernels of 2.1 us to launch (Spector et al., Look Ma, No Bubbles, 2025). A rank's share of the
+# network is the node's over its ranks; collectives inside reach 78 % of NVLink on A100 and 82 % on H100 (nccl-tests,
+# Bekman). Elementwise kernels reach nine tenths of the memory's rate (Calculon, Isaev et al. 2023). Multiprocessors are
+# those of the data sheets, tiles those of NVIDIA's Matrix Multiplication Background User's Guide (2023).
 # Latencies: TACCL (Shah et al. 2023), and nccl-tests' 32 KiB over the 14 messages of a ring of eight.
+# What a CPU sustains of its data sheet is an estimate: measure yours.
+_LAUNCH_S = 20 * 2.1e-6
+
+
+def _narrower(flops_per_s):
+    """Return the rates of narrow products of an accelerator whose wide ones reach ``flops_per_s``."""
+    return (256, flops_per_s * 392 / 785), (1024, flops_per_s * 681 / 785), (4096, flops_per_s)
+
+
 PRESETS = {machine.name: machine for machine in (
     Machine("dgx-a100", "NVIDIA A100 SXM 80 GB data sheet; DGX A100: 8 GPUs, 8 x 200 Gb/s",
             (Level("node", 8, 3e-6, 1 / 235e9), Level("network", EVERYWHERE, 5e-6, 1 / 25e9)),
-            ((256, 130e12), (1024, 220e12), (4096, 271e12)), 80e9, 2.04e12, 1e-4,
-            0.9 * 2.04e12, wave=(108, 256, 128)),
+            _narrower(271.2e12), 80e9, 2.04e12, _LAUNCH_S, 0.9 * 2.04e12, wave=(108, 256, 128)),
     Machine("dgx-h100", "NVIDIA H100 SXM 80 GB data sheet; DGX H100: 8 GPUs, 8 x 400 Gb/s",
             (Level("node", 8, 3e-6, 1 / 367e9), Level("network", EVERYWHERE, 5e-6, 1 / 50e9)),
-            ((256, 380e12), (1024, 640e12), (4096, 794e12)), 80e9, 3.35e12, 1e-4,
-            0.9 * 3.35e12, wave=(132, 256, 128)),
+            _narrower(794.5e12), 80e9, 3.35e12, _LAUNCH_S, 0.9 * 3.35e12, wave=(132, 256, 128)),
     Machine("mi250x-node", "AMD Instinct MI250X data sheet; 8 dies of 64 GB a node, 4 x 200 Gb/s",
             (Level("node", 8, 5e-6, 1 / 40e9), Level("network", EVERYWHERE, 5e-6, 1 / 12.5e9)),
-            ((256, 60e12), (1024, 100e12), (4096, 125e12)), 64e9, 1.6e12, 1e-4),
+            _narrower(125e12), 64e9, 1.6e12, _LAUNCH_S),
     Machine("cpu-node", "AMD EPYC 7763 data sheet: a rank a socket of 64 cores, 2.45 GHz, 32 FLOPs a cycle, "
             "8 x DDR4-3200; 100 Gb/s a node",
             (Level("node", 2, 1e-6, 1 / 20e9), Level("network", EVERYWHERE, 2e-6, 1 / 6.25e9)),

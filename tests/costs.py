@@ -2,13 +2,14 @@
 
     mpiexec -n N python -m mpi4py tests/costs.py CONFIG [PAIRS]
 
-Prints a table: recorder and watchdog, checked collectives, digests; then how long a checkpoint in the background keeps
-training, as a share of the time that writing it takes. N may be 1; the run directory is a temporary one.
+Prints a table: recorder and watchdog, checked collectives, digests, the trace; then how long a checkpoint in the
+background keeps training, as a share of the time that writing it takes. N may be 1; the run directory is a temporary one.
 """
 
 import sys
 import tempfile
 import time
+from functools import partial
 from statistics import median
 
 from mpillm.comm.recorder import Checker, Recorder
@@ -27,15 +28,17 @@ def main(path, pairs=10):
     with tempfile.TemporaryDirectory() as folder:
         folder = comm.bcast(folder)
         config = Config.load(path).with_values({
-            "train.run_dir": folder, "train.steps": 1_000_000, "train.hang_limit_s": 0, "train.trace": False,
+            "train.run_dir": folder, "train.steps": 1_000_000, "train.hang_limit_s": 0, "train.trace": True,
             "train.checkpoint_every": 0, "train.eval_every": 0, "train.checkpoint_background": True})
         run = Run(config, comm, resume="never")
+        turn_trace = partial(turn_trace_to, run.engine.trace._file)
+        turn_trace(run, False)
         say(run, f"{comm.size} ranks, {run.threads} threads each")
         for _ in range(2):
             run.step()
         count_notes(run)
         for name, turn in {"recorder and watchdog": turn_recorder, "checked collectives": turn_checked,
-                           "digests": turn_digests}.items():
+                           "digests": turn_digests, "trace": turn_trace}.items():
             compare(run, name, turn, int(pairs))
         save_in_background(run)
         run.free()
@@ -100,6 +103,11 @@ def turn_digests(run, is_on):
     """Take and check digests, or not."""
     run.engine.digests._is_on = is_on
     run.engine.digests.take()
+
+
+def turn_trace_to(file, run, is_on):
+    """Write spans to the file, or nowhere."""
+    run.engine.trace._file = file if is_on else None
 
 
 def save_in_background(run):

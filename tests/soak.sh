@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice; random
-# kills, changed checkpoints, all faults under Open MPI too, all job templates on a Slurm, two hosts and links of three
-# rates between them.
+# kills, changed checkpoints, all faults under Open MPI too, all job templates on a Slurm, two hosts; every layout of three
+# models beside its prediction, and of one over links of three rates.
 #   bash tests/soak.sh [BIN [OPENMPI_BIN]]
 # BIN and OPENMPI_BIN hold the python and mpiexec to use: what tests/run.sh made, if not given.
 set -eu
@@ -25,5 +25,10 @@ MPILLM_MUTATIONS=1000 "$bin/python" -m pytest -q "$root/tests/unit/test_checkpoi
 bash "$root/tests/slurm/run.sh" "${bin%/bin}"
 bash "$root/tests/hosts.sh" "${bin%/bin}" "${openmpi%/bin}"
 bash "$root/tests/hosts.sh" --collectives "${bin%/bin}"
+for n in 2 4; do
+    for model in compute gradient activation; do  # tell which fall short; the first does not keep the others from running
+        "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/layouts.py" "$model" || echo "layouts: $model on $n ranks falls short"
+    done
+done
 bash "$root/tests/hosts.sh" --links 1 "100mbit 1gbit none" "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 2 "100mbit 1gbit none" "${bin%/bin}"

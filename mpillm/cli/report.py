@@ -12,7 +12,7 @@ from mpillm.errors import DataError
 from mpillm.plan import Plan
 from mpillm.report.chrome import trace_events
 from mpillm.report.figures import draw_loss, draw_step_time, draw_timeline
-from mpillm.report.planned import compare_volume, compare_with_plan, draw_both
+from mpillm.report.planned import compare_volume, compare_with_plan, draw_both, planned_spans
 from mpillm.report.records import read_metrics, read_trace, step_shares
 
 DOTS_PER_IN = 240
@@ -53,8 +53,10 @@ def command(run, output, step):
     if plan and "stages" in plan.predicted:
         from mpillm.planner.layout import predicted_timeline
 
-        figure = draw_both(predicted_timeline(plan), plan.predicted, launch, number)
-        _save(output / "planned", figure, timeline_rows(launch.steps[number]))
+        planned = planned_spans(predicted_timeline(plan), plan.predicted, launch.coords)
+        both = {"planned": planned, "measured": launch.steps[number]}
+        rows = [{"origin": origin, **row} for origin, spans in both.items() for row in timeline_rows(spans)]
+        _save(output / "planned", draw_both(planned, launch, number), rows)
     _show_comparison(output, plan, metrics, shares)
     if plan and "volume" in plan.predicted and launch.sent[number]:
         _show_volume(output, plan.predicted["volume"], launch.sent[number], number)

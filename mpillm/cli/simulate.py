@@ -30,13 +30,21 @@ def command():
 @click.option("--json", "output", metavar="FILE|-", help="write what came out there, - for standard output")
 def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backward_weight_ms, p2p_ms, chunks,
              memory_limit, weight_memory, saved, output):
-    """Play a pipeline schedule: how long it takes, its bubble, and what its ranks hold."""
+    """Play a pipeline schedule: how long it takes, its bubble, and what its ranks hold.
+
+    The JSON has makespan_ms (the longest rank, from its first action to the end of its last), total_ms (of all ranks),
+    bubble_fraction, idle_ms and in_flight_max with an entry a rank, and critical_path: the actions, first to last,
+    that decide total_ms.
+    """
     from mpillm.planner.synthesis import synthesise
     from mpillm.planner.timeline import play
     from mpillm.schedules.check import check
     from mpillm.schedules.pipeline import named_or_read
 
     times_s = [ms / 1e3 / chunks for ms in (forward_ms, backward_input_ms, backward_weight_ms)]
+    if not sum(times_s):
+        raise ConfigError("--forward-ms, --backward-input-ms, --backward-weight-ms: all are 0, so there is nothing to "
+                          "play; give one of them a time")
     if schedule == "auto":
         if chunks > 1:
             raise ConfigError(f"--schedule auto with --chunks {chunks}: it makes schedules of one stage a rank; leave "
@@ -50,7 +58,8 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
         write_text(saved, played.schedule.to_text())
     found = {"schedule": schedule, "makespan_ms": played.makespan_s * 1e3, "total_ms": played.total_s * 1e3,
              "bubble_fraction": played.bubble_fraction, "idle_ms": [s * 1e3 for s in played.idle_s.tolist()],
-             "in_flight_max": list(played.in_flight_max)}
+             "in_flight_max": list(played.in_flight_max),
+             "critical_path": [str(action) for _, action in played.critical_path()]}
     if output:
         write_json(output, found)
     if output != "-":

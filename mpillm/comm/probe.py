@@ -1,9 +1,10 @@
 """Measures what a launch can do: rates and links of the machine, and the fastest algorithm for each collective."""
 
 import math
-import os
 import time
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from mpillm.comm import collectives
 from mpillm.comm.group import Group
 from mpillm.comm.library import finish
 from mpillm.machine import EVERYWHERE, Level, Machine
-from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
+from mpillm.plan import ANY, DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.collective import traffic
 from mpillm.schedules.generators import ALGORITHMS, make_collective
@@ -149,15 +150,31 @@ def measure_machine(group, table):
     if not levels:
         levels = [Level("node", 1, 0.0, 0.0)]
     levels[-1] = Level(levels[-1].name, EVERYWHERE if len(levels) > 1 else inside, *_times(levels[-1]))
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / inside
     return Machine(
         f"{group.size} ranks on {len(set(nodes))} nodes", "mpillm probe", tuple(levels), _rising(matmul),
-        float(min(group.comm.allgather(free))), 2 * _COPY_BYTES / copy_s, kernel_s,
+        _free_bytes(group.comm, inside), 2 * _COPY_BYTES / copy_s, kernel_s,
         elementwise_bytes_per_s=(2 + 3) * 3 * gate.nbytes / gated_s,  # three tensors, see workload.BACKWARD_BYTES
         attention_flops_per_s=3 * 2 * 8 * 64 * _SEQ * _SEQ / attention_s,
         shares_memory=group.size > 1 and group.node is not None, num_ranks=group.size, num_nodes=len(set(nodes)),
-        table=table.rows, speeds=_speeds(group.comm, dict(matmul)[_ROWS]), repeatability=spread,
+        table=table.rows, speeds=_speeds(group.comm, dict(_rising(matmul))[_ROWS]), repeatability=spread,
     )
+
+
+def as_of_now(comm, machine):
+    """Return a machine with what changes from launch to launch measured again: the speeds of ranks, and free memory.
+
+    Collective over ``comm``; all ranks return the same. Takes half a second.
+    """
+    return replace(machine, memory_bytes=_free_bytes(comm, machine.ranks_per_node),
+                   speeds=_speeds(comm, machine.matmul_flops_per_s(_ROWS)))
+
+
+def _free_bytes(comm, ranks_per_node):
+    """Return the memory that a rank may have: its share of what is free, files that are kept in memory counted as that,
+    on the fullest node."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return min(comm.allgather(free_kib * 1024 / ranks_per_node))
 
 
 def _speeds(comm, flops_per_s):
@@ -213,7 +230,9 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
     algorithm, and more for those that come near the best. Of near-equals the first of :func:`candidates` is taken. An
     algorithm that took far longer than the best of a size is not tried at the next; where the winner changes
     between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`. What
-    another size or operation does clearly faster is done by that (:func:`mpillm.schedules.repair.repair`).
+    another size or operation does clearly faster is done by that (:func:`mpillm.schedules.repair.repair`). The rows
+    hold for every dtype, because bytes take the time; operations that are not measured keep the rows of
+    :data:`mpillm.plan.DEFAULT_TABLE`.
     """
     measured, deciders = {}, {}
     for op in operations:
@@ -229,7 +248,8 @@ def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=t
             if best_s > _SLOW_S:
                 break
     chosen = repair(measured)
-    return DecisionTable(tuple(row for op in operations for row in _limits(op, dtype, chosen[op], deciders[op])))
+    others = tuple(row for row in DEFAULT_TABLE.rows if row[0] not in operations)
+    return DecisionTable(tuple(row for op in operations for row in _limits(op, chosen[op], deciders[op])) + others)
 
 
 def _fastest(group, op, n_bytes, members, dtype, budget_s):
@@ -250,10 +270,10 @@ def _medians(times):
     return {name: float(np.median(own)) for name, own in times.items()}
 
 
-def _limits(op, dtype, chosen, fastest):
+def _limits(op, chosen, fastest):
     """Return the rows of a table: where the choice changes between two sizes, the limit is bisected in the logarithm of
     the size if both were measured; else it is half way."""
-    rows, name, sizes_bytes = [], str(dtype).removeprefix("torch."), list(chosen)
+    rows, sizes_bytes = [], list(chosen)
     for low, high in pairwise(sizes_bytes):
         below, above = chosen[low], chosen[high]
         if below == above:
@@ -263,8 +283,8 @@ def _limits(op, dtype, chosen, fastest):
             middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
             is_higher = fastest(middle, (below, above))[0] == below
             low, high = (middle, high) if is_higher else (low, middle)
-        rows.append((op, ANY, name, int(math.sqrt(low * high)), below))
-    return [*rows, (op, ANY, name, None, chosen[sizes_bytes[-1]])]
+        rows.append((op, ANY, ANY, int(math.sqrt(low * high)), below))
+    return [*rows, (op, ANY, ANY, None, chosen[sizes_bytes[-1]])]
 
 
 def _once(comm, call):

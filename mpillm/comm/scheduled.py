@@ -1,9 +1,10 @@
 """Collectives by schedules, with the same methods as :class:`mpillm.comm.library.Library`."""
 
 from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 
 from mpillm.comm.executor import Executor
-from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import make_collective
 
@@ -115,7 +116,7 @@ class Scheduled:
     def reduce_scatter(self, x, out, cuts, op):
         """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
         schedule, carries = self._schedule("reduce_scatter")
-        cuts = _divided(cuts, schedule.targets)
+        cuts = _divided(cuts, schedule.targets, schedule.shares)
         low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
         own = {c: out[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.targets[c] == self.rank}
@@ -124,7 +125,7 @@ class Scheduled:
     def allgather(self, x, out, cuts):
         """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         schedule, carries = self._schedule("allgather")
-        cuts = _divided(cuts, schedule.sources)
+        cuts = _divided(cuts, schedule.sources, schedule.shares)
         low = min((start for (start, _), rank in zip(cuts, schedule.sources) if rank == self.rank))
         own = {c: x[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.sources[c] == self.rank}
@@ -220,8 +221,18 @@ def _views(x, cuts):
     return {c: x[low:high] for c, (low, high) in enumerate(cuts)}
 
 
-def _divided(cuts, owners):
-    """Return the cuts of chunks, of which every rank owns equally many one after the other."""
-    parts = len(owners) // len(cuts)
-    return [(low + start, low + stop) for low, high in cuts
-            for start, stop in (bounds(high - low, parts, i) for i in range(parts))]
+def _divided(cuts, owners, shares):
+    """Return the cuts of chunks, which every rank owns one after the other: its block, divided by their shares."""
+    return [(cuts[rank][0] + start * (cuts[rank][1] - cuts[rank][0]) // whole,
+             cuts[rank][0] + stop * (cuts[rank][1] - cuts[rank][0]) // whole)
+            for rank, start, stop, whole in _parts(owners, shares)]
+
+
+@lru_cache(maxsize=256)
+def _parts(owners, shares):
+    """Return for every chunk its owner, where it starts and stops in the owner's block, and how long that is."""
+    parts = []
+    for rank, own in groupby(zip(owners, shares), itemgetter(0)):
+        ends = list(accumulate((share for _, share in own), initial=0))
+        parts += [(rank, start, stop, ends[-1]) for start, stop in pairwise(ends)]
+    return parts

@@ -1,12 +1,14 @@
-"""Linear program: shares of a batch over unequal ranks."""
+"""Shares of a batch over unequal ranks, or of a message over several routes: a linear program solved by filling up."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
 import numpy as np
-from scipy.optimize import linprog
 
 from mpillm.errors import ConfigError
+
+BELOW = 1 - 1e-12  # so that rounding does not make more of what is full
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Balance:
     item_price_s : float
         By how much the bound rises with one item more: the dual of the sum.
     rank_prices : tuple of float
-        By how much the bound rises for a second more that a rank takes: the duals of the ranks.
+        By how much the bound rises for a second more that a rank takes: the duals of the ranks, which add up to 1; 0 of
+        one that gets nothing, or all that it holds.
     """
 
     shares: tuple
@@ -37,17 +40,20 @@ class Balance:
 def balance(items, item_s, start_s=0.0, most=None):
     """Deal out ``items`` so that the last rank is done as early as possible.
 
-    Local. The linear program minimises ``T`` under ``start_s[r] + item_s[r] x[r] <= T``, ``sum(x) = items`` and
-    ``0 <= x <= most``. Whole items are dealt out one by one to the rank that would be done first, which is optimal for
-    them; they take at most one item of the slowest rank longer than the bound.
+    Local. Least ``T`` with ``start_s[r] + item_s[r] x[r] <= T`` for every rank that gets anything, ``sum(x) = items``
+    and ``0 <= x <= most``. With the ranks that take part given it is a linear program; these are the ones that start
+    before ``T``. So ranks are filled up like vessels until all items are in, which takes ``O(N log N)`` and gives the
+    duals too. Whole items are dealt out one by one to the rank that would be done first, which is optimal for them;
+    they take at most one item of the slowest rank longer than the bound.
 
     Parameters
     ----------
     items : int
+        Sequences of a batch; or bytes of a message, and then the ranks are routes or algorithms.
     item_s : sequence of float
         Seconds an item of every rank.
     start_s : float or sequence of float
-        What a rank takes besides.
+        What a rank takes besides, if it gets anything.
     most : sequence of int, optional
         The items that a rank's memory holds.
 
@@ -63,21 +69,44 @@ def balance(items, item_s, start_s=0.0, most=None):
     item_s = np.asarray(item_s, float)
     ranks = len(item_s)
     start_s = np.broadcast_to(np.asarray(start_s, float), ranks)
-    most = [items] * ranks if most is None else list(most)
-    if sum(most) < items:
-        raise ConfigError(f"{items} items: the ranks hold {most}, in all {sum(most)}: take more ranks, or fewer items")
-    unit = (start_s + item_s * items / ranks).max()
-    found = linprog(np.r_[np.zeros(ranks), 1.0], A_ub=np.c_[np.diag(item_s / unit), -np.ones(ranks)],
-                    b_ub=-start_s / unit, A_eq=[[1.0] * ranks + [0.0]], b_eq=[items],
-                    bounds=[*((0, limit) for limit in most), (None, None)], method="highs")
-    queue = [(start + each, rank) for rank, (start, each) in enumerate(zip(start_s, item_s)) if most[rank] > 0]
+    most = np.full(ranks, items) if most is None else np.asarray(most)
+    if most.sum() < items:
+        raise ConfigError(f"{items} items: the ranks hold {most.tolist()}, in all {most.sum()}: take more ranks, or "
+                          "fewer items")
+    full_s = start_s + item_s * most
+
+    def held(time_s):
+        return np.clip((time_s - start_s) / item_s, 0, most)
+
+    steps = np.unique(np.r_[start_s, full_s])  # between two of them the same ranks take part
+    low = max(0, bisect_left(steps, items * BELOW, key=lambda time_s: held(time_s).sum()) - 1)
+    takes = np.where((start_s <= steps[low]) & (steps[low] < full_s), 1 / item_s, 0.0)
+    item_price_s = 1 / takes.sum() if takes.any() else 0.0
+    bound_s = steps[low] + (items - held(steps[low]).sum()) * item_price_s
+    # None is done later than the bound with the items that it can finish by then: the rest, less than one a rank.
+    shares = np.floor(held(bound_s) * BELOW).astype(int)
+    queue = [((np.inf if shares[rank] == most[rank] else start_s[rank] + (shares[rank] + 1) * item_s[rank]), rank)
+             for rank in range(ranks)]
     heapify(queue)
-    shares = [0] * ranks
-    for _ in range(items):
+    for _ in range(items - shares.sum()):
         _, rank = queue[0]
         shares[rank] += 1
         is_full = shares[rank] == most[rank]
         heapreplace(queue, (np.inf if is_full else start_s[rank] + (shares[rank] + 1) * item_s[rank], rank))
-    time_s = max((start_s + item_s * shares)[np.asarray(shares) > 0], default=0.0)
-    return Balance(tuple(shares), float(time_s), float(found.x[-1] * unit), float(found.eqlin.marginals[0] * unit),
-                   tuple((-found.ineqlin.marginals).tolist()))
+    time_s = max((start_s + item_s * shares)[shares > 0], default=0.0)
+    return Balance(tuple(shares.tolist()), float(time_s), float(bound_s), float(item_price_s),
+                   tuple((takes * item_price_s).tolist()))
+
+
+def price_speeds(items, speeds, step_s):
+    """Return what a unit more of each data rank's speed is worth: rows of a plan's ``binding``; none if all are equal.
+
+    Local. A rank that is one per cent faster takes one per cent of the step less for its share, and the dual says what
+    that brings once the batch is dealt out anew.
+    """
+    if len(set(speeds)) == 1:
+        return []
+    prices = balance(items, 1 / np.asarray(speeds)).rank_prices
+    return [{"what": f"speed of data rank {rank}", "value": speed, "limit": speed,
+             "price_s_per_unit": price * step_s / speed}
+            for rank, (speed, price) in enumerate(zip(map(float, speeds), prices))]

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
+from mpillm.planner.balance import price_speeds
 from mpillm.planner.hierarchy import decide
 from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer, describe, to_config
 from mpillm.planner.timeline import play
@@ -212,6 +213,9 @@ def _binding(pricer, best, priced):
     figures += [(what, getattr(machine, what)) for what in ("elementwise_bytes_per_s", "attention_flops_per_s")
                 if getattr(machine, what)]
     figures += [(level.name, 1 / level.beta_s_per_byte) for level in machine.levels if level.beta_s_per_byte]
+    if best.layout.pipeline > 1:
+        figures += [(f"speed of rank {rank}", speed) for rank, speed in enumerate(machine.speeds)]
+    found += price_speeds(pricer.config.train.global_batch, pricer._speeds(best.layout)[0], best.pipeline_s)
     for what, limit in figures:
         gain = (base - price_on(machine.scaled(what, 1.01))) / (0.01 * limit)
         if gain > 0:

@@ -43,21 +43,29 @@ def draw_predicted(timeline, predicted, path):
     draw_timeline(planned_launch(timeline, predicted), "predicted").savefig(path, dpi=200, bbox_inches="tight")
 
 
-def draw_both(timeline, predicted, launch, number):
+def planned_spans(timeline, predicted, coords):
+    """Return the predicted spans of every rank of a launch, by its place on the mesh. Local.
+
+    ``timeline`` and ``predicted`` as of :func:`planned_launch`.
+    """
+    spans = planned_launch(timeline, predicted).steps["predicted"]
+    return [spans[own["pipeline"]] for own in coords]
+
+
+def draw_both(planned, launch, number):
     """Return the figure of a measured step below the prediction of each of its ranks, on one axis of time.
 
     Local.
 
     Parameters
     ----------
-    timeline, predicted
-        As of :func:`planned_launch`.
+    planned : list of list of Span
+        Of :func:`planned_spans`.
     launch : Launch
     number : int
         A step of the launch.
     """
-    planned, measured = planned_launch(timeline, predicted).steps["predicted"], launch.steps[number]
-    planned = [planned[own["pipeline"]] for own in launch.coords]
+    measured = launch.steps[number]
     rows, titles, idle = [], [], []
     for name, spans in (("planned", planned), ("measured", measured)):
         begin, end = window(spans)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import measure_machine, measure_table
+from mpillm.comm.probe import as_of_now, measure_machine, measure_table
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
 from mpillm.errors import MpillmError, on_rank_0, together
@@ -75,7 +75,8 @@ def known_machine(comm):
     """Return this launch's :class:`Machine`, from an earlier launch of its kind or measured now; and its origin.
 
     Collective over ``comm``. It is remembered below ``$XDG_CACHE_HOME/mpillm`` for launches with as many ranks on as
-    many nodes, the same processors, threads and libraries.
+    many nodes, the same processors, threads and libraries; not where ranks were unequal, because what slows one, and
+    all figures with it, passes. Speeds of ranks and free memory are measured in every launch.
     """
     threads = set_threads(comm)
     library = "none"
@@ -88,9 +89,11 @@ def known_machine(comm):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm" / f"machine-{digest}.json"
     machine = on_rank_0(comm, lambda: _remembered(cache), "machine")
     if machine:
-        return machine, f"machine as measured before, {cache}; remove it to measure again"
+        return as_of_now(comm, machine), f"machine as measured before, {cache}; remove it to measure again"
     group = as_group(comm)
     machine = measure_machine(group, measure_table(group) if comm.size > 1 else DEFAULT_TABLE)
+    if machine.speeds:
+        return machine, "machine measured now, and not remembered: its ranks are unequal"
     if comm.rank == 0:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,10 @@ from mpillm.comm.executor import Executor
 from mpillm.comm.group import as_group
 from mpillm.comm.probe import only
 from mpillm.comm.scheduled import Scheduled, checked, keep, release
+from mpillm.planner.routes import Topology
+from mpillm.planner.trees import pack_trees
 from mpillm.schedules.blocks import all_bounds
+from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import ALGORITHMS
 
 pytestmark = pytest.mark.mpi
@@ -95,6 +98,29 @@ def test_every_generator(comm, op, algorithm, monkeypatch):
             if found is None or not torch.equal(found.double(), right) or not torch.equal(x, parts[comm.rank]):
                 wrong.append((n, dtype))
     assert_all(not wrong, wrong, comm)
+
+
+@pytest.mark.parametrize("op", ["allreduce", "reduce_scatter", "allgather"])
+def test_trees_that_were_packed_into_a_network(comm, op, monkeypatch):
+    """Ranks on a switch by links of unequal rates, and a ring besides: trees of several shapes, with unequal shares."""
+    if comm.size == 1:
+        return
+    names = [f"rank {rank}" for rank in range(comm.size)]
+    pairs = [(name, "switch", 1e9 * (2 + rank)) for rank, name in enumerate(names)]
+    pairs += [(name, other, 3e9) for name, other in zip(names, names[1:] + names[:1])]
+    topology = Topology.make([*names, "switch"], [True] * comm.size + [False],
+                             pairs + [(b, a, rate) for a, b, rate in pairs])
+    schedule = pack_trees(op, topology).schedule
+    monkeypatch.setattr(scheduled, "checked", lambda *_: (schedule, check_collective(schedule).carries))
+    group, wrong = as_group(comm).with_table(only("trees")), []
+    for n in SIZES:
+        for dtype in DTYPES:
+            parts = [data(n, dtype, rank) for rank in range(comm.size)]
+            found = run(op, parts[comm.rank].clone(), group, 0)
+            if found is None or not torch.equal(found.double(), wanted(op, parts, comm.rank, 0)):
+                wrong.append((n, dtype))
+    is_split = len(set(schedule.shares)) > 1 and schedule.num_chunks > (op != "allreduce") * comm.size
+    assert_all(not wrong and is_split, f"{wrong} {schedule.shares}", comm)
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS["allreduce"] if name != "trees"])

@@ -3,12 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_all
 from tiny import GROUPED, one_for_every_degrees, reference_steps, tiny, train, with_layout, write_token_file
 
 from mpillm import comm as mpi
+from mpillm.comm import probe
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.probe import measure_machine, only
 from mpillm.comm.scheduled import Scheduled, Schedules
@@ -145,7 +147,7 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
 
     def measure(group, table):
         measured.append(table)
-        return MACHINE
+        return replace(MACHINE, num_ranks=comm.size)
 
     monkeypatch.setattr(choose, "measure_machine", measure)
     monkeypatch.setattr(choose, "measure_table", lambda group: DEFAULT_TABLE)
@@ -161,8 +163,14 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
     assert_all(len(measured) == 1 and "measured now" in origin, origin, comm)
     best = min(plan.tried, key=lambda one: one["measured_s"])
     assert_all(comm.size == 1 or len(plan.tried) == 2 and plan.layout == best["layout"], plan.tried, comm)
+    monkeypatch.setattr(probe, "_speeds", lambda *_: (2.0,) * (comm.size - 1) + (1.0,))  # a rank is slow from now on
     again, origin = choose.choose_plan(config, comm)
     assert_all(len(measured) == 1 and "measured before" in origin and not again.tried, origin, comm)
+    machine, _ = choose.known_machine(comm)
+    assert_all(machine.speeds[-1] == 1.0 and machine.memory_bytes != MACHINE.memory_bytes, machine, comm)
+    if comm.size > 1:
+        is_uneven = len(set(np.diff([0, *again.layout["stage_cuts"], 4]))) > 1
+        assert_all("shares" in again.layout or is_uneven, again.layout, comm)
     run = Run(config, comm, plan=plan)  # whose directory now has the plan
     assert_all(run.config.layout.sizes() == {axis: plan.layout[axis] for axis in AXES}, run.config.layout, comm)
     run.free()
@@ -173,6 +181,16 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
     with pytest.raises(ConfigError, match="fits"):
         monkeypatch.setattr(choose, "known_machine", lambda comm: (replace(MACHINE, memory_bytes=1e3), ""))
         choose.choose_plan(config.with_values({"model.num_layers": 6}), comm)
+
+
+def test_a_machine_measured_beside_a_slow_rank_is_not_remembered(comm, comm_path, monkeypatch):
+    unequal = replace(MACHINE, num_ranks=comm.size, speeds=(1.0,) * (comm.size - 1) + (0.5,))
+    found = iter([unequal, MACHINE])
+    monkeypatch.setattr(choose, "measure_machine", lambda *_: next(found))
+    monkeypatch.setattr(choose, "measure_table", lambda group: DEFAULT_TABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(comm_path))
+    assert_all(choose.known_machine(comm)[0] == unequal, "not measured", comm)
+    assert_all(choose.known_machine(comm)[0] == MACHINE, "not measured again", comm)
 
 
 def test_a_plan_changed_by_hand_changes_messages_and_keeps_their_bytes(comm):

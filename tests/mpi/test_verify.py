@@ -11,6 +11,7 @@ from helpers import assert_all
 from tiny import GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
 
 from mpillm.comm.single import SingleComm
+from mpillm.planner.synthesis import TEXTBOOK, synthesise
 from mpillm.schedules import make_schedule
 from mpillm.train import compare
 from mpillm.train.compare import all_layouts, compare_layout, describe
@@ -68,6 +69,18 @@ def test_a_schedule_from_a_file(comm, comm_path):
         path.write_text(f"# a comment\n{schedule}")
     comm.Barrier()
     check([tiny({"layout.pipeline": comm.size, "layout.schedule": str(path)}, comm.size)], comm, steps=1)
+
+
+def test_a_synthesised_schedule(comm, comm_path):
+    """In memory for one microbatch less than zb-h1 holds, with unequal ranks: an order that no textbook has."""
+    made = synthesise(comm.size, 5, [3.0 + rank for rank in range(comm.size)], 2.0, 1.0, 0.5,
+                      memory_limit=max(1, comm.size - 1)).schedule
+    assert all(made.actions != make_schedule(name, comm.size, 5).actions for name in TEXTBOOK) or comm.size == 1
+    path = comm_path / "auto.txt"
+    if comm.rank == 0:
+        path.write_text(made.to_text())
+    comm.Barrier()
+    check([tiny({"layout.pipeline": comm.size, "layout.schedule": str(path)}, comm.size)], comm, steps=2)
 
 
 def test_exact_numerics_are_right_too(comm):

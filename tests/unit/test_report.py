@@ -18,7 +18,7 @@ from mpillm.plan import Plan
 from mpillm.planner import timeline
 from mpillm.report.chrome import trace_events
 from mpillm.report.figures import KINDS, draw_loss, draw_timeline
-from mpillm.report.planned import compare_with_plan, draw_both, planned_launch
+from mpillm.report.planned import compare_with_plan, draw_both, planned_launch, planned_spans
 from mpillm.report.records import Launch, Span, bubble, read_metrics, read_trace, step_shares
 from mpillm.report.trace import Trace
 from mpillm.schedules.pipeline import make_schedule
@@ -405,10 +405,25 @@ def test_planned_lies_above_measured_on_one_axis():
     predicted = {"step_s": 2.0, "pipeline_s": 1.5, "gradients_s": 0.3, "update_s": 0.2}
     measured = planned_launch(timeline.play(make_schedule("1f1b", 2, 3), 0.2, 0.2, 0.2), predicted).steps["predicted"]
     coords = [{"data": 0, "pipeline": rank, "tensor": 0} for rank in range(2)]
-    [axes] = draw_both(planned, predicted, Launch(coords, {4: measured}), 4).axes
+    [axes] = draw_both(planned_spans(planned, predicted, coords), Launch(coords, {4: measured}), 4).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0 planned", "1 planned", "0 measured",
                                                                       "1 measured"]
     assert "planned 1.7 s" in axes.get_title(loc="left") and "measured 2.9 s" in axes.get_title(loc="left")
+
+
+def test_the_data_of_the_picture_has_the_planned_and_the_measured_spans(run):
+    stages = {"forward_s": [1.0, 1.0], "input_s": [1.0, 1.0], "weight_s": [0.5, 0.5], "message_s": 0.0,
+              "microbatches": 4}
+    predicted = {"step_s": 14.0, "pipeline_s": 12.5, "gradients_s": 0.5, "update_s": 1.0, "stages": stages}
+    Plan(2, 1, layout={"schedule": "1f1b", "pipeline": 2, "chunks": 1}, predicted=predicted).save(run / "plan.json")
+    invoke(run)
+    rows = rows_of(run / "figures" / "planned.csv")
+    measured = [row for row in rows if row.pop("origin") == "measured"]
+    assert measured == rows_of(run / "figures" / "timeline.csv")
+    planned = [(row["rank"], row["name"], float(row["start_s"]), float(row["stop_s"]))
+               for row in rows if row not in measured]
+    assert ("0", "0F0", 0.0, 1.0) in planned and ("1", "1F0", 1.0, 2.0) in planned
+    assert ("1", "weights", 13.0, 14.0) in planned and ("0", "0B0", 3.5, 5.0) in planned
 
 
 def test_a_chrome_trace_has_every_span_of_every_rank():

@@ -3,15 +3,19 @@
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
+from mpillm.config import Config
 from mpillm.errors import ConfigError
-from mpillm.machine import Level, Machine
-from mpillm.planner.balance import balance
+from mpillm.machine import PRESETS, Level, Machine
+from mpillm.planner.balance import balance, price_speeds
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.hierarchy import FORMULAS, INSIDE, Hierarchy, decide
+from mpillm.planner.layout import make_plan
 from mpillm.planner.memory import UNITS, choose_modes
 from mpillm.planner.stages import balanced_cuts
 from mpillm.schedules.repair import COMPOSED, PIECES, WHOLE, as_if, repair
@@ -39,17 +43,48 @@ def test_stages_end_as_early_as_the_best_cuts(seed):
     assert end(found) == pytest.approx(min(map(end, parts(n, count))), rel=1e-9)
 
 
+def solved(items, item_s, start_s, most, active):
+    """Return the program of :func:`balance` for given ranks that take part, by HiGHS: its time and the ranks' duals."""
+    item_s, start_s, n = item_s[active], start_s[active], len(active)
+    found = linprog(np.r_[np.zeros(n), 1.0], A_ub=np.c_[np.diag(item_s), -np.ones(n)], b_ub=-start_s,
+                    A_eq=[[1.0] * n + [0.0]], b_eq=[items], bounds=[*((0, most[r]) for r in active), (None, None)])
+    return (found.fun, dict(zip(active, -found.ineqlin.marginals))) if found.success else (np.inf, {})
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_shares_are_the_best_whole_ones(seed):
+def test_shares_are_the_best_whole_ones_and_their_bound_the_best_of_all_active_sets(seed):
     rng = np.random.default_rng(seed)
     ranks, items = int(rng.integers(1, 5)), int(rng.integers(1, 8))
-    item_s, start_s = rng.random(ranks) + 0.1, rng.random(ranks) * 0.1
-    found = balance(items, item_s, start_s)
-    every = [x for x in itertools.product(range(items + 1), repeat=ranks) if sum(x) == items]
+    item_s, start_s = rng.random(ranks) + 0.1, rng.random(ranks) * rng.choice([0.1, 3.0])
+    most = rng.integers(2, 9, ranks) if ranks == 4 else np.full(ranks, items)
+    found = balance(items, item_s, start_s, most)
+    every = [x for x in itertools.product(*(range(m + 1) for m in most)) if sum(x) == items]
     best = min(max(s + t * x for s, t, x in zip(start_s, item_s, shares) if x) for shares in every)
-    assert sum(found.shares) == items
+    assert sum(found.shares) == items and all(x <= m for x, m in zip(found.shares, most))
     assert found.time_s == pytest.approx(best)
-    assert found.bound_s <= found.time_s + 1e-12 or 0 in found.shares
+    bound_s, prices = min((solved(items, item_s, start_s, most, list(active)) for count in range(1, ranks + 1)
+                           for active in itertools.combinations(range(ranks), count)), key=lambda one: one[0])
+    assert found.bound_s == pytest.approx(bound_s) and found.bound_s <= found.time_s + 1e-12
+    assert found.rank_prices == pytest.approx([prices.get(rank, 0.0) for rank in range(ranks)], abs=1e-9)
+
+
+def test_a_message_is_split_over_the_routes_that_pay():
+    """Of two links and one that is fast but far: 5 us and 10 GB/s, 5 us and 5 GB/s, 100 us and 50 GB/s."""
+    beta, alpha = 1 / np.array([10e9, 5e9, 50e9]), np.array([5e-6, 5e-6, 100e-6])
+    small, large = (balance(n_bytes, beta, alpha) for n_bytes in (30_000, 100_000_000))
+    assert small.shares == (20_000, 10_000, 0) and small.rank_prices == pytest.approx((2 / 3, 1 / 3, 0))
+    assert large.time_s == pytest.approx((100e6 + (5e-6 * 15e9 + 100e-6 * 50e9)) / 65e9)
+    assert large.time_s < min(alpha + 100e6 * beta) and large.time_s - large.bound_s < beta.max()
+
+
+def test_a_faster_rank_brings_what_its_price_says():
+    speeds, step_s = np.array([1.0, 0.9, 0.5]), 2.0
+    rows = price_speeds(16, speeds, step_s)
+    for rank, row in enumerate(rows):
+        faster = speeds * np.where(np.arange(3) == rank, 1.0001, 1)
+        saved = 1 - balance(16, 1 / faster).bound_s / balance(16, 1 / speeds).bound_s
+        assert row["price_s_per_unit"] * 1e-4 * row["limit"] == pytest.approx(step_s * saved, rel=1e-3)
+    assert not price_speeds(16, [0.5, 0.5], step_s)
 
 
 def test_shares_keep_to_what_ranks_hold_and_prices_are_true():
@@ -62,6 +97,19 @@ def test_shares_keep_to_what_ranks_hold_and_prices_are_true():
     assert balance(10, item_s, most=[3, 9, 9]).bound_s - found.bound_s == pytest.approx(found.item_price_s)
     with pytest.raises(ConfigError, match="ranks hold"):
         balance(9, item_s, most=[1, 1, 1])
+
+
+def test_a_plan_for_unequal_ranks_says_what_each_costs():
+    config = Config.from_dict({"model": {"vocab_size": 64, "hidden_size": 64, "ffn_size": 128, "num_layers": 6,
+                                         "num_heads": 4},
+                               "train": {"seq_len": 32, "global_batch": 8}})
+    machine = replace(PRESETS["cpu-node"], speeds=(1.0, 0.5), num_ranks=2)
+    by_data, by_stage = (make_plan(config.with_values({key: 2}), machine, 2)
+                         for key in ("layout.data", "layout.pipeline"))
+    priced = {one["what"]: one["price_s_per_unit"] for one in by_data.binding}
+    assert [priced[f"speed of data rank {rank}"] for rank in (0, 1)] == pytest.approx(
+        [2 / 3 * by_data.predicted["pipeline_s"], 2 / 3 * by_data.predicted["pipeline_s"]])  # 2/3 over 1, 1/3 over 0.5
+    assert any(one["what"].startswith("speed of rank") and one["price_s_per_unit"] > 0 for one in by_stage.binding)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -191,8 +239,8 @@ def test_a_repair_that_saves_little_is_left():
 
 
 def test_full_sizes_take_no_time():
-    """Counts of 128 layers on 64 stages and 1,000 gradients; limits far above what they take, which is measured
-    elsewhere, so that only another order of growth fails."""
+    """Counts of 128 layers on 64 stages and 1,000 gradients; limits far above what they take, which
+    tests/solver_times.py measures, so that only another order of growth fails."""
     rng = np.random.default_rng(0)
     start = time.process_time()
     balanced_cuts(1 + 0.1 * rng.random(128), 64, 256, 1 + 0.3 * rng.random(64))
