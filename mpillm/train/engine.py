@@ -258,11 +258,33 @@ class Engine:
 
 
 def pick_device(name, comm):
-    """Return the device of this rank: GPUs are dealt out by the rank's place on its node."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """Return the device of this rank: GPUs are dealt out by the rank's place on its node.
+
+    Collective over ``comm``.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda"}
+        ``"auto"`` is a GPU on the ranks where torch sees one.
+    comm : Comm
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if ``"cuda"`` is asked for and some rank sees no GPU.
+    """
+    nodes, gpus = zip(*comm.allgather((os.uname().nodename, torch.cuda.device_count())))
+    if name == "cuda" and not all(gpus):
+        without = sorted({node for node, count in zip(nodes, gpus) if not count})
+        raise ConfigError(f"train.device = cuda: torch sees no GPU on {', '.join(without)}: ask for nodes with GPUs, "
+                          "install torch with CUDA, or set train.device = auto or cpu")
+    if name == "cpu" or not gpus[comm.rank]:
         return torch.device("cpu")
-    nodes = comm.allgather(os.uname().nodename)
-    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % torch.cuda.device_count())
+    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % gpus[comm.rank])
 
 
 def _by_name(ranges):
