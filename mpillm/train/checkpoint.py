@@ -22,6 +22,7 @@ from mpillm.errors import CheckpointError, DataError, on_rank_0, together
 
 VERSION = 1
 DTYPES = ("float64", "float32")
+SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -252,18 +253,24 @@ def _write_file(path, shards):
     entries = []
     with _KeepsItsError(path, "w") as raw:
         with h5py.File(raw, "w") as file:
-            for name, shape, start, tensors in shards:
-                for kind, tensor in tensors.items():
-                    values = _as_numpy(tensor)
-                    where = f"{kind}/{name}/{start}"
-                    file.create_dataset(where, data=values)
-                    shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
-                             "sha256": hashlib.sha256(values).hexdigest()}
-                    entries.append((kind, name, list(shape), values.dtype.name, shard))
+            for kind, name, shape, start, tensor in _cut(shards):
+                values, where = _as_numpy(tensor), f"{kind}/{name}/{start}"
+                file.create_dataset(where, data=values)
+                shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
+                         "sha256": hashlib.sha256(values).hexdigest()}
+                entries.append((kind, name, list(shape), values.dtype.name, shard))
         if raw.error:
             raise raw.error
         os.fsync(raw.fileno())
     return entries
+
+
+def _cut(shards):
+    """Yield ``(kind, name, shape, start, tensor)`` of no more than :data:`SHARD_ELEMENTS` each."""
+    for name, shape, start, tensors in shards:
+        for kind, tensor in tensors.items():
+            for low in range(0, len(tensor), SHARD_ELEMENTS):
+                yield kind, name, shape, start + low, tensor[low:low + SHARD_ELEMENTS]
 
 
 class _KeepsItsError(io.FileIO):
