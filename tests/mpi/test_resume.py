@@ -60,15 +60,14 @@ def test_resumed_equals_unbroken_bit_for_bit(comm, data_path, optimizer, dtype):
 
 
 @pytest.mark.parametrize(("move", "optimizer", "dtype"), [
-    ("1 to N", "adamw", "float64"), ("1 to N", "adam", "float32"), ("N to 1", "adam", "float64"),
-    ("N to 1", "adamw", "float32"), ("pipeline to tensor", "adamw", "float64"), ("pipeline to tensor", "adam", "float32"),
-    ("zero 0 to 1", "adamw", "float32"), ("zero 1 to 0", "adam", "float64"),
+    ("1 to N", "adamw", "float64"), ("N to 1", "adam", "float32"), ("pipeline to tensor", "adamw", "float32"),
+    ("zero 0 to 1", "adam", "float64"), ("zero 1 to 0", "adamw", "float32"),
 ])
 def test_resume_at_other_layouts_and_rank_counts(comm, data_path, move, optimizer, dtype):
     (before, after), more = MOVES[move](comm.size), {"train.dtype": dtype, "train.optimizer": optimizer}
     tolerance = {"float64": 1e-10, "float32": 1e-6}[dtype]
-    whole = run_at(before, comm, data_path, "whole", 6, **more)
-    found = run_at(before, comm, data_path, "moved", 3, **more) + run_at(after, comm, data_path, "moved", 6, **more)
+    whole = run_at(before, comm, data_path, "whole", 4, **more)
+    found = run_at(before, comm, data_path, "moved", 2, **more) + run_at(after, comm, data_path, "moved", 4, **more)
     assert_all(np.allclose(found, whole, rtol=tolerance, atol=0), f"{found} {whole}", comm)
 
 
