@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mpillm.comm import collectives
+from mpillm.comm.group import as_group
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.comm.world import comm_world, set_threads
@@ -58,7 +59,7 @@ class Generator:
     """
 
     def __init__(self, path, comm=None, overrides=None):
-        comm = comm_world() if comm is None else comm
+        comm = as_group(comm_world() if comm is None else comm).comm
         source, self.config, self.tokenizer = together(
             comm, lambda: _open(Path(path), overrides or {}, comm.size), f"open {path}")
         model, train, layout = self.config.model, self.config.train, self.config.layout

@@ -23,7 +23,6 @@ from mpillm.train import checkpoint
 from mpillm.train.text import load_tokenizer
 
 FILE_ELEMENTS = 1 << 28  # of the weights in one safetensors file
-SHARD_ELEMENTS = 1 << 24  # a rank reads whole shards, small ones waste little of its time
 CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
 
 _NAMES = {
@@ -234,9 +233,8 @@ def _shards(tensors, table):
     """Yield what a checkpoint holds of each tensor, one tensor in memory at a time."""
     for name, (shape, _) in table.items():
         values = tensors[_hf_name(name)].get_tensor(_hf_name(name))
-        flat = _turned(name, values.float() if values.dtype in HALF_TYPES else values).reshape(-1)
-        for start in range(0, len(flat), SHARD_ELEMENTS):
-            yield name, shape, start, {"weight": flat[start:start + SHARD_ELEMENTS]}
+        values = _turned(name, values.float() if values.dtype in HALF_TYPES else values)
+        yield name, shape, 0, {"weight": values.reshape(-1)}
 
 
 def _refuse_used(folder, what):

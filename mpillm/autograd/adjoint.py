@@ -1,10 +1,12 @@
 """The dot-product test: shows that the backward of a movement is its exact adjoint."""
 
+import re
+
 import torch
 
 from mpillm.comm.collectives import allgather
 from mpillm.comm.group import as_group
-from mpillm.errors import CollectiveError
+from mpillm.errors import CollectiveError, ConfigError
 from mpillm.schedules.blocks import bounds
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -25,6 +27,7 @@ def check_adjoint(fn, comm, shape, in_placement, out_placement, dtype=torch.floa
     in_placement, out_placement : str
         ``"replicated"``, ``"sharded(dim)"``, ``"partial"`` or ``"varying"``.
     dtype : torch.dtype
+        float64, float32, bfloat16 or float16.
     seed : int
 
     Returns
@@ -35,11 +38,19 @@ def check_adjoint(fn, comm, shape, in_placement, out_placement, dtype=torch.floa
     Raises
     ------
     CollectiveError
-        On every rank if the difference exceeds rounding, or a result that should be replicated is not.
+        On every rank if the difference exceeds rounding, or a result that should be replicated is not, or autograd
+        cannot go back through ``fn`` on some rank.
+    ConfigError
+        On every rank, if a placement or the dtype is none that is known.
     """
     group = as_group(comm)
+    if dtype not in _TOLERANCE:
+        raise ConfigError(f"check_adjoint: dtype {dtype}: takes {', '.join(map(str, _TOLERANCE))}")
     x = _random(shape, in_placement, group, dtype, seed).requires_grad_()
     out = fn(x)
+    if not all(group.comm.allgather(out.requires_grad)):
+        raise CollectiveError("check_adjoint: autograd cannot go back through fn, whose result does not require a "
+                              "gradient: build it from differentiable operations, without detach and no_grad")
     y = _random(_whole_shape(out, out_placement, group), out_placement, group, dtype, seed + 1)
     out.backward(y)
     for what, value, placement in (("output", out.detach(), out_placement), ("gradient", x.grad, in_placement)):
@@ -63,32 +74,58 @@ def inner_product(u, v, placement, comm):
     """Return ``<u, v>`` in float64: a replicated tensor counts once, all others sum over the ranks.
 
     Collective over ``comm``.
+
+    Parameters
+    ----------
+    u, v : Tensor, of equal shapes
+        What this rank has of each.
+    placement : str
+        Of both, as in :func:`check_adjoint`.
+    comm : Comm or Group
+
+    Returns
+    -------
+    float
+        Equal on all ranks.
+
+    Raises
+    ------
+    ConfigError
+        On every rank, before any message, if the placement is none that is known.
     """
     group = as_group(comm)
+    _sharded_dim(placement, u.dim())
     mine = float((u.double() * v.double()).sum())
     return mine if placement == "replicated" else sum(group.comm.allgather(mine))
 
 
 def _random(shape, placement, group, dtype, seed):
     """Draw a tensor of the placement: equal on all ranks if replicated, this rank's block if sharded, else its own."""
-    own = 0 if placement == "replicated" or placement.startswith("sharded") else group.rank
+    dim = _sharded_dim(placement, len(shape))
+    own = 0 if placement == "replicated" or dim is not None else group.rank
     generator = torch.Generator().manual_seed(seed * 1000 + own)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    if placement.startswith("sharded"):
-        dim = _dim(placement)
-        start, stop = bounds(shape[dim], group.size, group.rank)
-        return x.narrow(dim, start, stop - start).contiguous()
-    return x
+    if dim is None:
+        return x
+    start, stop = bounds(shape[dim], group.size, group.rank)
+    return x.narrow(dim, start, stop - start).contiguous()
 
 
-def _dim(placement):
-    return int(placement.removeprefix("sharded(").removesuffix(")"))
+def _sharded_dim(placement, num_dims):
+    """Return the dim of ``"sharded(dim)"``, None for the other placements; refuse what is no placement."""
+    if placement in ("replicated", "partial", "varying"):
+        return None
+    found = re.fullmatch(r"sharded\((-?\d+)\)", str(placement))
+    if not found or not -num_dims <= int(found[1]) < num_dims:
+        raise ConfigError(f'placement "{placement}" of a tensor with {num_dims} dims: must be "replicated", "partial", '
+                          '"varying", or "sharded(dim)" with one of its dims, such as "sharded(0)"')
+    return int(found[1])
 
 
 def _whole_shape(x, placement, group):
-    shape = list(x.shape)
-    if placement.startswith("sharded"):
-        shape[_dim(placement)] = sum(group.comm.allgather(shape[_dim(placement)]))
+    shape, dim = list(x.shape), _sharded_dim(placement, x.dim())
+    if dim is not None:
+        shape[dim] = sum(group.comm.allgather(shape[dim]))
     return tuple(shape)
 
 

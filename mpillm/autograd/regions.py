@@ -15,9 +15,8 @@ allgather_to          allgather       sharded → varying       reduce_scatter
 reduce_scatter_from   reduce_scatter  partial → sharded       allgather
 ====================  ==============  ======================  ==============
 
-All are collective over ``comm`` (backward too: every rank must run it, in the same order), work on CPU and CUDA
-tensors, under ``torch.no_grad`` and recompute, and accumulate like any operation. ``size`` is the whole size of ``dim``
-where a block is given; without it the ranks exchange sizes first.
+Every rank runs forward and backward, in the same order. All work on CPU and CUDA tensors, under ``torch.no_grad`` and
+recompute, and accumulate like any operation. Where ranks share memory nothing is sent.
 """
 
 import torch
@@ -28,37 +27,149 @@ from mpillm.schedules.blocks import bounds
 
 
 def copy_to(x, comm):
-    """Use a replicated tensor on every rank: identity; the gradients of all ranks are summed on the way back."""
+    """Use a replicated tensor on every rank: identity; the gradients of all ranks are summed on the way back.
+
+    Collective over ``comm``: equal shapes and dtypes. Only backward sends something.
+
+    Parameters
+    ----------
+    x : Tensor, any shape, replicated
+    comm : Comm or Group
+        ``p`` ranks.
+
+    Returns
+    -------
+    Tensor, same shape, varying
+
+    Notes
+    -----
+    Backward sends ``2 (p-1)/p n`` bytes a rank, with ``n`` those of ``x``.
+    """
     return _Movement.apply(x, as_group(comm), _identity, _allreduce)
 
 
 def reduce_from(x, comm):
-    """Sum a partial tensor over the ranks of ``comm``; the gradient passes unchanged."""
+    """Sum a partial tensor over the ranks of ``comm``; the gradient passes unchanged.
+
+    Collective over ``comm``: equal shapes and dtypes. Only forward sends something.
+
+    Parameters
+    ----------
+    x : Tensor, any shape, partial
+    comm : Comm or Group
+        ``p`` ranks.
+
+    Returns
+    -------
+    Tensor, same shape, replicated
+
+    Notes
+    -----
+    Forward sends ``2 (p-1)/p n`` bytes a rank, with ``n`` those of ``x``.
+    """
     return _Movement.apply(x, as_group(comm), _allreduce, _identity)
 
 
 def scatter_to(x, comm, dim=0):
-    """Keep this rank's block of ``dim`` of a replicated tensor; gradient blocks are gathered on the way back."""
+    """Keep this rank's block of ``dim`` of a replicated tensor; gradient blocks are gathered on the way back.
+
+    Collective over ``comm``: equal shapes and dtypes. Only backward sends something.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n, ...), replicated
+    comm : Comm or Group
+        ``p`` ranks.
+    dim : int
+
+    Returns
+    -------
+    Tensor, shape (..., n_i, ...), sharded(dim)
+        ``n_i`` is the size of this rank's block.
+
+    Notes
+    -----
+    Backward sends ``(p-1)/p n`` bytes a rank, with ``n`` those of ``x``.
+    """
     whole = x.shape[dim]
     return _Movement.apply(x, as_group(comm), _slice(dim), _allgather(dim, whole))
 
 
 def gather_from(x, comm, dim=0, size=None):
-    """Join the blocks of ``dim`` into a replicated tensor; each keeps its block of the gradient on the way back."""
+    """Join the blocks of ``dim`` into a replicated tensor; each keeps its block of the gradient on the way back.
+
+    Collective over ``comm``: equal dtypes, and equal shapes but for ``dim``. Only forward sends something.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n_i, ...), sharded(dim)
+    comm : Comm or Group
+        ``p`` ranks.
+    dim : int
+    size : int, optional
+        The whole size of ``dim``; without it the ranks exchange their sizes first.
+
+    Returns
+    -------
+    Tensor, shape (..., n, ...), replicated
+
+    Notes
+    -----
+    Forward sends ``(p-1)/p n`` bytes a rank, with ``n`` those of the whole.
+    """
     group = as_group(comm)
     whole = _whole_size(x, group, dim, size)
     return _Movement.apply(x, group, _allgather(dim, whole), _slice(dim))
 
 
 def allgather_to(x, comm, dim=0, size=None):
-    """Join the blocks of ``dim`` for each rank's own use; the gradients are summed and scattered on the way back."""
+    """Join the blocks of ``dim`` for each rank's own use; the gradients are summed and scattered on the way back.
+
+    Collective over ``comm``, as is backward: equal dtypes, and equal shapes but for ``dim``.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n_i, ...), sharded(dim)
+    comm : Comm or Group
+        ``p`` ranks.
+    dim : int
+    size : int, optional
+        The whole size of ``dim``; without it the ranks exchange their sizes first.
+
+    Returns
+    -------
+    Tensor, shape (..., n, ...), varying
+
+    Notes
+    -----
+    Sends ``(p-1)/p n`` bytes a rank each way, with ``n`` those of the whole.
+    """
     group = as_group(comm)
     whole = _whole_size(x, group, dim, size)
     return _Movement.apply(x, group, _allgather(dim, whole), _reduce_scatter(dim))
 
 
 def reduce_scatter_from(x, comm, dim=0):
-    """Sum a partial tensor and keep this rank's block of ``dim``; gradient blocks are gathered on the way back."""
+    """Sum a partial tensor and keep this rank's block of ``dim``; gradient blocks are gathered on the way back.
+
+    Collective over ``comm``, as is backward: equal shapes and dtypes.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n, ...), partial
+    comm : Comm or Group
+        ``p`` ranks.
+    dim : int
+
+    Returns
+    -------
+    Tensor, shape (..., n_i, ...), sharded(dim)
+        ``n_i`` is the size of this rank's block.
+
+    Notes
+    -----
+    Sends ``(p-1)/p n`` bytes a rank each way, with ``n`` those of ``x``.
+    """
     whole = x.shape[dim]
     return _Movement.apply(x, as_group(comm), _reduce_scatter(dim), _allgather(dim, whole))
 

@@ -33,7 +33,7 @@ class Mesh:
     Raises
     ------
     ConfigError
-        On all ranks, before any message, if the product is wrong.
+        On all ranks, before any message, if the degrees or the order are wrong.
 
     Examples
     --------
@@ -47,10 +47,12 @@ class Mesh:
     def __init__(self, comm, data=1, pipeline=1, tensor=1, order=AXES, sums="any", table=DEFAULT_TABLE,
                  is_checked=False):
         self._sizes = {"data": data, "pipeline": pipeline, "tensor": tensor}
-        if math.prod(self._sizes.values()) != comm.size:
+        if sorted(order) != sorted(AXES):
+            raise ConfigError(f"mesh order = {order!r}: must name each of {', '.join(AXES)} once")
+        if min(self._sizes.values()) < 1 or math.prod(self._sizes.values()) != comm.size:
             raise ConfigError(
                 f"mesh data={data} x pipeline={pipeline} x tensor={tensor} needs {data * pipeline * tensor} ranks, "
-                f"this communicator has {comm.size}: change the degrees or the number of ranks"
+                f"this communicator has {comm.size}: change the degrees, each at least 1, or the number of ranks"
             )
         self.recorder = Recorder()
         self.world = Group(comm.Clone(), "world", sums, self.recorder, table, is_checked)

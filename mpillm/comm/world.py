@@ -57,11 +57,10 @@ def set_threads(comm):
     """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and "MKL_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        mine = (os.uname().nodename, sorted(os.sched_getaffinity(0)))
-        sharing = sum(other == mine for other in comm.allgather(mine))
-        torch.set_num_threads(max(1, cores // sharing))
+    cores = sorted(os.sched_getaffinity(0))
+    sharing = comm.allgather((os.uname().nodename, cores)).count((os.uname().nodename, cores))
+    if "OMP_NUM_THREADS" not in os.environ and "MKL_NUM_THREADS" not in os.environ:  # may differ between nodes
+        torch.set_num_threads(max(1, len(cores) // sharing))
     return torch.get_num_threads()
 
 

@@ -22,13 +22,19 @@ from mpillm.errors import CheckpointError, DataError, on_rank_0, together
 
 VERSION = 1
 DTYPES = ("float64", "float32")
+SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
 _NAME = re.compile(r"step-(\d{8})")
 
 
 def save(folder, step, shards, manifest, comm, keep=3):
-    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``; return its path.
+    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``.
 
-    Collective over ``comm``; parameters and errors are those of :class:`Saving`.
+    Collective over ``comm``. Parameters and errors are those of :class:`Saving`.
+
+    Returns
+    -------
+    Path
+        Of the checkpoint.
     """
     return Saving(folder, step, shards, manifest, comm, keep).finish()
 
@@ -79,11 +85,24 @@ class Saving:
             self._error = error
 
     def is_written(self):
-        """Tell whether all ranks have written their files."""
+        """Return, equal on all ranks, whether all have written their files. Collective; waits for no file."""
         return all(self._comm.allgather(self._thread is None or not self._thread.is_alive()))
 
     def finish(self):
-        """Wait for all ranks' files, announce the checkpoint and drop old ones; return its path."""
+        """Wait for all ranks' files, announce the checkpoint and drop old ones.
+
+        Collective over the ranks that save.
+
+        Returns
+        -------
+        Path
+            Of the checkpoint.
+
+        Raises
+        ------
+        CollectiveError
+            On every rank if any could not write.
+        """
         if self._thread:
             self._thread.join()
 
@@ -114,13 +133,13 @@ class Saving:
 
 
 def complete_checkpoints(folder):
-    """Return the complete checkpoints below ``folder``, oldest first."""
+    """Return the paths of the complete checkpoints below ``folder``, oldest first. Local."""
     found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(path for path in found if (path / "manifest.json").is_file())
 
 
 def step_of(path):
-    """Return the step that a checkpoint's folder is named after."""
+    """Return the step (int) that the folder ``path`` of a checkpoint is named after. Local."""
     return int(_NAME.fullmatch(path.name)[1])
 
 
@@ -165,7 +184,20 @@ class Checkpoint:
     def read(self, name, kind="weight", start=0, stop=None, shape=None):
         """Return elements ``[start, stop)`` of the row-major order of a tensor, joined from its shards.
 
-        ``shape`` is what the tensor must have, if it is known: nothing larger is then made room for.
+        Local. Reads the shards that have some of them, one after the other, and checks their digests.
+
+        Parameters
+        ----------
+        name, kind : str
+        start, stop : int
+            ``stop`` is the end of the tensor unless given.
+        shape : tuple of int, optional
+            What the whole tensor must have: nothing larger is then made room for.
+
+        Returns
+        -------
+        numpy.ndarray, shape (stop - start,)
+            In the dtype of the checkpoint.
 
         Raises
         ------
@@ -252,18 +284,24 @@ def _write_file(path, shards):
     entries = []
     with _KeepsItsError(path, "w") as raw:
         with h5py.File(raw, "w") as file:
-            for name, shape, start, tensors in shards:
-                for kind, tensor in tensors.items():
-                    values = _as_numpy(tensor)
-                    where = f"{kind}/{name}/{start}"
-                    file.create_dataset(where, data=values)
-                    shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
-                             "sha256": hashlib.sha256(values).hexdigest()}
-                    entries.append((kind, name, list(shape), values.dtype.name, shard))
+            for kind, name, shape, start, tensor in _cut(shards):
+                values, where = _as_numpy(tensor), f"{kind}/{name}/{start}"
+                file.create_dataset(where, data=values)
+                shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
+                         "sha256": hashlib.sha256(values).hexdigest()}
+                entries.append((kind, name, list(shape), values.dtype.name, shard))
         if raw.error:
             raise raw.error
         os.fsync(raw.fileno())
     return entries
+
+
+def _cut(shards):
+    """Yield ``(kind, name, shape, start, tensor)`` of no more than :data:`SHARD_ELEMENTS` each."""
+    for name, shape, start, tensors in shards:
+        for kind, tensor in tensors.items():
+            for low in range(0, len(tensor), SHARD_ELEMENTS):
+                yield kind, name, shape, start + low, tensor[low:low + SHARD_ELEMENTS]
 
 
 class _KeepsItsError(io.FileIO):

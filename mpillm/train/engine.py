@@ -30,7 +30,8 @@ from mpillm.train.storage import Bucket, MicrobatchTree, bucket_parts
 class Engine:
     """Computes training steps and losses of one configuration on one communicator.
 
-    Collective over ``comm``, as are all methods. Reads and writes no files but the trace.
+    Collective over ``comm``, as are all methods unless they say that they are local. Reads and writes no files but the
+    trace.
 
     Parameters
     ----------
@@ -40,6 +41,13 @@ class Engine:
     trace_folder : Path, optional
     table : DecisionTable, optional
         Which algorithm each collective takes.
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if the model can only be planned for, or ``train.device = "cuda"`` and some rank sees no GPU.
+    ScheduleError
+        If the pipeline schedule does not pass the checker.
     """
 
     def __init__(self, config, comm, trace_folder=None, table=DEFAULT_TABLE):
@@ -49,7 +57,7 @@ class Engine:
         self.config, self.is_exact = config, train.numerics == "exact"
         sums = "tree" if self.is_exact else "any"
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table, is_checked=train.checked)
-        self.device, self.dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
+        self.device, self.dtype = pick_device(train.device, self.mesh.world.comm), getattr(torch, train.dtype)
         self.trace = Trace(trace_folder, self.mesh)
         self.stages = self._make_stages()
         self._make_storage()
@@ -111,7 +119,20 @@ class Engine:
         return loss, norm
 
     def loss(self, samples, count):
-        """Return the summed loss over all tokens of ``count`` samples, without gradients; on all ranks."""
+        """Compute the loss of some samples, without gradients.
+
+        Parameters
+        ----------
+        samples : callable
+            As in :meth:`train_step`.
+        count : int
+            How many there are.
+
+        Returns
+        -------
+        float
+            The sum over all their tokens, in nats; on all ranks.
+        """
         size, data = self.config.train.microbatch, self.mesh.group("data")
         total = -(-count // size)
         first, last = bounds(total, data.size, data.rank)
@@ -130,11 +151,17 @@ class Engine:
         self.digests.take()
 
     def gradient_ranges(self):
-        """Return ``{name: [(start, flat values)]}``: what this rank holds of the last step's clipped gradients."""
+        """Return ``{name: [(start, flat values)]}``: what this rank holds of the last step's clipped gradients.
+
+        Local. Values are views, and begin at element ``start`` of the row-major order of the whole tensor.
+        """
         return _by_name((piece, self.reduced[bucket][piece.low:]) for bucket, piece in self.optimizer.entries)
 
     def weight_ranges(self):
-        """Return ``{name: [(start, flat values)]}``: what this rank holds of the weights."""
+        """Return ``{name: [(start, flat values)]}``: what this rank holds of the weights, in ``train.dtype``.
+
+        Local; as :meth:`gradient_ranges`.
+        """
         parameters = [p for stage in self.stages for p in stage.module.parameters()]
         return _by_name((p.shard, p.detach().reshape(-1)) for p in parameters)
 
@@ -258,11 +285,33 @@ class Engine:
 
 
 def pick_device(name, comm):
-    """Return the device of this rank: GPUs are dealt out by the rank's place on its node."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """Return the device of this rank: GPUs are dealt out by the rank's place on its node.
+
+    Collective over ``comm``.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda"}
+        ``"auto"`` is a GPU on the ranks where torch sees one.
+    comm : Comm
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if ``"cuda"`` is asked for and some rank sees no GPU.
+    """
+    nodes, gpus = zip(*comm.allgather((os.uname().nodename, torch.cuda.device_count())))
+    if name == "cuda" and not all(gpus):
+        without = sorted({node for node, count in zip(nodes, gpus) if not count})
+        raise ConfigError(f"train.device = cuda: torch sees no GPU on {', '.join(without)}: ask for nodes with GPUs, "
+                          "install torch with CUDA, or set train.device = auto or cpu")
+    if name == "cpu" or not gpus[comm.rank]:
         return torch.device("cpu")
-    nodes = comm.allgather(os.uname().nodename)
-    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % torch.cuda.device_count())
+    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % gpus[comm.rank])
 
 
 def _by_name(ranges):

@@ -11,7 +11,7 @@ from mpillm import autograd, check_adjoint
 from mpillm.autograd.adjoint import inner_product
 from mpillm.comm import Group, allreduce
 from mpillm.comm.group import as_group
-from mpillm.errors import CollectiveError
+from mpillm.errors import CollectiveError, ConfigError
 from mpillm.schedules.blocks import bounds
 
 pytestmark = pytest.mark.mpi
@@ -143,6 +143,34 @@ def test_a_result_that_only_claims_to_be_replicated_is_refused(comm):
         check_adjoint(lambda x: x * 1, comm, (7,), "varying", "replicated")
     with pytest.raises(CollectiveError, match="gradient should be replicated"):
         check_adjoint(lambda x: x * 1, comm, (7,), "replicated", "varying")
+
+
+@pytest.mark.parametrize("wrong", ["replicate", "Varying", "sharded", "sharded(x)", "sharded(2)", "sharded(-3)", None])
+def test_what_is_no_placement_is_refused_on_every_rank(comm, wrong):
+    x = torch.ones(7, 3)
+    for call in (lambda: check_adjoint(torch.clone, comm, (7, 3), wrong, "varying"),
+                 lambda: check_adjoint(torch.clone, comm, (7, 3), "varying", wrong),
+                 lambda: inner_product(x, x, wrong, comm)):
+        with pytest.raises(ConfigError, match='must be "replicated", .* such as "sharded\\(0\\)"') as caught:
+            call()
+        assert f'"{wrong}"' in str(caught.value)
+
+
+def test_a_dim_may_be_counted_from_the_end(comm):
+    check_adjoint(on("gather_from", comm, -1), comm, (2, 7), "sharded(-1)", "replicated")
+
+
+def test_a_dtype_without_a_tolerance_is_refused_on_every_rank(comm):
+    with pytest.raises(ConfigError, match=r"dtype torch.int64: takes torch.float64, torch.float32"):
+        check_adjoint(torch.clone, comm, (7,), "varying", "varying", torch.int64)
+
+
+def test_a_function_without_a_gradient_is_refused_on_every_rank(comm):
+    def fails(x):  # on the last rank alone
+        return autograd.copy_to(x.detach() if comm.rank == comm.size - 1 else x, comm)
+
+    with pytest.raises(CollectiveError, match="does not require a gradient: build it from differentiable"):
+        check_adjoint(fails, comm, (7,), "replicated", "varying")
 
 
 def test_inner_products_count_replicated_once(comm):

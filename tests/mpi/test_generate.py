@@ -106,6 +106,20 @@ def test_same_tokens_on_every_layout(comm, run, model, temperature, seed):
         assert_all(found == wanted, f"{overrides}: {found}, not {wanted}", comm)
 
 
+def test_the_communicator_of_the_caller_carries_nothing(comm, plain_run):
+    used = []
+
+    class Watched(MPI.Intracomm):
+        def allgather(self, value):
+            used.append(self == comm)
+            return super().allgather(value)
+
+    generator = Generator(plain_run, Watched(comm))
+    list(generator.tokens(PROMPT, 2))
+    generator.free()
+    assert_all(used and (comm.size == 1 or not any(used)), used, comm)
+
+
 def test_seeds_and_temperatures_matter(comm, plain_run):
     generator = Generator(plain_run, comm)
     choices = [(0.7, 1), (0.7, 2), (5.0, 1), (0.7, 1), (1e-6, 1), (0,)]

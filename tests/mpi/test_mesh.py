@@ -58,6 +58,18 @@ def test_a_wrong_product_is_refused_on_every_rank(comm):
     comm.Barrier()  # nobody waits elsewhere
 
 
+def test_degrees_below_one_are_refused_though_the_product_fits(comm):
+    with pytest.raises(ConfigError, match="data=-1 x .*each at least 1"):
+        Mesh(comm, data=-1, pipeline=-1, tensor=comm.size)
+
+
+@pytest.mark.parametrize("order", [("data", "tensor"), ("data", "pipeline", "tensors"), (*AXES, "data"), "tensor"])
+def test_an_order_that_does_not_name_each_axis_once_is_refused_on_every_rank(comm, order):
+    with pytest.raises(ConfigError, match="must name each of data, pipeline, tensor once") as caught:
+        Mesh(comm, data=comm.size, order=order)
+    assert repr(order) in str(caught.value) and caught.value.exit_code == USAGE
+
+
 def test_one_recorder_counts_for_all_axes(comm):
     with Mesh(comm, data=comm.size) as mesh:
         allreduce(torch.zeros(2), mesh.group("data"))

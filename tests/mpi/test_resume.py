@@ -17,9 +17,19 @@ from mpillm.train.stop import StopRequest
 
 pytestmark = pytest.mark.mpi
 
-def run(comm, path, name, steps, **more):
+# Two layouts of N ranks each, to stop at one and go on at the other; None is one rank.
+MOVES = {
+    "1 to N": lambda n: (None, {"layout.data": n}),
+    "N to 1": lambda n: (LAYOUTS[n], None),
+    "pipeline to tensor": lambda n: ({"layout.pipeline": n}, {"layout.tensor": n}),
+    "zero 0 to 1": lambda n: ({"layout.data": n, "layout.zero": 0}, {"layout.data": n, "layout.zero": 1}),
+    "zero 1 to 0": lambda n: ({"layout.data": n, "layout.zero": 1}, {"layout.data": n, "layout.zero": 0}),
+}
+
+
+def run(comm, path, name, steps, layout=None, **more):
     """Train ``name`` up to step ``steps`` of 6; return the losses."""
-    config = tiny(configure(path, name, **LAYOUTS[comm.size], **more))
+    config = tiny(configure(path, name, **(layout or LAYOUTS[comm.size]), **more))
     trainer, losses = Run(config, comm), []
     while trainer.step_number < steps:
         losses.append(trainer.step()["loss"])
@@ -28,23 +38,37 @@ def run(comm, path, name, steps, **more):
     return losses
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "adagrad"])
-def test_resumed_equals_unbroken_bit_for_bit(comm, data_path, optimizer):
-    more = {"train.optimizer": optimizer}
+def run_at(layout, comm, path, name, steps, **more):
+    """Train as :func:`run`, at a layout of all ranks or, if None, on one of them; return the losses on all."""
+    if layout is not None:
+        return run(comm, path, name, steps, layout, **more)
+    alone = comm.Split(comm.rank, 0)
+    losses = run(alone, path, name, steps, **more) if comm.rank == 0 else None
+    alone.Free()
+    return comm.bcast(losses)
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), [
+    ("adamw", "float64"), ("adamw", "bfloat16"), ("adam", "float32"), ("sgd", "float64"), ("rmsprop", "float64"),
+    ("adagrad", "float64"),
+])
+def test_resumed_equals_unbroken_bit_for_bit(comm, data_path, optimizer, dtype):
+    more = {"train.optimizer": optimizer, "train.dtype": dtype}
     whole = run(comm, data_path, "whole", 6, **more)
     parts = run(comm, data_path, "parts", 3, **more) + run(comm, data_path, "parts", 6, **more)
     assert_all(parts == whole and same(data_path, "whole", "parts"), f"{parts} {whole}", comm)
 
 
-def test_resume_at_other_layouts_and_rank_counts(comm, data_path):
-    whole = run(comm, data_path, "whole", 6)
-    first = run(comm, data_path, "moved", 3)
-    alone = comm.Split(comm.rank, 0)
-    if comm.rank == 0:  # the rest on one rank
-        rest = run(alone, data_path, "moved", 6)
-    rest = comm.bcast(rest if comm.rank == 0 else None)
-    alone.Free()
-    assert_all(np.allclose(first + rest, whole, rtol=1e-10, atol=0), f"{first + rest} {whole}", comm)
+@pytest.mark.parametrize(("move", "optimizer", "dtype"), [
+    ("1 to N", "adamw", "float64"), ("N to 1", "adam", "float32"), ("pipeline to tensor", "adamw", "float32"),
+    ("zero 0 to 1", "adam", "float64"), ("zero 1 to 0", "adamw", "float32"),
+])
+def test_resume_at_other_layouts_and_rank_counts(comm, data_path, move, optimizer, dtype):
+    (before, after), more = MOVES[move](comm.size), {"train.dtype": dtype, "train.optimizer": optimizer}
+    tolerance = {"float64": 1e-10, "float32": 1e-6}[dtype]
+    whole = run_at(before, comm, data_path, "whole", 4, **more)
+    found = run_at(before, comm, data_path, "moved", 2, **more) + run_at(after, comm, data_path, "moved", 4, **more)
+    assert_all(np.allclose(found, whole, rtol=tolerance, atol=0), f"{found} {whole}", comm)
 
 
 class Forgetful:
@@ -130,8 +154,6 @@ def test_weights_to_start_from(comm, data_path):
     weights = [key for key in left if key[0] == "weight"]
     equal = all(np.array_equal(left[key], right[key]) for key in weights)
     assert_all(weights and equal and trainer.step_number == 0, "weights differ", comm)
-
-
 
 
 @pytest.mark.parametrize("during", ["training", "evaluation", "start"])

@@ -16,6 +16,7 @@ import torch
 
 from mpillm.comm.single import SingleComm
 from mpillm.errors import INPUT_OUTPUT, CheckpointError, DataError
+from mpillm.train import checkpoint
 from mpillm.train.checkpoint import Checkpoint, Saving, complete_checkpoints, save
 
 SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
@@ -62,6 +63,21 @@ def test_any_range_is_joined_from_the_shards(path):
     for start in range(0, 64, 3):
         for stop in range(start, 64, 4):
             assert (found.read("embedding.weight", "weight", start, stop) == whole[start:stop]).all()
+
+
+def test_who_reads_a_part_has_little_more_than_that_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_ELEMENTS", 10)
+    found, whole = Checkpoint(write(tmp_path / "checkpoints")), values("embedding.weight", "weight").numpy()
+    read_shard, seen = Checkpoint._read_shard, []
+
+    def watched(self, count, *where):
+        seen.append(count)
+        return read_shard(self, count, *where)
+
+    monkeypatch.setattr(Checkpoint, "_read_shard", watched)
+    assert (found.read("embedding.weight", "weight", 35, 50) == whole[35:50]).all()
+    assert seen == [10, 10]  # from 32 and 42 on, as the third part was cut
+    assert (found.read("embedding.weight") == whole).all() and sum(seen[2:]) == 63
 
 
 def test_the_format_needs_only_h5py_and_numpy(path):

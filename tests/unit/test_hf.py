@@ -175,15 +175,6 @@ def test_float64_keeps_its_bits(tmp_path):
     assert Config.load(tmp_path / "again" / "config.toml").train.dtype == "float64"
 
 
-def test_imported_checkpoint_is_cut_into_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_ELEMENTS", 100)
-    run = make_run(tmp_path / "run", make_model())
-    hf.to_hf(run, tmp_path / "hf")
-    hf.from_hf(tmp_path / "again", tmp_path / "hf")
-    assert len(checkpoint.Checkpoint(tmp_path / "again").tensors["weight"]["embedding.weight"]["shards"]) == 24
-    assert_same_bits(run, tmp_path / "again")
-
-
 def test_tokenizer_travels(tmp_path):
     text = "what one document says, another may say as well\n"
     tokenizer = train_bpe([text * 20], 300)
