@@ -154,6 +154,6 @@ def _allowed(schema):
     if schema["type"] == "array":
         return f"list, of {_allowed(schema['items'])}"
     types = {"boolean": "``true``, ``false``", "integer": "whole number", "number": "number", "string": "text"}
-    limits = {"exclusiveMinimum": "above", "minimum": "from"}
+    limits = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "below"}
     found = [f" {word} {schema[key]}" for key, word in limits.items() if key in schema]
     return types[schema["type"]] + "".join(found)

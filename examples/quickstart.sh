@@ -38,7 +38,7 @@ say "pictures"
 "$python" -m mpillm report $run
 
 say "how well it predicts files it has never seen"
-"$python" examples/stdlib_text.py $out $run/metrics.jsonl
+"$python" examples/stdlib_text.py $out $run/metrics.jsonl "gzip -9, per file"
 
 say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; $PWD/$run holds"
 cat <<END

@@ -74,7 +74,10 @@ def main(folder, metrics_path=None, target=None):
         print(f"  {name:30} {bits:.3f}")
     for minutes, bits in found:
         print(f"  {f'mpillm after {minutes:.1f} min':30} {bits:.3f}")
-    return 0 if target is None or (found and found[-1][1] < limits[target]) else 3
+    if target is None or (found and found[-1][1] < limits[target]):
+        return 0
+    print(f"the last is not below {target}")
+    return 3
 
 
 if __name__ == "__main__":

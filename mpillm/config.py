@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, Strict, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mpillm.errors import ConfigError, DataError
 from mpillm.schedules.blocks import bounds
-from mpillm.schedules.pipeline import SCHEDULES
+from mpillm.schedules.check import check
+from mpillm.schedules.pipeline import SCHEDULES, named_or_read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,9 +28,11 @@ else:
 
 AXES = ("data", "pipeline", "tensor")
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[int, Strict(), Field(gt=0)]
+Count = Annotated[int, Strict(), Field(ge=0)]
+PositiveReal = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Real = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
 Auto = Literal["auto"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -51,9 +54,9 @@ class Model:
     num_kv_heads: Positive | None = None
     head_dim: Positive | None = None
     max_seq_len: Positive = 2048
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    tie_embeddings: bool = False
+    rope_theta: PositiveReal = 10000.0
+    norm_eps: PositiveReal = 1e-5
+    tie_embeddings: StrictBool = False
     kind: Literal["llama", "gpt"] = "llama"
 
     def __post_init__(self):
@@ -80,7 +83,7 @@ class Data:
     """Where the tokens are."""
 
     path: str = "tokens.h5"
-    mask_documents: bool = False
+    mask_documents: StrictBool = False
 
 
 @_section
@@ -93,15 +96,15 @@ class Train:
     global_batch: Positive = 16
     microbatch: Positive | None = None
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "adagrad"] = "adamw"
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
-    min_lr: NonNegative = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    momentum: NonNegative = 0.9
+    lr: PositiveReal = 3e-4
+    min_lr: Real = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveReal = 1e-8
+    momentum: Fraction = 0.9
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Count = 0
-    weight_decay: NonNegative = 0.1
-    grad_clip: NonNegative = 1.0
+    weight_decay: Real = 0.1
+    grad_clip: Real = 1.0
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     numerics: Literal["fast", "exact"] = "fast"
     exact_blocks: Positive = 8
@@ -111,20 +114,25 @@ class Train:
     eval_batches: Count = 20
     checkpoint_every: Count = 100
     checkpoint_keep: Positive = 3
-    checkpoint_background: bool = False
+    checkpoint_background: StrictBool = False
     init_from: str = ""
-    trace: bool = False
-    checked: bool = False
-    hang_limit_s: NonNegative = 300.0
+    trace: StrictBool = False
+    checked: StrictBool = False
+    hang_limit_s: Real = 300.0
     skip_limit: Positive = 3
-    digests: bool = False
+    digests: StrictBool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self):
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {list(self.betas)} must each be at least 0 and below 1")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} must not exceed lr {self.lr}")
         if self.exact_blocks & (self.exact_blocks - 1):
             raise ValueError(f"exact_blocks {self.exact_blocks} must be a power of two (1, 2, 4, 8, ...)")
+        if self.numerics == "exact" and self.microbatch is None:
+            raise ValueError(
+                "numerics exact needs microbatch: left out, it would depend on the layout, and the bits with it; "
+                f"set it, for example to {_default_microbatch(self.global_batch, 1)}"
+            )
 
 
 @_section
@@ -139,7 +147,7 @@ class Layout:
     stage_cuts: Union[Auto, tuple[Positive, ...]] = "auto"
     schedule: str = "auto"
     zero: Union[Auto, Literal[0, 1]] = "auto"
-    sequence_parallel: Union[Auto, bool] = "auto"
+    sequence_parallel: Union[Auto, StrictBool] = "auto"
     recompute: Union[Auto, Recompute, tuple[Recompute, ...]] = "auto"
     shares: Union[Auto, tuple[Positive, ...]] = "auto"
     bucket_cuts: Union[Auto, tuple[Count, ...]] = "auto"
@@ -268,7 +276,7 @@ def _explain(error, source):
 
 def _is_union_tag(part):
     """Tell pydantic's names of union members from real keys."""
-    return isinstance(part, str) and ("[" in part or "(" in part or part in ("int", "str", "bool"))
+    return isinstance(part, str) and ("[" in part or "(" in part or part in ("int", "constrained-int", "str", "bool"))
 
 
 def _suggest(key):
@@ -317,10 +325,6 @@ def _check_layout(config, ranks):
             f"layout data={d} x pipeline={p} x tensor={t} needs {d * p * t} ranks, this launch has {ranks}: "
             f"change the degrees or start {d * p * t} ranks (mpiexec -n {d * p * t})"
         )
-    if layout.schedule not in SCHEDULES and not Path(layout.schedule).is_file():
-        raise ConfigError(
-            f"layout.schedule = \"{layout.schedule}\": neither one of {', '.join(SCHEDULES)} nor a file"
-        )
     stages = p * layout.chunks
     if stages > model.num_layers:
         raise ConfigError(
@@ -359,6 +363,9 @@ def _check_layout(config, ranks):
             f"train.global_batch={train.global_batch} in microbatches of {train.microbatch} gives fewer "
             f"microbatches than layout.data={d}: every data rank needs one; lower train.microbatch or layout.data"
         )
+    # A named one that fits one microbatch fits any number.
+    for count in {1} if layout.schedule in SCHEDULES else set(map(len, config.microbatch_bounds())):
+        check(named_or_read(layout.schedule, p, count, layout.chunks))
     if train.seq_len > model.max_seq_len:
         raise ConfigError(
             f"train.seq_len={train.seq_len} exceeds model.max_seq_len={model.max_seq_len}: lower one or raise the other"

@@ -30,6 +30,7 @@ def command(files, output, name, vocab_size, fraction, held_out):
     A .jsonl file has a document a line under the key "text"; any other file is one document. @LIST stands
     for the files that the lines of the file LIST name. Empty documents are left out.
     """
+    _check_launch()
     files, held_out = _expand(files), _expand(held_out)
     _check(files, held_out, output, name, vocab_size, fraction)
     utf8 = name != "bytes"
@@ -46,6 +47,19 @@ def command(files, output, name, vocab_size, fraction, held_out):
         click.echo(
             f"{label:10} {split.documents:>12,} documents {split.bytes:>16,} bytes {split.tokens:>16,} tokens"
         )
+
+
+def _check_launch():
+    """Refuse several processes: each would do all the work, and they would replace one file."""
+    from mpillm.comm.world import launch, launched_size
+
+    def refuse():
+        raise ConfigError(f"mpillm data: is the work of one process, the launcher started {processes}: start it "
+                          "without mpirun or srun")
+
+    _, processes = launched_size()
+    if processes > 1:
+        launch(refuse)  # all leave, one speaks
 
 
 def _expand(names):
@@ -82,6 +96,8 @@ def _check(files, held_out, output, name, vocab_size, fraction):
     twice = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in held_out}
     if twice:
         raise ConfigError(f"{min(twice)}: given both to train on and as --validation")
+    if os.path.realpath(output) in map(os.path.realpath, files + held_out):
+        raise ConfigError(f"-o {output}: is one of the texts, and would replace it: choose another -o")
     folder = Path(output).parent
     if Path(output).is_dir() or not os.access(folder, os.W_OK):
         problem = "is a directory" if Path(output).is_dir() else f"{folder} is no directory one can write to"

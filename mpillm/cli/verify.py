@@ -1,12 +1,16 @@
 """``mpillm verify``: loss, gradients and weights of a layout against the serial reference, in float64."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import click
 import torch
 
 from mpillm.cli.options import CONTEXT, with_config
-from mpillm.errors import OK, VALIDATION
+from mpillm.errors import OK, VALIDATION, together
+
+RANDOM_VOCAB_SIZE = 257  # of the tokens that take the place of a missing file, where the model names none
 
 
 @click.command("verify", context_settings=CONTEXT)
@@ -20,11 +24,10 @@ def command(config, steps, all_layouts):
 
     comm = comm_world()
     torch.set_num_threads(1)
-    vocab_size = config.model.vocab_size or 257
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size),
-                     train=replace(config.train, dtype="float64", device="cpu"))
+    config = together(comm, partial(_with_vocabulary, config), "data")
+    config = replace(config, train=replace(config.train, dtype="float64", device="cpu"))
     layouts = list(compare.all_layouts(config, comm.size)) if all_layouts else [config.resolve(comm.size)]
-    batches = compare.batches(layouts[0], steps)
+    batches = together(comm, partial(compare.batches, layouts[0], steps), "data")
     reference = compare.ReferenceTrainer(layouts[0]) if comm.rank == 0 else None
     expected = [reference.step(*batch) if reference else None for batch in batches]
     differing = 0
@@ -36,3 +39,12 @@ def command(config, steps, all_layouts):
     if comm.rank == 0:
         click.echo(f"{len(layouts)} layouts of {comm.size} ranks, {steps} steps: {differing} differ")
     return VALIDATION if differing else OK
+
+
+def _with_vocabulary(config):
+    """Return the configuration with the vocabulary of its data, or where they are missing, of the random tokens."""
+    from mpillm.train.data import with_vocabulary
+
+    if Path(config.data.path).exists():
+        return with_vocabulary(config)
+    return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or RANDOM_VOCAB_SIZE))

@@ -4,10 +4,9 @@ import math
 
 from mpillm.comm.group import Group
 from mpillm.comm.recorder import Recorder
+from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE
-
-AXES = ("data", "pipeline", "tensor")
 
 
 class Mesh:

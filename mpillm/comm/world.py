@@ -45,7 +45,7 @@ def comm_world():
             f"the launcher started {announced} processes ({variable}={announced}), but each sees a world of 1 rank "
             f"(MPI library: {library}): launcher and MPI library do not match. Use the mpirun of that library, or "
             "another process interface under Slurm (srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI), or point "
-            "MPI4PY_LIBMPI at the MPI library of this launcher; `mpillm doctor` shows both sides"
+            "MPI4PY_LIBMPI at the MPI library of this launcher"
         )
     return comm
 

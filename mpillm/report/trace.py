@@ -6,6 +6,9 @@ import time
 import uuid
 from contextlib import contextmanager
 
+from mpillm.config import AXES
+from mpillm.errors import together
+
 
 class Trace:
     """Spans of time of one rank, written to ``rank-00000.jsonl`` if there is a folder, and noted by the recorder.
@@ -26,12 +29,16 @@ class Trace:
         self.recorder, self._spans, self._file = mesh.recorder, [], None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
+
+        def opened():
+            folder.mkdir(parents=True, exist_ok=True)
+            return open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
+
+        self._file = together(mesh.world.comm, opened, "trace")
         launch = mesh.world.comm.bcast(uuid.uuid4().hex[:12])
         mesh.world.comm.Barrier()
         self._origin_s = time.perf_counter()
-        coords = {axis: mesh.coord(axis) for axis in ("data", "pipeline", "tensor")}
+        coords = {axis: mesh.coord(axis) for axis in AXES}
         self._write({"rank": mesh.world.rank, "ranks": mesh.world.size, "coords": coords, "launch": launch,
                      "host": os.uname().nodename})
 

@@ -27,11 +27,6 @@ def counts(n, p):
     return [(i + 1) * n // p - i * n // p for i in range(p)]
 
 
-def starts(n, p):
-    """Return the first item of each of ``p`` blocks of ``n`` items."""
-    return [i * n // p for i in range(p)]
-
-
 def align(n, multiple):
     """Round ``n`` up to a multiple."""
     return -(-n // multiple) * multiple

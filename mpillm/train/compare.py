@@ -118,9 +118,13 @@ def compare_layout(config, comm, batches, expected):
 
 
 def all_layouts(config, ranks):
-    """Yield every layout of a rank count that can run the configuration: degrees, schedules, sharding, recompute."""
+    """Yield every layout of a rank count that can run the configuration: degrees, schedules, sharding, recompute.
+
+    Where none can, the last one's :class:`ConfigError` is raised.
+    """
     degrees = [(d, p, ranks // d // p) for d in range(1, ranks + 1) for p in range(1, ranks + 1)
                if ranks % (d * p) == 0]
+    found, refusal = False, None
     for d, p, t in degrees:
         schedules = [(name, 2 if name == "interleaved" else 1) for name in SCHEDULES] if p > 1 else [("1f1b", 1)]
         choices = product(schedules, (0, 1) if d > 1 else (0,), (False, True) if t > 1 else (False,),
@@ -129,9 +133,14 @@ def all_layouts(config, ranks):
             layout = replace(config.layout, data=d, pipeline=p, tensor=t, schedule=schedule, chunks=chunks, zero=zero,
                              sequence_parallel=sequence_parallel, recompute=recompute, stage_cuts="auto")
             try:
-                yield replace(config, layout=layout).resolve(ranks)
-            except ConfigError:
+                resolved = replace(config, layout=layout).resolve(ranks)
+            except ConfigError as error:
+                refusal = error
                 continue
+            found = True
+            yield resolved
+    if not found:
+        raise refusal
 
 
 def describe(layout):

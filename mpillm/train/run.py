@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import time
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from mpillm.comm.scheduled import nodes_of
@@ -64,7 +66,7 @@ class Run:
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
         start = together(self.comm, lambda: self._find_start(resume), "resume")
-        writing = f"train.run_dir = {self.folder}"
+        writing = f"train.run_dir = {self.folder} cannot be written, choose another"
         on_rank_0(self.comm, lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True), writing)
         self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
@@ -76,8 +78,9 @@ class Run:
         self.skipped, self.skipped_in_a_row, self._saving = 0, 0, None
         self.stop, self.stopped_by = stop, None
         self._restore(start, resume)
+        self._metrics_file = None
+        on_rank_0(self.comm, self._open_metrics, writing)
         on_rank_0(self.comm, self._describe, writing)
-        self._metrics_file = self._open_metrics() if self.comm.rank == 0 else None
 
     def __iter__(self):
         train = self.config.train
@@ -120,7 +123,7 @@ class Run:
         self._count_skips(loss, norm)
         tokens = train.global_batch * train.seq_len
         return {"step": self.step_number, "loss": loss, "grad_norm": norm, "lr": lr,
-                "tokens": self.step_number * tokens, "step_s": step_s, "tokens_per_s": tokens / step_s}
+                "tokens": self.samples_seen * train.seq_len, "step_s": step_s, "tokens_per_s": tokens / step_s}
 
     def _count_skips(self, loss, norm):
         """Count steps that changed nothing; all ranks come to the same decision."""
@@ -144,6 +147,8 @@ class Run:
 
         Returns nothing if told to stop before the end.
         """
+        if self.validation_tokens is None:  # a run that never evaluates by itself needs none
+            self.validation_tokens = together(self.comm, self._open_validation, "data")
         train, tokens = self.config.train, self.validation_tokens
         count = min(tokens.num_samples, train.eval_batches * train.global_batch or tokens.num_samples)
         total = 0.0
@@ -176,7 +181,8 @@ class Run:
             shards = [(piece.name, piece.shape, piece.start, tensors)
                       for piece, tensors in self.engine.optimizer.state() if piece.is_counted]
             manifest = {"model": asdict(self.config.model), "optimizer": self.config.train.optimizer,
-                        "data": {"sha256": self.data_digest, "samples_seen": self.samples_seen},
+                        "data": {"sha256": self.data_digest, "samples_seen": self.samples_seen,
+                                 "seq_len": self.config.train.seq_len},
                         "skipped": self.skipped, "seed": self.config.train.seed}
             self._saving = checkpoint.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
                                              self.config.train.checkpoint_keep, self.config.train.checkpoint_background)
@@ -204,7 +210,8 @@ class Run:
         config = with_vocabulary(config)
         train, path = config.train, config.data.path
         self.train_tokens = TokenFile(path, "train", train.seq_len, config.model.vocab_size)
-        self.validation_tokens = TokenFile(path, "validation", train.seq_len) if train.eval_every else None
+        self._open_validation = partial(TokenFile, path, "validation", train.seq_len)
+        self.validation_tokens = self._open_validation() if train.eval_every else None
         return config
 
     def _reader(self, tokens, order):
@@ -220,13 +227,21 @@ class Run:
     def _find_start(self, resume):
         """Return the checkpoint to go on from, or None."""
         folder = self.folder / "checkpoints"
-        if resume not in ("auto", "never"):
-            return checkpoint.Checkpoint(resume)
-        if resume == "never" and (self.folder / "metrics.jsonl").exists():
+        own = checkpoint.complete_checkpoints(folder)
+        if resume == "never" and (own or (self.folder / "metrics.jsonl").exists()):
             raise ConfigError(
                 f"--resume never: {self.folder} holds a run already: choose another train.run_dir, or --resume auto"
             )
-        return self._newest(folder)
+        if resume in ("auto", "never"):
+            return self._newest(folder)
+        start = checkpoint.Checkpoint(resume)
+        newer = [path.name for path in own if checkpoint.step_of(path) > start.step]
+        if newer:  # they would count as the newest, and push out those of this run
+            raise ConfigError(
+                f"--resume {resume}: is of step {start.step}, and {folder} holds newer ones ({', '.join(newer)}): "
+                "choose another train.run_dir, or move them away"
+            )
+        return start
 
     def _newest(self, folder, before=None):
         """Return the newest complete checkpoint of a step below ``before`` that can be opened, or None if there are
@@ -272,7 +287,7 @@ class Run:
         return self._load_or_older(older, resume)
 
     def _check_same(self, start):
-        """Refuse a checkpoint of another model, optimiser, seed or other data."""
+        """Refuse a checkpoint of another model, optimiser, order or length of samples, or other data."""
         self._check_model(start)
         saved, train = start.manifest, self.config.train
         if saved["optimizer"] != train.optimizer:
@@ -285,10 +300,12 @@ class Run:
                 f"data.path = {self.config.data.path}: not the tokens that checkpoint {start.path} was trained on "
                 "(their SHA-256 differ): give the same file, or start anew with train.init_from"
             )
-        if saved["seed"] != train.seed:
-            raise CheckpointError(
-                f"checkpoint {start.path}: of train.seed = {saved['seed']}, this run has {train.seed}: set it back"
-            )
+        for key, value in (("seed", saved["seed"]), ("seq_len", saved["data"].get("seq_len", train.seq_len))):
+            if value != getattr(train, key):  # its place in the data would be another
+                raise CheckpointError(
+                    f"checkpoint {start.path}: of train.{key} = {value}, this run has {getattr(train, key)}: set it "
+                    "back, or start anew with train.init_from"
+                )
 
     def _load(self, start):
         """Take up weights, optimiser state, step and data cursor of a checkpoint."""
@@ -335,10 +352,18 @@ class Run:
     def _open_metrics(self):
         """Open the metrics for appending, without the lines of steps that will be done again."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step_number]
-        path.write_text("".join(kept), encoding="utf-8")
-        return open(path, "a", encoding="utf-8")
+        kept = []
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+            try:  # a line without an end was being written when its run died
+                if line.endswith(b"\n") and json.loads(line)["step"] <= self.step_number:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: not the metrics of a step ({error!r}): mend or remove it, or "
+                                "choose another train.run_dir") from None
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+        self._metrics_file = open(path, "a", encoding="utf-8")
 
     def _record(self, metrics):
         if self._metrics_file:

@@ -112,6 +112,7 @@ def test_forgetting_anything_is_seen(comm, data_path, forget, monkeypatch):
 
 @pytest.mark.parametrize("change, word", [
     ({"model.ffn_size": 55}, "ffn_size"), ({"train.optimizer": "sgd"}, "optimizer"), ({"train.seed": 1}, "seed"),
+    ({"train.seq_len": 10}, "seq_len"),
 ])
 def test_another_run_is_refused(comm, data_path, change, word):
     run(comm, data_path, "first", 2)

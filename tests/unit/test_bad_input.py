@@ -1,10 +1,15 @@
 """Bad input through the command line, on one rank and on three: one message, the right exit code, nothing else."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import h5py
 import pytest
 import tomli_w
 from helpers import run_mpi
 from tiny import MODEL, write_token_file
+
+from mpillm.cli import data
+from mpillm.errors import ConfigError
 
 pytestmark = pytest.mark.launches
 
@@ -20,7 +25,7 @@ CASES = {
     "foreign": ({"data.path": "foreign.h5"}, 74, ["foreign.h5", "not a token file"]),
     "vocabulary": ({"model.vocab_size": "100"}, 2, ["model.vocab_size = 100", "257"]),
     "short": ({"train.seq_len": "700"}, 74, ["600 tokens", "701"]),
-    "unwritable": ({"train.run_dir": "config.toml/run"}, 74, ["train.run_dir", "config.toml/run"]),
+    "unwritable": ({"train.run_dir": "config.toml/run"}, 74, ["train.run_dir", "config.toml/run", "choose another"]),
 }
 
 
@@ -63,9 +68,14 @@ def test_one_message_and_the_exit_code(folder, case, ranks):
 
 
 @pytest.mark.slow
-def test_more_tensor_ranks_than_heads(folder):
-    check(train(folder, 3, {"model.num_heads": "2", "model.head_dim": "8", "layout.tensor": "3"}), 2,
-          ["layout.tensor=3", "num_heads=2", "tensor <= 2"])
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"model.num_heads": "2", "model.head_dim": "8", "layout.tensor": "3"},
+     ["layout.tensor=3", "num_heads=2", "tensor <= 2"]),
+    ({"model.num_layers": "2", "layout.pipeline": "3"}, ["pipeline=3", "2 layers", "at most 2 pipeline ranks"]),
+])
+def test_more_ranks_than_parts(folder, overrides, words):
+    check(train(folder, 3, overrides), 2, words)
+    assert not (folder / "run").exists(), "a refused run left a folder"
 
 
 @pytest.mark.slow
@@ -77,20 +87,50 @@ def test_tokens_beyond_what_the_file_states(folder, ranks):
     assert job.returncode and "damaged.h5: token" in job.stderr and "vocab_size 257" in job.stderr, job.stderr
 
 
+@pytest.fixture(scope="module")
+def used(folder):
+    job = train(folder, 1, {"train.run_dir": "used"})
+    assert job.returncode == 0, job.stderr
+
+
 @pytest.mark.slow
-def test_checkpoint_of_another_model_and_a_used_run_directory(folder):
-    first = train(folder, 1, {"train.run_dir": "used"})
-    assert first.returncode == 0, first.stderr
-    check(train(folder, 3, {"train.run_dir": "used", "layout.data": "3", "model.ffn_size": "55"}), 74,
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_checkpoint_of_another_model(folder, used, ranks):
+    check(train(folder, ranks, {"train.run_dir": "used", "layout.data": str(ranks), "model.ffn_size": "55"}), 74,
           ["another model", "ffn_size = 54", "55"])
-    check(train(folder, 1, {"train.run_dir": "used"}, "--resume", "never"), 2, ["--resume never", "used"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_used_run_directory(folder, used, ranks):
+    check(train(folder, ranks, {"train.run_dir": "used", "layout.data": str(ranks)}, "--resume", "never"), 2,
+          ["--resume never", "used"])
 
 
 def test_lonely_processes_are_refused(folder):
-    job = run_mpi(0, ["-m", "mpillm", "train", "config.toml"], cwd=folder, env={"PMI_SIZE": "3", "PMI_RANK": "0"})
-    check(job, 1, ["3 processes", "world of 1 rank", "--mpi=pmi2"])
-    other = run_mpi(0, ["-m", "mpillm", "train", "config.toml"], cwd=folder, env={"PMI_SIZE": "3", "PMI_RANK": "2"})
-    assert other.returncode == 1 and not other.stderr.strip(), other.stderr
+    """Each with its own code; one speaks for all."""
+    with ThreadPoolExecutor() as pool:
+        jobs = list(pool.map(lambda rank: run_mpi(0, ["-m", "mpillm", "train", "config.toml"], cwd=folder,
+                                                  env={"PMI_SIZE": "3", "PMI_RANK": str(rank)}), range(3)))
+    check(jobs[0], 1, ["3 processes", "world of 1 rank", "--mpi=pmi2"])
+    assert [job.returncode for job in jobs] == [1, 1, 1] and not any(job.stderr.strip() for job in jobs[1:]), jobs
+    assert not (folder / "run").exists()
+
+
+def test_tokens_are_made_by_one_process(folder):
+    check(run_mpi(2, ["-m", "mpillm", "data", "config.toml", "-o", "new.h5"], cwd=folder), 2,
+          ["one process", "started 2"])
+    assert not (folder / "new.h5").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--validation"]])
+def test_tokens_do_not_replace_their_text(tmp_path, more):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    words = [str(tmp_path / "a.txt"), *more, str(tmp_path / "b.txt"), "-o", str(tmp_path / "link.txt")]
+    with pytest.raises(ConfigError, match=r"-o .*link\.txt: is one of the texts"):
+        data.command.main(words, standalone_mode=False)
 
 
 def test_usage_errors_are_reported_once(folder):

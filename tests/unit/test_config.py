@@ -8,7 +8,8 @@ from tiny import MODEL, tiny
 
 from mpillm.cli.options import parse_overrides
 from mpillm.config import AXES, Config
-from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError
+from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError, ScheduleError
+from mpillm.schedules import make_schedule
 
 TOML = """
 [model]
@@ -76,7 +77,10 @@ def test_configurations_are_frozen():
     ({"train.lr": -1.0}, ["train.lr = -1.0"]),
     ({"train.optimizer": "lion"}, ["train.optimizer", '"lion"', "adamw"]),
     ({"train.dtype": "float16"}, ["train.dtype", '"float16"', "bfloat16"]),
-    ({"train.betas": [0.9, 1.0]}, ["betas [0.9, 1.0]", "below 1"]),
+    ({"train.betas": [0.9, 1.0]}, ["train.betas.1 = 1.0", "less than 1"]),
+    ({"train.momentum": 1.0}, ["train.momentum = 1.0", "less than 1"]),
+    ({"train.lr": 1e-3, "train.min_lr": 2e-3}, ["min_lr 0.002", "lr 0.001"]),
+    ({"train.numerics": "exact", "train.microbatch": None}, ["exact needs microbatch", "for example to 2"]),
     ({"train.exact_blocks": 6}, ["exact_blocks 6", "power of two"]),
     ({"model.num_heads": 3}, ["hidden_size 40", "num_heads 3", "head_dim"]),
     ({"model.head_dim": 7}, ["head_dim 7", "even"]),
@@ -89,6 +93,20 @@ def test_configurations_are_frozen():
 def test_a_wrong_value_is_named_with_its_key(overrides, said):
     message = refusal(overrides)
     assert all(word in message for word in said), message
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("train.steps", '"50"'), ("train.steps", 50.0), ("train.steps", True), ("model.vocab_size", '"300"'),
+    ("train.lr", '"1e-3"'), ("train.lr", True), ("train.betas", [0.9, "0.95"]), ("train.betas", 0.9),
+    ("train.trace", "yes"), ("train.trace", 1), ("data.mask_documents", "on"), ("train.run_dir", 5),
+    ("layout.data", 2.0), ("layout.sequence_parallel", 1), ("layout.stage_cuts", [1, 2.0]), ("layout.shares", ["4", 5]),
+])
+def test_a_value_of_another_type_is_refused(key, value):
+    assert key in refusal({key: value})
+
+
+def test_a_whole_number_is_a_number_too():
+    assert tiny({"train.lr": 1, "train.grad_clip": 0, "train.betas": [0, 0]}).train.betas == (0.0, 0.0)
 
 
 def test_a_missing_section_and_key_are_named():
@@ -113,7 +131,8 @@ def test_files_that_are_missing_or_no_toml(tmp_path):
     ({"layout.pipeline": 4, "layout.chunks": 2}, 4, ["8 stages", "7 layers", "at most 3"]),
     ({"layout.tensor": 6}, 6, ["layout.tensor=6", "num_heads=5", "tensor <= 5"]),
     ({"layout.data": 6}, 6, ["train.global_batch=9", "layout.data=6"]),
-    ({"layout.schedule": "fast"}, 1, ['layout.schedule = "fast"', "zb-h1", "file"]),
+    ({"layout.schedule": "fast"}, 1, ['schedule "fast"', "zb-h1", "file"]),
+    ({"layout.pipeline": 2, "layout.chunks": 2, "layout.schedule": "1f1b"}, 2, ['"1f1b"', "chunks = 2", "interleaved"]),
     ({"layout.pipeline": 3, "layout.stage_cuts": [2]}, 3, ["stage_cuts = [2]", "3 stages need 2"]),
     ({"layout.pipeline": 3, "layout.stage_cuts": [4, 2]}, 3, ["stage_cuts = [4, 2]", "growing"]),
     ({"layout.pipeline": 3, "layout.stage_cuts": [4, 7]}, 3, ["stage_cuts = [4, 7]", "between 1 and 6"]),
@@ -128,6 +147,18 @@ def test_files_that_are_missing_or_no_toml(tmp_path):
 def test_a_layout_that_cannot_run_is_refused_with_the_values_that_can(overrides, ranks, said):
     message = refusal(overrides, ranks)
     assert all(word in message for word in said), message
+
+
+def test_a_schedule_file_must_fit_every_data_rank_and_run(tmp_path):
+    path = tmp_path / "mine.txt"
+    layout = {"layout.pipeline": 2, "layout.schedule": str(path)}
+    path.write_text(str(make_schedule("gpipe", 2, 5)))
+    assert tiny(layout, 2).layout.schedule == str(path)
+    assert "5 microbatches" in refusal({**layout, "train.microbatch": 3}, 2)
+    assert "needs 2, 2 and" in refusal(layout, 4)  # two data ranks, of two and three microbatches
+    path.write_text("schedule=mine ranks=2 stages=2 microbatches=1\nrank 0: 0B0 0F0\nrank 1: 1F0 1B0\n")
+    with pytest.raises(ScheduleError, match="0B0"):
+        tiny({**layout, "train.global_batch": 2}, 2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12, 36])

@@ -309,5 +309,5 @@ def pass_s(plan):
 
 def test_inside_a_node_a_stage_has_one_bucket():
     assert make_plan(SMALL.with_values({"layout.data": 4}), MACHINE, 4).layout["bucket_cuts"] == []
-    exact = SMALL.with_values({"layout.data": 4, "train.numerics": "exact"})
+    exact = SMALL.with_values({"layout.data": 4, "train.numerics": "exact", "train.microbatch": 1})
     assert make_plan(exact, NETWORK, 4).layout["bucket_cuts"] == []
