@@ -59,7 +59,9 @@ requeue() {
     mkdir -p "$RUN_DIR" && echo "$newest $stalls" >"$RUN_DIR/starts"
     if [ "$stalls" -ge "${MAX_STALLS:-3}" ]; then
         echo "$stalls starts in a row without a new checkpoint: not started again"
-    else
-        scontrol requeue "$SLURM_JOB_ID" || echo "not put back into the queue: Slurm has done so, or it was cancelled"
+    elif [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %t)" = R ]; then
+        scontrol requeue "$SLURM_JOB_ID" || echo "not put back into the queue"
+    else  # Slurm ends it: a preempted job comes back by itself, a cancelled one must not
+        echo "not put back into the queue: Slurm has ended it"
     fi
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The job templates on a real Slurm: two nodes on this machine, in a throw-away overlay and namespaces of its own.
 #   bash tests/slurm/run.sh [VENV [CASE...]]
-# Cases, all if not given: stop preemptions walltime node gpu plan sweep. Nothing outside the overlay is touched. Skipped,
+# Cases, all if not given: stop signals preemptions walltime node gpu plan sweep. Nothing outside the overlay is touched. Skipped,
 # with the reason, without root, apt-get or overlays.
 set -eu
 root=$(realpath "$(dirname "$0")/../..")
 venv=${1:-$root/.venv-test-mpich}
-[ $# -gt 1 ] || set -- "$venv" stop preemptions walltime node gpu plan sweep
+[ $# -gt 1 ] || set -- "$venv" stop signals preemptions walltime node gpu plan sweep
 
 skip() { echo "tests/slurm: skipped: $1"; exit 0; }
 [ "$(id -u)" = 0 ] || skip "it needs root, to mount an overlay"
