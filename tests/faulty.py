@@ -1,8 +1,9 @@
 """Runs the command line with a fault planted: ``python faulty.py KIND RANK STEP train CONFIG ...``.
 
 The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass,
-``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, or ``full``, from where on it can
-write no file longer than a few bytes.
+``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, ``full``, from where on it can write
+no file longer than a few bytes, or ``ask-MOMENT``, where it makes a file ``now-PID`` and waits for the file ``sent``: in a
+``step``, in ``evaluate``, in ``save``, or at the ``start``, there on every rank before MPI.
 """
 
 import os
@@ -11,15 +12,38 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from mpillm import __main__
-from mpillm.comm.world import comm_world
-from mpillm.train import checkpoint, engine
+from mpillm.comm import world
+from mpillm.train import checkpoint, engine, run
+
+
+def ask():
+    """Let the test do now what it does to a running job."""
+    Path(f"now-{os.getpid()}").touch()
+    while not Path("sent").exists():
+        time.sleep(0.01)
+
+
+def before(where, name, act):
+    """Call ``act(*arguments)`` before a function or method."""
+    original = getattr(where, name)
+    setattr(where, name, lambda *arguments, **options: (act(*arguments), original(*arguments, **options))[1])
 
 
 def plant(kind, rank, step):
     """Make the fault happen on this rank if it is the one."""
-    if comm_world().rank != rank:
+    if kind == "ask-start":
+        before(world, "comm_world", ask)
+        return
+    if world.comm_world().rank != rank:
+        return
+    if kind == "ask-evaluate":
+        before(run.Run, "evaluate", lambda self: ask() if self.step_number == step else None)
+        return
+    if kind == "ask-save":
+        plant_in_save("written", step, ask)
         return
 
     def die():
@@ -39,6 +63,9 @@ def plant(kind, rank, step):
                 losses = run(*work)
                 if kind == "kill":
                     die()
+                if kind == "ask-step":
+                    ask()
+                    return losses
                 if kind == "full":
                     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
                     return losses
