@@ -1,6 +1,7 @@
 """Runs the command line with a fault planted: ``python faulty.py KIND RANK STEP train CONFIG ...``.
 
 The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass,
+``skip`` or ``other-op``, where it leaves out the sum for the gradient's norm or calls a broadcast in its place,
 ``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, ``full``, from where on it can write
 no file longer than a few bytes, or ``ask-MOMENT``, where it makes a file ``now-PID`` and waits for the file ``sent``: in a
 ``step``, in ``evaluate``, in ``save``, or at the ``start``, there on every rank before MPI.
@@ -14,8 +15,10 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from mpillm import __main__
-from mpillm.comm import world
+from mpillm.comm import collectives, world
 from mpillm.train import checkpoint, engine, run
 
 
@@ -59,12 +62,20 @@ def plant(kind, rank, step):
         if self.trace.step == step:
             run = self.runner.run
 
+            def norm(_):
+                if kind == "other-op":
+                    collectives.bcast(torch.zeros(1, dtype=torch.float64), self.mesh.world)
+                return 1.0
+
             def within(*work):
                 losses = run(*work)
                 if kind == "kill":
                     die()
                 if kind == "ask-step":
                     ask()
+                    return losses
+                if kind in ("skip", "other-op"):
+                    self.gradients.norm = norm
                     return losses
                 if kind == "full":
                     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
