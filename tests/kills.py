@@ -84,7 +84,7 @@ def kill_one(folder, words, checkpoints, rng):
     env = {**os.environ, **OVERSUBSCRIBE, **(AS_ROOT if os.geteuid() == 0 else {}), "OMP_NUM_THREADS": "1"}
     before, phase = newest(checkpoints), None
     job = subprocess.Popen([mpiexec(), "-n", str(RANKS), sys.executable, *words], cwd=folder, env=env,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
     try:
         deadline = time.monotonic() + LIMIT_S
         while newest(checkpoints) <= before and job.poll() is None and time.monotonic() < deadline:
