@@ -19,6 +19,7 @@ import torch
 
 from mpillm import __main__
 from mpillm.comm import collectives, world
+from mpillm.pipeline import stage
 from mpillm.train import checkpoint, engine, run
 
 
@@ -53,6 +54,10 @@ def plant(kind, rank, step):
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
+    def fail(*_):
+        threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive
+        raise RuntimeError("planted")
+
     if kind.startswith("save-"):
         plant_in_save(kind.removeprefix("save-"), step, die)
         return
@@ -82,10 +87,11 @@ def plant(kind, rank, step):
                     return losses
                 if kind == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive
-                raise RuntimeError("planted")
+                return losses
 
             self.runner.run = within
+            if kind == "raise":
+                before(stage.Stage, "backward", fail)
         return train_step(self, *arguments)
 
     engine.Engine.train_step = spoilt

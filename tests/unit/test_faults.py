@@ -62,7 +62,7 @@ def test_a_fault_in_a_step_ends_the_job_and_says_where(folder, kind, within_s):
         named = r"PID \d+ RUNNING AT \S+\s+=\s+EXIT CODE: 9|rank 1 with PID \d+ on node \S+ exited on signal 9"
         assert re.search(named, job.stdout + job.stderr), job.stdout + job.stderr
     if kind == "raise":
-        assert re.search(r"\[rank 1/3 [^]]+\] step 5, in \S+: Traceback", job.stderr), job.stderr
+        assert re.search(r"\[rank 1/3 [^]]+\] step 5, in \d[BI]\d: Traceback", job.stderr), job.stderr
         assert "RuntimeError: planted" in job.stderr
         assert job.stderr.count("planted") <= 2  # the message, and the line of source in the traceback
     if kind == "stop":
