@@ -76,17 +76,14 @@ def plant(kind, rank, step):
                 losses = run(*work)
                 if kind == "kill":
                     die()
-                if kind == "ask-step":
-                    ask()
-                    return losses
-                if kind in ("skip", "other-op"):
-                    self.gradients.norm = norm
-                    return losses
-                if kind == "full":
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-                    return losses
-                if kind == "stop":
+                elif kind == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
+                elif kind == "full":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+                elif kind == "ask-step":
+                    ask()
+                elif kind in ("skip", "other-op"):
+                    self.gradients.norm = norm
                 return losses
 
             self.runner.run = within
