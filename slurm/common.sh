@@ -16,43 +16,52 @@ export PATH=$VENV/bin:$PATH
 ranks=(srun --mpi="$MPI_TYPE" --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --label
        python -m mpillm)
 
+# A request to stop may come at any time: USR1 from Slurm before the walltime (--signal=B:USR1@...) or from scancel, TERM when
+# Slurm ends the job. It is noted, and what runs now hears of it as USR1: of TERM Slurm tells the ranks itself, and srun would
+# kill them.
+is_to_stop=
+trap 'is_to_stop=1; [ -z "${!:-}" ] || kill -USR1 "$!" 2>/dev/null || true' USR1 TERM
+
+# Run one command of the job; if it was asked to stop, put the job back into the queue and leave with 85.
+stage() {
+    local code=0
+    if [ -z "$is_to_stop" ]; then
+        "$@" &
+        while kill -0 "$!" 2>/dev/null; do wait "$!" || true; done  # a signal ends wait; the command goes on
+        wait "$!" && return || code=$?
+    fi
+    case $code in
+        85 | 138) ;;                                            # 138: it died of USR1 before it could note it
+        0 | 129 | 1[3-9]?) [ -n "$is_to_stop" ] || return "$code" ;;  # 0: not begun; else killed after the request
+        *) return "$code" ;;
+    esac
+    requeue
+    exit 85
+}
+
 # What this job is, for the log; a launch that is not sound costs seconds instead of a night.
 check_launch() {
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}, $(date)"
-    "${ranks[@]}" doctor
+    stage "${ranks[@]}" doctor
 }
 
-# Train until it is done, asked to stop, or broken. USR1 comes from Slurm before the walltime (--signal=B:USR1@...) or
-# from scancel --signal=USR1 --batch; srun hands it to the ranks, which save and leave with 85.
+# Train until it is done, asked to stop, or broken.
 train() {
-    local code=0
-    "${ranks[@]}" train "$CONFIG" --train.run_dir "$RUN_DIR" --resume auto "$@" &
-    local step=$!
-    trap 'kill -USR1 '"$step" USR1
-    trap 'kill -TERM '"$step" TERM
-    while :; do
-        wait "$step" && code=0 || code=$?
-        kill -0 "$step" 2>/dev/null || break  # a signal ends wait; the step goes on
-    done
-    trap - USR1 TERM
-    if [ "$code" -eq 85 ]; then
-        requeue
-    fi
-    return "$code"
+    stage "${ranks[@]}" train "$CONFIG" --train.run_dir "$RUN_DIR" --resume auto "$@"
 }
 
 # Start again from the checkpoint, unless MAX_STALLS starts in a row brought no new one.
 requeue() {
     local newest stalls=0 last=
-    newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1)
-    if [ -f "$RUN_DIR/starts" ]; then
-        read -r last stalls <"$RUN_DIR/starts"
-    fi
+    newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n 1) || true
+    read -r last stalls 2>/dev/null <"$RUN_DIR/starts" || true
     [ "${newest:=none}" = "$last" ] && stalls=$((stalls + 1)) || stalls=0
     mkdir -p "$RUN_DIR" && echo "$newest $stalls" >"$RUN_DIR/starts"
     if [ "$stalls" -ge "${MAX_STALLS:-3}" ]; then
         echo "$stalls starts in a row without a new checkpoint: not started again"
-    else
-        scontrol requeue "$SLURM_JOB_ID"
+    elif [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %t)" = R ]; then
+        scontrol requeue "$SLURM_JOB_ID" || echo "not put back into the queue"
+    else  # Slurm ends it: a preempted job comes back by itself, a cancelled one must not
+        echo "not put back into the queue: Slurm has ended it"
     fi
 }

@@ -1,8 +1,10 @@
 """Runs the command line with a fault planted: ``python faulty.py KIND RANK STEP train CONFIG ...``.
 
 The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass,
-``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, or ``full``, from where on it can
-write no file longer than a few bytes.
+``skip`` or ``other-op``, where it leaves out the sum for the gradient's norm or calls a broadcast in its place,
+``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, ``full``, from where on it can write
+no file longer than a few bytes, or ``ask-MOMENT``, where it makes a file ``now-PID`` and waits for the file ``sent``: in a
+``step``, in ``evaluate``, in ``save``, or at the ``start``, there on every rank before MPI.
 """
 
 import os
@@ -11,20 +13,50 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+
+import torch
 
 from mpillm import __main__
-from mpillm.comm.world import comm_world
-from mpillm.train import checkpoint, engine
+from mpillm.comm import collectives, world
+from mpillm.pipeline import stage
+from mpillm.train import checkpoint, engine, run
+
+
+def ask():
+    """Let the test do now what it does to a running job."""
+    Path(f"now-{os.getpid()}").touch()
+    while not Path("sent").exists():
+        time.sleep(0.01)
+
+
+def before(where, name, act):
+    """Call ``act(*arguments)`` before a function or method."""
+    original = getattr(where, name)
+    setattr(where, name, lambda *arguments, **options: (act(*arguments), original(*arguments, **options))[1])
 
 
 def plant(kind, rank, step):
     """Make the fault happen on this rank if it is the one."""
-    if comm_world().rank != rank:
+    if kind == "ask-start":
+        before(world, "comm_world", ask)
+        return
+    if world.comm_world().rank != rank:
+        return
+    if kind == "ask-evaluate":
+        before(run.Run, "evaluate", lambda self: ask() if self.step_number == step else None)
+        return
+    if kind == "ask-save":
+        plant_in_save("written", step, ask)
         return
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
+
+    def fail(*_):
+        threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive
+        raise RuntimeError("planted")
 
     if kind.startswith("save-"):
         plant_in_save(kind.removeprefix("save-"), step, die)
@@ -35,19 +67,28 @@ def plant(kind, rank, step):
         if self.trace.step == step:
             run = self.runner.run
 
+            def norm(_):
+                if kind == "other-op":
+                    collectives.bcast(torch.zeros(1, dtype=torch.float64), self.mesh.world)
+                return 1.0
+
             def within(*work):
                 losses = run(*work)
                 if kind == "kill":
                     die()
-                if kind == "full":
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-                    return losses
-                if kind == "stop":
+                elif kind == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive
-                raise RuntimeError("planted")
+                elif kind == "full":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+                elif kind == "ask-step":
+                    ask()
+                elif kind in ("skip", "other-op"):
+                    self.gradients.norm = norm
+                return losses
 
             self.runner.run = within
+            if kind == "raise":
+                before(stage.Stage, "backward", fail)
         return train_step(self, *arguments)
 
     engine.Engine.train_step = spoilt

@@ -36,10 +36,10 @@ def assert_all(ok, message, comm):
         raise RanksFailed(f"failed on ranks {failed} of {comm.size}:{lines}")
 
 
-def run_mpi(n, args, timeout=60, cwd=None, env=None):
+def run_mpi(n, args, timeout=60, cwd=None, env=None, meanwhile=None):
     """Run ``python *args`` on ``n`` ranks (0: without a launcher) and return the finished process.
 
-    Local. ``env`` adds variables. A job that is not done after ``timeout`` seconds is ended, and
+    Local. ``env`` adds variables; ``meanwhile`` is called with the process once it has started. A job that is not done after ``timeout`` seconds is ended, and
     ``subprocess.TimeoutExpired`` raised with what it printed.
     """
     command = [sys.executable, *map(str, args)]
@@ -53,6 +53,8 @@ def run_mpi(n, args, timeout=60, cwd=None, env=None):
         command, cwd=cwd, env=environ, start_new_session=True, text=True, errors="replace",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
+    if meanwhile:
+        meanwhile(job)
     try:
         # the launcher's own limit comes first, because it ends the ranks in order
         out, err = job.communicate(timeout=timeout + 10 if n else timeout)

@@ -65,7 +65,7 @@ def set_threads(comm):
 
 
 def abort(comm, error, code=FAILURE):
-    """Print one report of ``error`` with rank and node, then end the whole job.
+    """Print one report of ``error`` with rank, node and, where it arose in one, step and span; then end the whole job.
 
     Local: the launcher ends the other ranks. Does not return.
     """
@@ -74,7 +74,8 @@ def abort(comm, error, code=FAILURE):
         text = f"{type(error).__name__}: {error}"
     else:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
-    sys.stderr.write(f"{where} {text}\n{where} ending the job\n")
+    during = f"{error.during}: " if hasattr(error, "during") else ""
+    sys.stderr.write(f"{where} {during}{text}\n{where} ending the job\n")
     sys.stderr.flush()
     time.sleep(_LAST_WORDS_S)
     comm.Abort(code)

@@ -49,6 +49,9 @@ class Trace:
         start = time.perf_counter()
         try:
             yield
+        except Exception as error:
+            error.during = getattr(error, "during", f"step {self.step}, in {name}")  # the innermost, for the report
+            raise
         finally:
             self.recorder.end(kind)
             if self._file is not None:

@@ -8,7 +8,22 @@ from mpillm.errors import DataError
 
 
 def read_flights(folder):
-    """Return ``{rank: record}`` of what :class:`mpillm.train.watchdog.Watchdog` wrote to ``folder``. Local."""
+    """Read what :class:`mpillm.train.watchdog.Watchdog` wrote. Local.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Returns
+    -------
+    dict of int to dict
+        The record of every rank that wrote one.
+
+    Raises
+    ------
+    DataError
+        If a file is not such a record.
+    """
     found = {}
     for path in Path(folder).glob("rank-*.json"):
         try:

@@ -264,7 +264,8 @@ class Run:
         """Load ``start``, or the weights of ``init_from``, into the engine."""
         self.data_digest = on_rank_0(self.comm, lambda: file_digest(self.config.data.path), "data")
         if start is not None:
-            self._load_or_older(start, resume)
+            with self.engine.trace.span("load", "checkpoint"):
+                self._load_or_older(start, resume)
         elif self.config.train.init_from:
             together(self.comm, self._load_weights, f"train.init_from = {self.config.train.init_from}")
         else:

@@ -95,85 +95,111 @@ submit() { # RUN TEMPLATE OPTIONS...: print the job's number
     RUN_DIR=$job/$1 sbatch --parsable --export=ALL --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=00:20:00 "${@:3}" \
         "$root/slurm/$2"
 }
+log() { echo "mpillm-${1/_/-}.out"; } # JOB, or JOB_ELEMENT of an array
 until_start() { # JOB N RUN: whether the job starts for the N-th time again and trains a while
-    local run=$job/$3
     for _ in $(seq 120); do
         at_once "$1"
-        grep -q "start $2" "mpillm-$1.out" 2>/dev/null && break
+        grep -q "start $2" "$(log "$1")" 2>/dev/null && break
         sleep 0.5
     done
-    until_steps "$run" $(($(steps_of "$run") + 60))
+    until_steps "$3" $(($(steps_of "$3") + 60))
 }
-interrupt() { # JOB N RUN: send USR1 once start N of the job has trained a while; whether it stops and is back in the queue
-    until_start "$@" || return 1
-    for _ in $(seq 20); do scancel --signal=USR1 --batch "$1" && break; sleep 0.5; done
-    for _ in $(seq 60); do
-        if waits "$1"; then
-            [ "$(grep -c "stopped by SIGUSR1" "mpillm-$1.out")" = $(($2 + 1)) ]
-            return
-        fi
-        sleep 0.5
-    done
+signal() { # JOB SCANCEL-OPTIONS...: send it; whether the job is soon back in the queue
+    for _ in $(seq 20); do scancel "${@:2}" "$1" && break; sleep 0.5; done
+    for _ in $(seq 60); do waits "$1" && return; sleep 0.5; done
     return 1
 }
-as_whole() { # RUN: whether its weights are those of an unbroken run
-    if [ ! -d whole ]; then
-        verdict "an unbroken run ends" until_done "$(submit whole cpu.sbatch)" 300
-    fi
-    same_weights whole "$1"
+usr1=(--signal=USR1 --batch)
+interrupt() { # JOB N RUN SCANCEL-OPTIONS...: once start N has trained a while; whether it stops, as never before but N times
+    until_start "${@:1:3}" && signal "$1" "${@:4}" && [ "$(grep -c "stopped by" "$(log "$1")")" = $(($2 + 1)) ]
+}
+unbroken() { # RUN TEMPLATE OPTIONS...: train what others are compared with, unless that is done
+    [ -d "$1" ] || verdict "an unbroken run of $2 ends" until_done "$(submit "$@")" 300
+}
+as_whole() { # RUN WHOLE: whether its weights are those of an unbroken run
+    verdict "with the weights of an unbroken run, bit for bit" same_weights "$1" "$2"
 }
 
 stop() {
     local id
     id=$(submit stop cpu.sbatch)
-    verdict "cpu.sbatch trains, is stopped by USR1, and is back in the queue" interrupt "$id" 0 stop
+    verdict "cpu.sbatch trains, is stopped by USR1, and is back in the queue" interrupt "$id" 0 stop "${usr1[@]}"
     scancel "$id"
+}
+signals() {
+    local id
+    id=$(submit signals cpu.sbatch)
+    for _ in $(seq 600); do grep -q "start 0" "$(log "$id")" 2>/dev/null && break; sleep 0.1; done
+    verdict "stopped while doctor looks at the launch" signal "$id" "${usr1[@]}"
+    verdict "nothing to save yet" [ ! -e signals/checkpoints ]
+    id=$(submit signals cpu.sbatch)
+    verdict "stopped by USR1 to the ranks alone" interrupt "$id" 0 signals --signal=USR1
+    verdict "stopped by TERM to the ranks alone" interrupt "$id" 1 signals --signal=TERM
+    verdict "stopped by TERM to the job's shell" interrupt "$id" 2 signals --signal=TERM --batch
+    verdict "goes on" until_start "$id" 3 signals
+    scancel "$id"
+    for _ in $(seq 30); do [ "$(state "$id")" = CANCELLED ] && break; sleep 0.5; done
+    verdict "a cancelled job does not come back" [ "$(state "$id")" = CANCELLED ]
+    grep "stopped by\|not put back\|srun" "$(log "$id")" | tail -n 9
 }
 preemptions() {
     local id n
     id=$(submit preempted cpu.sbatch)
-    for n in {0..9}; do verdict "preemption $((n + 1))" interrupt "$id" "$n" preempted; done
+    for n in {0..9}; do verdict "preemption $((n + 1))" interrupt "$id" "$n" preempted "${usr1[@]}"; done
     verdict "trained to the end" until_done "$id" 300
-    verdict "with the weights of an unbroken run, bit for bit" as_whole preempted
+    unbroken whole cpu.sbatch
+    as_whole preempted whole
 }
 walltime() {
-    local id
-    id=$(submit walltime cpu.sbatch --time=00:02:00 --signal=B:USR1@60)
-    until_start "$id" 0 walltime
+    local id CONFIG=$job/long.toml
+    export CONFIG
+    sed 's/^steps = .*/steps = 8000/' train.toml >"$CONFIG"
+    id=$(submit walltime cpu.sbatch --time=00:02:00 --signal=B:USR1@30) # Slurm may send it up to a minute earlier
     for _ in $(seq 150); do waits "$id" && break; sleep 1; done
-    verdict "stopped before the walltime, with a checkpoint" grep -q "stopped by" "mpillm-$id.out"
-    verdict "requeued, trained to the end" until_done "$id" 400
-    verdict "without being ended by Slurm" eval '! grep -q "DUE TO TIME LIMIT" mpillm-'"$id.out"
-    verdict "with the weights of an unbroken run, bit for bit" as_whole walltime
+    verdict "stopped before the walltime, with a checkpoint" grep -q "stopped by .* after step [1-9]" "$(log "$id")"
+    verdict "requeued, trained to the end" until_done "$id" 600
+    verdict "without being ended by Slurm" eval '! grep -q "DUE TO TIME LIMIT" '"$(log "$id")"
+    unbroken whole-long cpu.sbatch
+    as_whole walltime whole-long
+    unset CONFIG
 }
 node() {
     local id
     id=$(submit node cpu.sbatch)
-    until_start "$id" 0 node
-    until_steps node 300
+    verdict "trains" until_start "$id" 0 node
+    verdict "for longer than to its first checkpoint" until_steps node 300
     scontrol update nodename=n2 state=down reason=test
     for _ in $(seq 60); do waits "$id" && break; sleep 0.5; done
     verdict "a job whose node is lost is back in the queue" waits "$id"
     scontrol update nodename=n2 state=resume || true # it may be back by itself
     verdict "trained to the end" until_done "$id" 300
-    verdict "from the newest checkpoint" grep -q "going on from step [1-9]" "mpillm-$id.out"
-    verdict "with the weights of an unbroken run, bit for bit" as_whole node
+    verdict "from the newest checkpoint" grep -q "going on from step [1-9]" "$(log "$id")"
+    unbroken whole cpu.sbatch
+    as_whole node whole
 }
 gpu() {
     verdict "gpu.sbatch would be started" sbatch --test-only --nodes=2 --ntasks-per-node=4 --cpus-per-task=1 "$root/slurm/gpu.sbatch"
 }
 plan() {
-    local id
+    local id plan=train.toml.2-ranks.plan.json
     id=$(submit planned plan.sbatch)
-    verdict "plan.sbatch probes, plans and trains" until_done "$id" 300
-    verdict "by the plan" grep -q "what limits it" "mpillm-$id.out"
+    verdict "plan.sbatch probes, plans, trains, and is stopped" interrupt "$id" 0 planned "${usr1[@]}"
+    cp "$plan" first.json
+    verdict "trained to the end" until_done "$id" 300
+    verdict "by the plan" cmp "$plan" planned/plan.json
+    verdict "which is still the first" cmp "$plan" first.json
+    unbroken whole-planned plan.sbatch
+    as_whole planned whole-planned
 }
 sweep() {
     local id n
     printf -- '--train.lr 1e-3\n--train.lr 2e-3\n' >sweep.txt
-    id=$(submit sweep sweep.sbatch --array=0-1 --nodes=1)
+    id=$(submit sweep sweep.sbatch --array=0-1 --nodes=1 --ntasks-per-node=2)
+    verdict "sweep.sbatch trains, and is stopped" interrupt "${id}_1" 0 sweep-1 "${usr1[@]}"
     for n in 0 1; do verdict "sweep.sbatch fills its array, $n" until_done "${id}_$n" 300; done
     verdict "with a rate each" grep -q "lr = 0.002" sweep-1/config.toml
+    unbroken whole-sweep sweep.sbatch --array=1 --nodes=1 --ntasks-per-node=2
+    as_whole sweep-1 whole-sweep-1
 }
 
 for case in "$@"; do

@@ -1,0 +1,125 @@
+"""The watchdog on a rank that a clock plays, and what is read out of records that are made up."""
+
+import json
+
+import pytest
+
+from mpillm.comm.recorder import Recorder
+from mpillm.errors import FAILURE
+from mpillm.train import watchdog
+from mpillm.train.diagnose import diagnose
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+class Played(watchdog.Watchdog):
+    """One of two ranks, on a clock: :meth:`pass_s` lets its thread's loop see the time go by."""
+
+    def __init__(self, monkeypatch, folder, limit_s):
+        self.now_s = 0.0
+        monkeypatch.setattr(watchdog.threading.Thread, "start", lambda thread: None)
+        monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(watchdog.time, "sleep", lambda s: setattr(self, "now_s", self.now_s + s))
+        monkeypatch.setattr(watchdog.os, "_exit", self.leave)
+        super().__init__(Recorder(), folder, 0, 2, {"data": 0, "pipeline": 0, "tensor": 0}, limit_s)
+
+    def leave(self, code):
+        raise Left(code)
+
+    def play(self, events):
+        """Watch while ``events`` happen: what to call, and how long it is quiet after it."""
+        def wait(poll_s, events=iter(events)):
+            self.now_s += poll_s
+            if self.now_s >= self.until_s:
+                event = next(events, None)
+                if event is None:
+                    return True
+                event[0]()
+                self.until_s = self.now_s + event[1]
+            return False
+
+        self.until_s, self._ended.wait = self.now_s, wait
+        self._watch()
+
+
+def spans(played, quiet, kind="F"):
+    """Spans of a kind, and after each the time that nothing happens."""
+    for s in quiet:
+        yield lambda: played.recorder.begin(kind, kind), s
+        yield lambda: played.recorder.end(kind), 0.3
+
+
+@pytest.mark.parametrize("limit_s, quiet, expected_s", [
+    (300.0, [], 300.0),  # new
+    (300.0, [0.3] * 2, 300.0),  # not known yet
+    (300.0, [0.3] * 9, 30.0),  # known and short: a share of the limit
+    (60.0, [0.3] * 9, 10.0),  # no shorter than this
+    (4.0, [0.0] * 9, 5.0),  # unless asked for; twenty polls
+    (60.0, [0.3] * 9 + [5.0], 100.0),
+    (60.0, [8.0], 160.0),  # may take longer than the limit for what is new
+])
+def test_the_limit_is_learned(tmp_path, monkeypatch, limit_s, quiet, expected_s):
+    played = Played(monkeypatch, tmp_path, limit_s)
+    played.recorder.begin_step(1)
+    played.play(spans(played, quiet))
+    assert played.limit_of("F") == pytest.approx(expected_s, rel=0.2)
+    assert played.limit_of(watchdog.RESTING) == float("inf")
+
+
+def test_a_rank_gives_up_after_its_limit_and_says_so(tmp_path, monkeypatch, capsys):
+    played = Played(monkeypatch, tmp_path / "flight", 60.0)
+    played.recorder.begin_step(1)
+    with pytest.raises(Left, match=str(FAILURE)):
+        played.play(spans(played, [0.3] * 9 + [1000.0]))
+    record = json.loads((tmp_path / "flight" / "rank-00000.json").read_text())
+    assert record["kind"] == "F" and 10 < record["quiet_s"] < 11 and record["limit_s"] == pytest.approx(10.0)
+    assert "ranks [1] wrote nothing" in capsys.readouterr().err
+
+
+def test_a_rank_that_waits_gives_up_when_another_has(tmp_path, monkeypatch):
+    played = Played(monkeypatch, tmp_path, 60.0)
+    (tmp_path / "rank-00001.json").write_text(json.dumps(record(1, [call("allreduce", 1)])))
+    played.recorder.begin_step(1)
+    with pytest.raises(Left):
+        played.play(spans(played, [0.5] * 9 + [1000.0]))
+    assert json.loads((tmp_path / "rank-00000.json").read_text())["quiet_s"] < 3
+
+
+def test_whatever_goes_wrong_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "rank-00001.json").write_text("[]")  # not a record
+    played = Played(monkeypatch, tmp_path, 60.0)
+    with pytest.raises(Left):
+        played._fire(61.0)
+    assert "[rank 0/2" in (said := capsys.readouterr().err) and "not the record of a rank" in said
+
+
+def call(name, number, axis="data", at=1.0):
+    return {"axis": axis, "call": name, "number": number, "bytes": 8, "at": at}
+
+
+def record(rank, calls, ranks=2, data=None):
+    return {"rank": rank, "ranks": ranks, "host": f"n{rank}", "step": 3, "kind": "reduce", "quiet_s": 9, "limit_s": 8,
+            "coords": {"data": rank if data is None else data, "pipeline": 0, "tensor": 0}, "calls": calls}
+
+
+@pytest.mark.parametrize("calls, said", [
+    ([[call("allreduce", 1), call("bcast", 2)], [call("allreduce", 1), call("allgather", 2)]],
+     "axis data, call 2: the ranks call different operations: rank 0 bcast, rank 1 allgather"),
+    ([[call("allreduce", 1), call("bcast", 2)], [call("allreduce", 1)]],
+     "axis data, call 2, bcast: ranks [0] are in it, ranks [1] have not come to it: rank 1 on n1: step 3, reduce"),
+    ([[call("allreduce", 1), call("send", 1, at=5.0)], [call("allreduce", 1, at=2.0)]], "rank 1 on n1 went quiet first"),
+    ([[call("allreduce", 1)], None], "ranks [1] wrote nothing"),
+    # that which differs comes before that which lies behind
+    ([[call("bcast", 7, "world"), call("allreduce", 1)], [call("allreduce", 7, "world")]],
+     "axis world, call 7: the ranks call different operations: rank 0 bcast, rank 1 allreduce"),
+])
+def test_the_first_that_diverged_is_named(calls, said):
+    found = diagnose({rank: record(rank, some) for rank, some in enumerate(calls) if some is not None})
+    assert found.splitlines()[1].strip().startswith(said), found
+
+
+def test_ranks_of_other_groups_are_not_compared():
+    found = diagnose({0: record(0, [call("bcast", 1, "tensor")]), 1: record(1, [call("allreduce", 1, "tensor")])})
+    assert "different" not in found and "went quiet first" in found
