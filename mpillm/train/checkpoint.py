@@ -202,11 +202,10 @@ class Checkpoint:
     def __init__(self, path):
         self.path = _find(Path(path))
         try:
-            with open(self.path / "manifest.json", encoding="utf-8") as file:
-                text = file.read(MANIFEST_BYTES + 1)
-            if len(text) > MANIFEST_BYTES:
-                raise ValueError(f"it is longer than {MANIFEST_BYTES} characters")
-            self.manifest = json.loads(text)
+            file = self.path / "manifest.json"
+            if file.stat().st_size > MANIFEST_BYTES:
+                raise ValueError(f"it is longer than {MANIFEST_BYTES} bytes")
+            self.manifest = json.loads(file.read_text(encoding="utf-8"))
             if self.manifest["version"] != VERSION:
                 raise CheckpointError(
                     f"checkpoint {self.path}: format version {self.manifest['version']}, this mpillm reads {VERSION}"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import time
 import warnings
@@ -88,9 +87,9 @@ def test_a_run_that_left_a_step_out_resumes_bit_for_bit(comm, data_path, monkeyp
     assert_all(same(data_path, "whole", "parts"), "differ", comm)
 
 
-@pytest.mark.parametrize("bit", [40, 62])  # of the mantissa; of the exponent, after which nothing is finite
-@pytest.mark.parametrize("what", ["weight", "exp_avg"])
-@pytest.mark.parametrize("before", ["step", "save"])
+@pytest.mark.parametrize("what, bit, before", [  # bit 62 is of the exponent: nothing is finite after it
+    ("weight", 62, "step"), ("exp_avg", 40, "step"), ("weight", 40, "save"),
+])
 def test_a_flipped_bit_is_found_and_named(comm, data_path, what, bit, before):
     trainer = make(comm, data_path, "run", **{"train.digests": True})
     trainer.step()
@@ -123,8 +122,7 @@ def test_a_wrong_update_is_outvoted(comm, data_path):
     trainer.free()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "swapped", "fifo", "manifest", "deep",
-                                    "keys"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "swapped", "manifest", "keys"])
 def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
     name = f"run-{damage}"
     trainer = make(comm, data_path, name, **{"train.checkpoint_every": 2, "train.steps": 4})
@@ -145,15 +143,12 @@ def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
             files[-1].unlink()
         elif damage == "swapped":
             files[-1].write_bytes((newest.parent / "step-00000002" / files[-1].name).read_bytes())
-        elif damage == "fifo":
-            files[-1].unlink()
-            os.mkfifo(files[-1])
         elif damage == "keys":  # though its digest matches
             manifest = json.loads((newest / "manifest.json").read_text())
             del manifest["data"], manifest["sha256"]
             checkpoint._write_manifest(newest, manifest)
         else:
-            (newest / "manifest.json").write_text({"manifest": "{}", "deep": "[" * 100_000}[damage])
+            (newest / "manifest.json").write_text("{}")
     comm.Barrier()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -166,7 +161,7 @@ def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
             pass
         trainer.free()
     assert_all(same(data_path, name, "whole"), "the weights differ", comm)
-    with pytest.raises(DataError if damage in ("manifest", "deep", "keys") else MpillmError):
+    with pytest.raises(DataError if damage in ("manifest", "keys") else MpillmError):
         if comm.rank == 0:
             (newest / "manifest.json").unlink(missing_ok=True)
         comm.Barrier()
