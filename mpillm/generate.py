@@ -192,7 +192,7 @@ def _open(path, overrides, ranks):
     unknown = sorted(set(overrides) - set(OVERRIDES))
     if unknown:
         raise ConfigError(f"--{unknown[0]}: generation takes only --{', --'.join(OVERRIDES)}")
-    model = Config.from_dict({"model": source.manifest.get("model", {})}, source=source.path).model
+    model = source.model()
     config = replace(Config.load(path / "config.toml"), model=model, layout=Layout(data=1)).with_values(overrides)
     layout, train = config.layout, config.train
     if layout.data != 1:

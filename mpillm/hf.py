@@ -74,7 +74,7 @@ def to_hf(run, folder, file_elements=FILE_ELEMENTS):
     with _reporting(safetensors, folder):
         _refuse_used(folder, "--to-hf")
         source = checkpoint.Checkpoint(run)
-        model = Config.from_dict({"model": source.manifest.get("model", {})}, source=source.path).model
+        model = source.model()
         tokenizer = load_tokenizer(run) if (run / TOKENIZER).is_file() else None
         folder.mkdir(parents=True, exist_ok=True)
         table = parameter_table(model)

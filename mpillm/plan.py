@@ -1,6 +1,7 @@
 """What a run obeys: the layout, and which algorithm each collective takes; beside it what was predicted."""
 
 import json
+import os
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -171,7 +172,9 @@ class Plan:
         """Write the plan as JSON."""
         parts = {name: getattr(self, name) for name in PARTS}
         found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, **parts, "table": self.table.to_dict()}
-        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        temporary = Path(f"{path}.tmp")  # a job that starts meanwhile sees the old one, or this, whole
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
     @staticmethod
     def path_for(path, ranks):

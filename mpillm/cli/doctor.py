@@ -4,33 +4,64 @@ import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 
 import click
 
 from mpillm import __version__
-from mpillm.errors import FAILURE, OK
+from mpillm.errors import FAILURE, OK, LaunchError
 
 SHM_BYTES = 1 << 26  # a rank; less than any model worth a node needs
+CUDA_SWITCHES = ("MPICH_GPU_SUPPORT_ENABLED", "MPIR_CVAR_ENABLE_GPU", "OMPI_MCA_opal_cuda_support")
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_", "HYDI_", "HYDRA_", "SLURM_")
+# A library that only says that it takes device memory may end the process: hence one of its own.
+CUDA_TEST = """
+import torch
+from mpi4py import MPI
+x, y = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda")
+torch.cuda.synchronize()
+MPI.COMM_SELF.Sendrecv(x, 0, recvbuf=y, source=0)
+torch.cuda.synchronize()
+raise SystemExit(not torch.equal(x, y))
+"""
 
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def command(as_json):
     """Say what this launch is; exit 0 if it is sound, 1 with a remedy for each fault if not."""
-    from mpillm.comm.world import comm_world
+    from mpillm.comm.single import SingleComm
+    from mpillm.comm.world import comm_world, is_first_launched, launch
 
-    comm = comm_world()
+    try:
+        comm = comm_world()
+    except LaunchError as error:
+        if is_first_launched():
+            report([describe_rank(SingleComm())], [{"fault": "ranks that are each alone", "remedy": str(error)}],
+                   as_json)
+        return error.exit_code
+    launch(lambda: examine(comm, as_json), comm)
+
+
+def examine(comm, as_json):
+    """Report what all ranks see; return the exit code. Collective over ``comm``."""
     seen = sees_folder_of_rank_0(comm)
     ranks = comm.allgather({**describe_rank(comm), "shares_folder": seen})
     faults = find_faults(ranks)
     if comm.rank == 0:
-        if as_json:
-            click.echo(json.dumps({"sound": not faults, "faults": faults, "ranks": ranks}, indent=1))
-        else:
-            click.echo(to_text(ranks, faults))
+        report(ranks, faults, as_json)
     return FAILURE if faults else OK
+
+
+def report(ranks, faults, as_json):
+    """Print ranks and faults."""
+    if as_json:
+        click.echo(json.dumps({"sound": not faults, "faults": faults, "ranks": ranks}, indent=1))
+    else:
+        click.echo(to_text(ranks, faults))
 
 
 def sees_folder_of_rank_0(comm):
@@ -64,7 +95,7 @@ def describe_rank(comm):
     from mpillm.comm.world import launched_size, set_threads
 
     threads = set_threads(comm)
-    library, level = "none: one rank without MPI", "serialized"
+    library, level, versions = "none: one rank without MPI", "serialized", None
     if not isinstance(comm, SingleComm):
         from mpi4py import MPI
 
@@ -72,17 +103,40 @@ def describe_rank(comm):
         names = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized",
                  MPI.THREAD_MULTIPLE: "multiple"}
         level = names[MPI.Query_thread()]
+        versions = {"compiled_for": MPI.__file__.split("MPI.")[-1].split(".")[0],  # of a wheel: openmpi, mpich, impi
+                    "compiled_standard": [MPI.VERSION, MPI.SUBVERSION], "standard": list(MPI.Get_version())}
     variable, announced = launched_size()
     return {
         "rank": comm.rank, "size": comm.size, "node": os.uname().nodename, "launcher": variable or "none",
-        "launched": announced, "mpi": library, "thread_level": level, "cores": sorted(os.sched_getaffinity(0)),
-        "threads": threads, "threads_set_by_user": "OMP_NUM_THREADS" in os.environ, "cpu": platform.machine(),
+        "launched": announced, "mpi": library, "mpi_versions": versions, "thread_level": level, "cores": sorted(os.sched_getaffinity(0)),
+        "threads": threads, "cpu": platform.machine(),
+        "threads_set_by_user": "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda_aware": cuda_aware(versions),
         "shm_free_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
         "hdf5": h5py.version.hdf5_version, "hdf5_is_parallel": bool(h5py.get_config().mpi),
         "versions": {"mpillm": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      "mpi4py": mpi4py.__version__, "numpy": numpy.__version__, "h5py": h5py.__version__},
     }
+
+
+def cuda_aware(versions):
+    """Tell whether the MPI library takes memory of a GPU; None if it does not claim to, or there is no GPU. Local."""
+    import ctypes
+
+    import torch
+
+    if versions is None or not torch.cuda.is_available():
+        return None
+    query = getattr(ctypes.CDLL(None), "MPIX_Query_cuda_support", None)
+    if not any(os.environ.get(name, "0").lower() in ("1", "true") for name in CUDA_SWITCHES) and not (query and query()):
+        return None
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
+    try:
+        return subprocess.run([sys.executable, "-c", CUDA_TEST], env=alone, capture_output=True,
+                              timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def find_faults(ranks):
@@ -93,8 +147,9 @@ def find_faults(ranks):
         cores = set().union(*(rank["cores"] for rank in here))
         threads = sum(rank["threads"] for rank in here)
         if threads > len(cores):
+            unset = "" if all(rank["threads_set_by_user"] for rank in here) else "; OMP_NUM_THREADS is not set"
             faults.append({
-                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {len(cores)} cores",
+                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {len(cores)} cores{unset}",
                 "remedy": "start fewer ranks a node, or set OMP_NUM_THREADS so that ranks x threads fits the cores",
             })
         crowded = [core for core, users in Counter(c for r in here if len(r["cores"]) == 1 for c in r["cores"]).items()
@@ -121,10 +176,29 @@ def find_faults(ranks):
         if len(seen) > 1:
             faults.append({"fault": f"ranks use different {what}: {' / '.join(sorted(seen))}",
                            "remedy": "start all ranks from one environment on a file system that all nodes share"})
+    versions = ranks[0]["mpi_versions"]
+    if versions and is_other_mpi(ranks[0]["mpi"], **versions):
+        compiled = ".".join(map(str, versions["compiled_standard"]))
+        faults.append({"fault": f"mpi4py was compiled for {versions['compiled_for']}, MPI {compiled}, and runs on "
+                                f"{ranks[0]['mpi']}, MPI {'.'.join(map(str, versions['standard']))}",
+                       "remedy": "build mpi4py with this library's mpicc (pip install --no-binary mpi4py mpi4py), or "
+                                 "point MPI4PY_LIBMPI at the library it was compiled for"})
+    failing = [rank["rank"] for rank in ranks if rank["cuda_aware"] is False]
+    if failing:
+        faults.append({"fault": f"ranks {failing}: the MPI library says that it takes memory of GPUs, and fails to",
+                       "remedy": "unset " + ", ".join(CUDA_SWITCHES) + ", or load the CUDA-aware library of this "
+                                 "machine; mpillm itself hands MPI memory of the host alone"})
     if ranks[0]["thread_level"] not in ("serialized", "multiple"):
         faults.append({"fault": f"MPI was started with thread level {ranks[0]['thread_level']}",
                        "remedy": "let mpillm start MPI, or ask for MPI_THREAD_SERIALIZED"})
     return faults
+
+
+def is_other_mpi(library, compiled_for, compiled_standard, standard):
+    """Tell whether a library is not of the kind, or older than the standard, that mpi4py was compiled for."""
+    is_open_mpi = "Open MPI" in library
+    known = {"openmpi": not is_open_mpi, "mpich": is_open_mpi, "impi": is_open_mpi}
+    return known.get(compiled_for, False) or standard < compiled_standard
 
 
 def to_text(ranks, faults):

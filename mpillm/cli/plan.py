@@ -37,7 +37,10 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
         try:
             made.save(output)
             for fewer in range(ranks - 1, max(0, ranks - 1 - tolerate), -1):
-                plan_for_fewer(config, machine, fewer, top).save(made.path_for(output, fewer))
+                try:
+                    plan_for_fewer(config, machine, fewer, top).save(made.path_for(output, fewer))
+                except ConfigError as error:
+                    click.echo(f"mpillm plan: no plan for {fewer} ranks: {error}", err=True)
         except OSError as error:
             raise DataError(f"-o {output}: cannot be written ({error.strerror or error})") from error
     predicted = made.predicted

@@ -81,7 +81,7 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     if group.size == 1:
         return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
     n_bytes = x.nbytes
-    group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x.dtype, x.shape)
+    group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x.dtype, x.shape, op=op)
     source = staged(x)
     host = torch.empty_like(source, pin_memory=x.is_cuda) if out is None or out.is_cuda else out
     start = flat(source)

@@ -109,15 +109,17 @@ class Group:
             return self.levels
         return library if algorithm == WINDOW else self.schedules.transport(algorithm)
 
-    def enter(self, operation, n_bytes, dtype, shape, root=None):
+    def enter(self, operation, n_bytes, dtype, shape, root=None, op=None):
         """Note a call of ``operation`` that sends ``n_bytes`` from this rank; in checked mode compare it with the
-        others': dtype, shape and root must be the same on all."""
+        others': dtype, shape, root and what a reduction computes must be the same on all."""
         self.recorder.add(self.name, operation, n_bytes)
         if self._checker:
-            self._checker.check(operation, dtype, shape, root)
+            self._checker.check(f"{operation} {op}" if op else operation, self.recorder.step, dtype, shape, root)
 
     def free(self):
         """Release the shared memory and the communicator. Collective."""
+        if self._checker:
+            self._checker.check("free", self.recorder.step)
         for made in (self.__dict__.get(name) for name in ("handover", "levels", "node", "schedules")):
             if made is not None:
                 made.free()

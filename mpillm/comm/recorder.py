@@ -106,15 +106,18 @@ class Checker:
     def __init__(self, comm, axis):
         self._comm, self._axis, self._number = comm.Clone(), axis, 0
 
-    def check(self, operation, dtype, shape, root):
-        """Raise on all ranks unless all call the same operation with the same dtype, shape and root."""
+    def check(self, operation, step, dtype=None, shape=(), root=None):
+        """Raise on all ranks unless all call the same operation in the same step with the same dtype, shape and root.
+
+        A rank that leaves out a call meets the others' next one; if that is alike it is found out when it comes to the
+        next step, or to the end, before them.
+        """
         self._number += 1
-        mine = operation, str(dtype), tuple(shape), root
-        calls = self._comm.allgather((*mine, call_site()))
-        other = next((rank for rank, call in enumerate(calls) if call[:4] != calls[0][:4]), None)
+        calls = self._comm.allgather(((operation, step, str(dtype), tuple(shape), root), call_site()))
+        other = next((rank for rank, (call, _) in enumerate(calls) if call != calls[0][0]), None)
         if other is not None:
             raise CollectiveError(f"checked collectives: call {self._number} of axis {self._axis} differs: "
-                                  f"{_describe(0, calls[0])}; {_describe(other, calls[other])}")
+                                  f"{_describe(0, *calls[0])}; {_describe(other, *calls[other])}")
 
     def free(self):
         """Release the communicator."""
@@ -129,7 +132,8 @@ def call_site():
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _describe(rank, call):
-    operation, dtype, shape, root, where = call
+def _describe(rank, call, where):
+    operation, step, dtype, shape, root = call
+    what = "" if operation == "free" else f" of {dtype} {list(shape)}"
     to = "" if root is None else f" root {root}"
-    return f"rank {rank} calls {operation} of {dtype} {list(shape)}{to} at {where}"
+    return f"rank {rank} calls {operation}{what}{to} in step {step} at {where}"

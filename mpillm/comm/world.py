@@ -24,6 +24,11 @@ def launched_size(environ=os.environ):
     return None, 1
 
 
+def is_first_launched(environ=os.environ):
+    """Tell whether the launcher calls this process its first: of lonely ranks, the one to speak."""
+    return all(environ.get(name, "0") == "0" for name in _LAUNCH_RANK_VARIABLES)
+
+
 def comm_world():
     """Return the world communicator, starting MPI if nobody has; the stand-in where there is no MPI library.
 
@@ -104,7 +109,7 @@ def launch(main, comm=None):
     try:
         comm = comm_world() if comm is None else comm
     except LaunchError as error:
-        if all(os.environ.get(name, "0") == "0" for name in _LAUNCH_RANK_VARIABLES):
+        if is_first_launched():
             sys.stderr.write(f"mpillm: error: {error}\n")
         raise SystemExit(error.exit_code) from None
     try:

@@ -11,19 +11,29 @@ import math
 import os
 import re
 import shutil
+import stat
 import threading
+import warnings
 from pathlib import Path
+from typing import Annotated, Literal
 
 import h5py
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
+from mpillm.config import Config
 from mpillm.errors import CheckpointError, DataError, on_rank_0, together
+from mpillm.nn.init import parameter_table
 
 VERSION = 1
-DTYPES = ("float64", "float32")
 SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
-_NAME = re.compile(r"step-(\d{8})")
+MANIFEST_BYTES = 1 << 28  # at most; a shard takes about 300
+COMPRESSION = 1000  # at most, by a file system: what takes less room than that is a hole, not data
+_NAME = re.compile(r"step-(\d{8})(\.replaced)?")
+# What h5py, json and numpy raise on what was not written by mpillm; deep nesting is a RuntimeError.
+_MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError)
 
 
 def save(folder, step, shards, manifest, comm, keep=3):
@@ -69,7 +79,7 @@ class Saving:
         self.step, self._comm, self._keep, self._manifest = step, comm, keep, manifest
         self._final, self._temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
         self._action, self._error, self._entries, self._thread = f"save {self._final}", None, None, None
-        on_rank_0(comm, lambda: _clear(self._temporary), self._action)
+        on_rank_0(comm, self._clear, self._action)
         if in_background:
             shards = [(*where, {kind: tensor.detach().clone() for kind, tensor in tensors.items()})
                       for *where, tensors in shards]
@@ -81,7 +91,7 @@ class Saving:
     def _write(self, shards):
         try:
             self._entries = _write_file(self._temporary / f"rank-{self._comm.rank:05d}.h5", shards)
-        except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
+        except Exception as error:  # the thread has nobody to raise it to
             self._error = error
 
     def is_written(self):
@@ -108,7 +118,9 @@ class Saving:
 
         def written():
             if self._error:
-                raise DataError(f"{self._action}: {self._error}: free some space, or choose another train.run_dir")
+                what = f"{type(self._error).__name__}: {self._error}"
+                raise DataError(f"{self._action}: {what}: free some space, or choose another train.run_dir"
+                                ) from self._error
             return self._entries
 
         gathered = self._comm.gather(together(self._comm, written, self._action))
@@ -121,26 +133,75 @@ class Saving:
             known = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "dtype": dtype, "shards": []})
             known["shards"].append(shard)
         _write_manifest(self._temporary, {"version": VERSION, "step": self.step, **self._manifest, "tensors": tensors})
-        folder = self._final.parent
+        folder, replaced = self._final.parent, self._final.with_suffix(".replaced")
         if self._final.exists():
-            _retire(self._final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(self._final, replaced)  # which stands for it until the next line is done
         os.rename(self._temporary, self._final)
         _sync_folder(folder)
-        for old in complete_checkpoints(folder)[:-self._keep]:
-            _retire(old)
-        for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
-            shutil.rmtree(retired)
+        try:
+            for old in (*complete_checkpoints(folder)[:-self._keep], *folder.glob(replaced.name)):
+                _retire(old)
+            for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
+                shutil.rmtree(retired)
+        except OSError as error:  # such as a file that somebody reads over NFS
+            warnings.warn(f"{folder}: an old checkpoint cannot be removed ({error}); the next save tries again",
+                          stacklevel=2)
+
+    def _clear(self):
+        """Make an empty temporary folder; remove those of saves that were interrupted."""
+        for left in self._final.parent.glob("step-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
 
 
 def complete_checkpoints(folder):
-    """Return the paths of the complete checkpoints below ``folder``, oldest first. Local."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(path for path in found if (path / "manifest.json").is_file())
+    """Return the complete checkpoints below ``folder``, oldest first. Local."""
+    found = {}
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):  # a new one comes after the one that it replaces
+        if _NAME.fullmatch(path.name) and (path / "manifest.json").is_file():
+            found[path.stem] = path
+    return sorted(found.values())
+
+
+def interrupted_saves(folder):
+    """Return the names of what saves that were interrupted left below ``folder``."""
+    return sorted(path.name for path in Path(folder).glob("step-*.tmp"))
 
 
 def step_of(path):
     """Return the step (int) that the folder ``path`` of a checkpoint is named after. Local."""
     return int(_NAME.fullmatch(path.name)[1])
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 60)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements ``[start, stop)`` of a tensor, and where they lie."""
+
+    file: str
+    dataset: str
+    start: _Count
+    stop: _Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a manifest says about one tensor; its shards lie in it."""
+
+    shape: Annotated[list[_Count], Field(max_length=8)]
+    dtype: Literal["float64", "float32"]
+    shards: list[Shard]
+
+    def __post_init__(self):
+        if not all(shard.start < shard.stop <= math.prod(self.shape) for shard in self.shards):
+            raise ValueError("a shard is empty or does not lie in its tensor")
+
+
+_TENSORS = TypeAdapter(dict[str, dict[str, Entry]])
 
 
 class Checkpoint:
@@ -160,18 +221,23 @@ class Checkpoint:
     def __init__(self, path):
         self.path = _find(Path(path))
         try:
-            self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            file = self.path / "manifest.json"
+            if file.stat().st_size > MANIFEST_BYTES:
+                raise ValueError(f"it is longer than {MANIFEST_BYTES} bytes")
+            self.manifest = json.loads(file.read_text(encoding="utf-8"))
             if self.manifest["version"] != VERSION:
                 raise CheckpointError(
                     f"checkpoint {self.path}: format version {self.manifest['version']}, this mpillm reads {VERSION}"
                 )
             if self.manifest.pop("sha256") != _digest(self.manifest):
                 raise ValueError("its digest does not match")
-            self.step, self.tensors = int(self.manifest["step"]), self.manifest["tensors"]
-            if not all(isinstance(named, dict) for named in (self.tensors, *self.tensors.values())):
-                raise TypeError("tensors must be named by kind and name")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {self.path}: manifest.json cannot be used ({error!r})") from error
+            self.step = TypeAdapter(_Count).validate_python(self.manifest["step"])
+            self.tensors = _TENSORS.validate_python(self.manifest.pop("tensors"))
+        except _MALFORMED as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"checkpoint {self.path}: manifest.json cannot be used ({_in_a_line(error)})"
+                                  ) from error
 
     def names(self, kind="weight"):
         """Return the names of the tensors of a kind."""
@@ -179,7 +245,31 @@ class Checkpoint:
 
     def shape(self, name, kind="weight"):
         """Return the whole shape of a tensor."""
-        return tuple(self.tensors[kind][name]["shape"])
+        return tuple(self._entry(name, kind).shape)
+
+    def model(self):
+        """Return the model whose weights these are.
+
+        Raises
+        ------
+        ConfigError
+            If the manifest names none.
+        CheckpointError
+            If the weights are not all those of the model, or more than the files can hold.
+        """
+        model = Config.from_dict({"model": self.manifest.get("model", {})}, source=self.path).model
+        if model.num_layers > len(self.names()):  # before a table is made of them
+            raise CheckpointError(f"checkpoint {self.path}: holds {len(self.names())} weights, fewer than "
+                                  f"model.num_layers = {model.num_layers}")
+        shapes = {name: shape for name, (shape, _) in parameter_table(model).items()}
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                raise self._other_shape(name, "weight", shape)
+        files = [path.stat() for path in self.path.glob("rank-*.h5")]
+        held_bytes = sum(min(file.st_size, COMPRESSION * 512 * file.st_blocks) for file in files)
+        if 4 * sum(map(math.prod, shapes.values())) > held_bytes:
+            raise CheckpointError(f"checkpoint {self.path}: its files hold {held_bytes} bytes, less than the model has")
+        return model
 
     def read(self, name, kind="weight", start=0, stop=None, shape=None):
         """Return elements ``[start, stop)`` of the row-major order of a tensor, joined from its shards.
@@ -204,57 +294,70 @@ class Checkpoint:
         CheckpointError
             If the tensor or a part of it is missing, has another shape, or a shard does not match its digest.
         """
-        try:
-            entry = self.tensors[kind][name]
-            whole = tuple(int(size) for size in entry["shape"])
-            dtype = np.dtype(DTYPES[DTYPES.index(entry["dtype"])])
-            shards = sorted((int(shard["start"]), int(shard["stop"]), str(shard["file"]), str(shard["dataset"]),
-                             str(shard["sha256"])) for shard in entry["shards"])
-        except KeyError:
-            raise CheckpointError(f"checkpoint {self.path}: holds no {kind} of {name}") from None
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {self.path}: the entry of {kind} of {name} cannot be used ({error})"
-                                  ) from None
-        if shape is not None and whole != tuple(shape):
-            raise CheckpointError(f"checkpoint {self.path}: {kind} of {name} has the shape {whole}, the model's is "
-                                  f"{tuple(shape)}")
-        stop = math.prod(whole) if stop is None else stop
-        out, end = np.empty(stop - start, dtype), start
-        for first, last, *where in shards:
-            low, high = max(start, first), min(stop, last)
+        entry = self._entry(name, kind)
+        if shape is not None and tuple(entry.shape) != tuple(shape):
+            raise self._other_shape(name, kind, shape)
+        stop, parts = math.prod(entry.shape) if stop is None else stop, []
+        end = start
+        for shard in sorted(entry.shards, key=lambda shard: shard.start):
+            low, high = max(start, shard.start), min(stop, shard.stop)
             if low < high and low == end:
-                out[low - start:high - start] = self._read_shard(last - first, dtype, *where)[low - first:high - first]
+                parts.append((slice(low - start, high - start), shard, slice(low - shard.start, high - shard.start)))
                 end = high
         if end != stop:
             raise CheckpointError(
                 f"checkpoint {self.path}: of the elements {start} to {stop} of {kind} of {name}, those from {end} "
                 "are missing"
             )
+        try:
+            out = np.empty(stop - start, entry.dtype)
+        except _MALFORMED as error:
+            raise CheckpointError(f"checkpoint {self.path}: {kind} of {name} cannot be read ({error})") from error
+        for place, shard, part in parts:
+            out[place] = self._read_shard(shard, out.dtype)[part]
         return out
 
-    def _read_shard(self, count, dtype, file_name, where, digest):
+    def _entry(self, name, kind):
+        try:
+            return self.tensors[kind][name]
+        except KeyError:
+            raise CheckpointError(f"checkpoint {self.path}: holds no {kind} of {name}") from None
+
+    def _other_shape(self, name, kind, shape):
+        return CheckpointError(f"checkpoint {self.path}: {kind} of {name} has the shape {self.shape(name, kind)}, the "
+                               f"model's is {tuple(shape)}")
+
+    def _read_shard(self, shard, dtype):
         """Read one shard and hold it against its digest.
 
-        Follows no link, reads only plain data that lie in the file, and makes room for no more than the file holds.
+        Follows no link, reads only plain data that lie in the file, and makes room for no more than the shard.
         """
-        file_path = self.path / Path(file_name).name
+        file_path, where = self.path / Path(shard.file).name, shard.dataset
         try:
-            if file_path.is_symlink():
-                raise CheckpointError(f"checkpoint file {file_path}: is a link: checkpoints hold plain files")
+            if not stat.S_ISREG(os.lstat(file_path).st_mode):
+                raise CheckpointError(f"checkpoint file {file_path}: is a link or device: checkpoints hold plain files")
             with h5py.File(file_path, "r") as file:
                 dataset = _plain_dataset(file, where)
-                if dataset is None or dataset.shape != (count,) or dataset.dtype != dtype:
+                if dataset is None or dataset.shape != (shard.stop - shard.start,) or dataset.dtype != dtype:
                     raise CheckpointError(
                         f"checkpoint file {file_path}: {where} is not the shard the manifest lists"
                     )
                 values = dataset[:]
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        except _MALFORMED as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"checkpoint file {file_path}: {where} cannot be read ({error})") from error
-        if hashlib.sha256(values).hexdigest() != digest:
+            raise CheckpointError(f"checkpoint file {file_path}: {where} cannot be read ({_in_a_line(error)})"
+                                  ) from error
+        if hashlib.sha256(values).hexdigest() != shard.sha256:
             raise CheckpointError(f"checkpoint file {file_path}: {where} is damaged, its digest does not match")
         return values
+
+
+def _in_a_line(error):
+    if isinstance(error, ValidationError):  # lists all that it found
+        first = error.errors(include_input=False, include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]
+    return f"{error!r}"[:300]
 
 
 def _plain_dataset(file, where):
@@ -355,11 +458,6 @@ def _retire(path):
     retired = path.with_suffix(".old")
     shutil.rmtree(retired, ignore_errors=True)
     path.rename(retired)
-
-
-def _clear(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def _sync_folder(folder):

@@ -111,9 +111,9 @@ class Engine:
             norm = self.gradients.clip(reduced, train.grad_clip)
             self.reduced = self.gradients.ranges(reduced)
         loss = self._sum_losses(losses, self.first_microbatch, self.num_microbatches)
+        self.digests.check()  # first, since a flipped bit may be why they are not finite
         if math.isfinite(loss) and math.isfinite(norm):  # the same on all ranks
             with self.trace.span("update", "weights"):
-                self.digests.check()
                 self.optimizer.step(self.reduced, lr)
                 self.publish()
         return loss, norm

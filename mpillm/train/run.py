@@ -65,7 +65,7 @@ class Run:
         self.config = together(self.comm, lambda: self._open_data(config), "data")
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
-        start = together(self.comm, lambda: self._find_start(resume), "resume")
+        start = on_rank_0(self.comm, lambda: self._find_start(resume), "resume")  # not all may see the same files
         writing = f"train.run_dir = {self.folder} cannot be written, choose another"
         on_rank_0(self.comm, lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True), writing)
         self.threads = set_threads(self.comm)
@@ -84,16 +84,17 @@ class Run:
 
     def __iter__(self):
         train = self.config.train
+        self._finish_evaluation()
         while self.step_number < train.steps and not self._must_stop():
             metrics = self.step()
             if self._saving and self._saving.is_written():
                 self.finish_save()
             is_last = self.step_number == train.steps
-            if train.eval_every and (is_last or self.step_number % train.eval_every == 0):
+            if self._evaluates_now():
                 metrics.update(self.evaluate())
+            self._record(metrics)  # before a checkpoint says that the step is done
             if is_last or (train.checkpoint_every and self.step_number % train.checkpoint_every == 0):
                 self.save()
-            self._record(metrics)
             yield metrics
         self.finish_save()
         if self.stopped_by and self.saved_step < self.step_number:
@@ -161,6 +162,18 @@ class Run:
         loss = total / (count * train.seq_len)
         return {"validation_loss": loss, "bits_per_byte": loss / math.log(2) * len(tokens.tokens) / tokens.bytes}
 
+    def _evaluates_now(self):
+        every = self.config.train.eval_every
+        return every and (self.step_number == self.config.train.steps or self.step_number % every == 0)
+
+    def _finish_evaluation(self):
+        """Make up for the evaluation that the run was stopped in, before it goes on; collective."""
+        if self.step_number and self._evaluates_now():
+            lacking = on_rank_0(self.comm, self._last_without_evaluation, str(self.folder))
+            found = self.evaluate() if lacking else {}
+            if found:
+                self._record({**lacking, **found}, instead=True)
+
     def _must_stop(self):
         """Return whether to stop; collective, and only asked until the answer is yes."""
         if self.stop and not self.stopped_by:
@@ -177,6 +190,7 @@ class Run:
         is there once :meth:`finish_save` has been called, as the iteration does.
         """
         self.finish_save()
+        self.engine.digests.check()
         with self.engine.trace.span("save", "checkpoint"):
             shards = [(piece.name, piece.shape, piece.start, tensors)
                       for piece, tensors in self.engine.optimizer.state() if piece.is_counted]
@@ -191,14 +205,16 @@ class Run:
         return self.folder / "checkpoints" / f"step-{self.step_number:08d}"
 
     def finish_save(self):
-        """Wait for what is being written, and announce it."""
-        if self._saving:
+        """Wait for what is being written, and announce it. Where that fails it is given up."""
+        saving, self._saving = self._saving, None
+        if saving:
             with self.engine.trace.span("save", "announce"):
-                self._saving.finish()
-            self._saving, self.saved_step = None, self._saving.step
+                saving.finish()
+            self.saved_step = saving.step
 
     def free(self):
-        """Release communicators and files."""
+        """Finish what is being saved; release communicators and files."""
+        self.finish_save()
         if self.watchdog:
             self.watchdog.stop()
         self.engine.free()
@@ -225,7 +241,7 @@ class Run:
         return samples
 
     def _find_start(self, resume):
-        """Return the checkpoint to go on from, or None."""
+        """Return the checkpoint to go on from, or None. On rank 0."""
         folder = self.folder / "checkpoints"
         own = checkpoint.complete_checkpoints(folder)
         if resume == "never" and (own or (self.folder / "metrics.jsonl").exists()):
@@ -234,7 +250,7 @@ class Run:
             )
         if resume in ("auto", "never"):
             return self._newest(folder)
-        start = checkpoint.Checkpoint(resume)
+        start = _of_a_run(resume)
         newer = [path.name for path in own if checkpoint.step_of(path) > start.step]
         if newer:  # they would count as the newest, and push out those of this run
             raise ConfigError(
@@ -245,17 +261,20 @@ class Run:
 
     def _newest(self, folder, before=None):
         """Return the newest complete checkpoint of a step below ``before`` that can be opened, or None if there are
-        none; raise if there are some, and none can."""
-        found = checkpoint.complete_checkpoints(folder) if folder.is_dir() else []
+        none; raise if there are some, and none can. On rank 0."""
+        found = checkpoint.complete_checkpoints(folder)
+        left = checkpoint.interrupted_saves(folder)
+        if left and before is None:
+            warnings.warn(f"{folder}: {', '.join(left)} is of a save that was interrupted; the next save removes it",
+                          stacklevel=2)
         refusal = None
         for path in reversed(found):
             if before is None or checkpoint.step_of(path) < before:
                 try:
-                    return checkpoint.Checkpoint(path)
+                    return _of_a_run(path)
                 except CheckpointError as error:
                     refusal = error
-                    if self.comm.rank == 0:
-                        warnings.warn(f"{error}: looking for an older one", stacklevel=2)
+                    warnings.warn(f"{error}: looking for an older one", stacklevel=2)
         if refusal:
             raise refusal
         return None
@@ -267,7 +286,7 @@ class Run:
             with self.engine.trace.span("load", "checkpoint"):
                 self._load_or_older(start, resume)
         elif self.config.train.init_from:
-            together(self.comm, self._load_weights, f"train.init_from = {self.config.train.init_from}")
+            self._load_weights()
         else:
             return
         self.engine.publish()
@@ -280,7 +299,7 @@ class Run:
             return together(self.comm, lambda: self._load(start), action)
         except (CheckpointError, CollectiveError) as error:
             if resume == "auto":
-                older = together(self.comm, lambda: self._newest(self.folder / "checkpoints", start.step), action)
+                older = on_rank_0(self.comm, lambda: self._newest(self.folder / "checkpoints", start.step), action)
             if older is None:
                 raise
             if self.comm.rank == 0:
@@ -319,13 +338,16 @@ class Run:
         self.saved_step = start.step
 
     def _load_weights(self):
-        source = checkpoint.Checkpoint(self.config.train.init_from)
+        path = self.config.train.init_from
+        action = f"train.init_from = {path}"
+        source = on_rank_0(self.comm, lambda: checkpoint.Checkpoint(path), action)
         self._check_model(source)
-        self.engine.optimizer.restore_weights(
-            lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape))
+        together(self.comm, lambda: self.engine.optimizer.restore_weights(
+            lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape)), action)
 
     def _check_model(self, source):
-        saved, wanted = source.manifest["model"], asdict(self.config.model)
+        saved, wanted = source.manifest.get("model"), asdict(self.config.model)
+        saved = saved if isinstance(saved, dict) else {}
         differing = [f"{key} = {saved.get(key)} (this run: {value})" for key, value in wanted.items()
                      if saved.get(key) != value]
         if differing:
@@ -366,7 +388,35 @@ class Run:
         os.replace(temporary, path)
         self._metrics_file = open(path, "a", encoding="utf-8")
 
-    def _record(self, metrics):
-        if self._metrics_file:
+    def _last_without_evaluation(self):
+        """Return the last metrics if they are of this step and hold no evaluation, else None. On rank 0."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+        return last if last.get("step") == self.step_number and "validation_loss" not in last else None
+
+    def _record(self, metrics, instead=False):
+        """Append metrics to the file, or put them ``instead`` of the last."""
+        if not self._metrics_file:
+            return
+        try:
+            if instead:
+                lines = (self.folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+                self._metrics_file.truncate(sum(map(len, lines[:-1])))
             self._metrics_file.write(json.dumps(metrics) + "\n")
             self._metrics_file.flush()
+        except OSError as error:
+            raise DataError(f"write {self.folder / 'metrics.jsonl'}: {error}: free some space, or choose another "
+                            "train.run_dir") from error
+
+
+def _of_a_run(path):
+    """Open a checkpoint and see that its manifest says what a run needs."""
+    found = checkpoint.Checkpoint(path)
+    saved = {"skipped": 0, **found.manifest}
+    data = saved.get("data")
+    counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]
+    if not (all(type(count) is int and 0 <= count < 1 << 60 for count in counts) and saved["skipped"] <= found.step
+            and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str) and "sha256" in data):
+        raise CheckpointError(f"checkpoint {found.path}: manifest.json does not say what a run needs: model, optimizer, "
+                              "seed and place in the data")
+    return found

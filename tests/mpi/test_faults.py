@@ -1,9 +1,11 @@
 """What goes wrong on one rank is one decision of all: bad numbers, flipped bits, damaged files, calls that differ."""
 
+import json
 import math
 import re
 import time
 import warnings
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.mpi
 
 
 def make(comm, path, name, **more):
-    return Run(tiny(configure(path, name, **LAYOUTS[comm.size], **more)), comm)
+    return Run(tiny(configure(path, name, **{**LAYOUTS[comm.size], **more})), comm)
 
 
 def held(trainer):
@@ -85,25 +87,42 @@ def test_a_run_that_left_a_step_out_resumes_bit_for_bit(comm, data_path, monkeyp
     assert_all(same(data_path, "whole", "parts"), "differ", comm)
 
 
-@pytest.mark.parametrize("what", ["weight", "exp_avg"])
-def test_a_flipped_bit_is_found_and_named(comm, data_path, what):
+@pytest.mark.parametrize("what, bit, before", [  # bit 62 is of the exponent: nothing is finite after it
+    ("weight", 62, "step"), ("exp_avg", 40, "step"), ("weight", 40, "save"),
+])
+def test_a_flipped_bit_is_found_and_named(comm, data_path, what, bit, before):
     trainer = make(comm, data_path, "run", **{"train.digests": True})
     trainer.step()
     trainer.step()
     if comm.rank == comm.size - 1:
         piece, kinds = next(iter(trainer.engine.optimizer.state()))
-        kinds[what].view(torch.int64)[0] ^= 1 << 40
+        kinds[what].view(torch.int64)[0] ^= 1 << bit
     with pytest.raises(MpillmError, match="has changed since the last update") as caught:
-        trainer.step()
-    # Where replicas share one copy of the weights all of them see it.
-    ranks = re.search(r"on ranks \[([0-9, ]+)\]", str(caught.value))
+        getattr(trainer, before)()
     named = what in str(caught.value) and (piece.name if comm.rank == comm.size - 1 else "") in str(caught.value)
-    located = comm.size == 1 or ranks is None or str(comm.size - 1) in ranks[1]
+    located = comm.size == 1 or f"failed on ranks [{comm.size - 1}] of" in str(caught.value)
     assert_all(named and located, caught.value, comm)
+    assert_all(not checkpoint.complete_checkpoints(data_path / "run" / "checkpoints"), "saved", comm)
     trainer.free()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "swapped", "manifest"])
+def test_a_wrong_update_is_outvoted(comm, data_path):
+    if comm.size < 3:
+        pytest.skip("fewer than three replicas have no majority")
+    layout = {"layout.data": comm.size, "layout.pipeline": 1, "layout.tensor": 1, "layout.zero": 0}
+    trainer = make(comm, data_path, "run", **layout, **{"train.digests": True})
+    trainer.step()
+    if comm.rank == 1:
+        piece, kinds = next(iter(trainer.engine.optimizer.state()))
+        kinds["weight"][0] += 1
+        trainer.engine.digests.take()  # as if the update had come to this
+    with pytest.raises(MpillmError, match=r"failed on ranks \[1\].*is not what most replicas hold") as caught:
+        trainer.step()
+    assert_all(comm.rank != 1 or f"weight {piece.name}" in str(caught.value), caught.value, comm)
+    trainer.free()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "swapped", "manifest", "keys"])
 def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
     name = f"run-{damage}"
     trainer = make(comm, data_path, name, **{"train.checkpoint_every": 2, "train.steps": 4})
@@ -124,6 +143,10 @@ def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
             files[-1].unlink()
         elif damage == "swapped":
             files[-1].write_bytes((newest.parent / "step-00000002" / files[-1].name).read_bytes())
+        elif damage == "keys":  # though its digest matches
+            manifest = json.loads((newest / "manifest.json").read_text())
+            del manifest["data"], manifest["sha256"]
+            checkpoint._write_manifest(newest, manifest)
         else:
             (newest / "manifest.json").write_text("{}")
     comm.Barrier()
@@ -138,7 +161,7 @@ def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
             pass
         trainer.free()
     assert_all(same(data_path, name, "whole"), "the weights differ", comm)
-    with pytest.raises(DataError if damage == "manifest" else MpillmError):
+    with pytest.raises(DataError if damage in ("manifest", "keys") else MpillmError):
         if comm.rank == 0:
             (newest / "manifest.json").unlink(missing_ok=True)
         comm.Barrier()
@@ -163,9 +186,68 @@ def test_a_full_disk_is_an_error_of_all_and_costs_no_checkpoint(comm, data_path,
     assert_all(caught.value.exit_code == 74, caught.value, comm)
     assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == [kept], "announced", comm)
     monkeypatch.undo()
-    trainer._saving = None
     trainer.save()
     trainer.free()
+
+
+@pytest.mark.parametrize("what", ["listing", "contents"])
+def test_all_ranks_resume_from_one_checkpoint(comm, data_path, what, monkeypatch):
+    """One rank sees old listings, or cannot read the newest file."""
+    if comm.size == 1:
+        pytest.skip("one rank has nobody to differ from")
+    more = {"train.checkpoint_every": 2, "train.steps": 4}
+    trainer = make(comm, data_path, "run", **more)
+    for _ in trainer:
+        pass
+    trainer.free()
+    found, read = checkpoint.complete_checkpoints, checkpoint.Checkpoint._read_shard
+
+    def unreadable(self, *shard):
+        if self.step == 4:
+            raise checkpoint.CheckpointError("Input/output error")
+        return read(self, *shard)
+
+    if comm.rank == comm.size - 1:
+        if what == "listing":
+            monkeypatch.setattr(checkpoint, "complete_checkpoints", lambda folder: found(folder)[:-1])
+        else:
+            monkeypatch.setattr(checkpoint.Checkpoint, "_read_shard", unreadable)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = make(comm, data_path, "run", **more)
+    assert_all(resumed.step_number == {"listing": 4, "contents": 2}[what], resumed.step_number, comm)
+    resumed.free()
+
+
+@pytest.mark.parametrize("then", ["save", "free"])
+def test_a_save_that_is_pending_is_finished(comm, data_path, then):
+    trainer = make(comm, data_path, "run", **{"train.checkpoint_background": True})
+    trainer.step()
+    kept = [trainer.save()]
+    if then == "save":
+        trainer.step()
+        kept.append(trainer.save())
+    trainer.free()
+    comm.Barrier()
+    assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("of the thread")])
+def test_a_save_that_failed_is_told_once_and_the_next_is_not_disturbed(comm, data_path, error, monkeypatch):
+    trainer = make(comm, data_path, "run", **{"train.checkpoint_background": True})
+    trainer.step()
+    with monkeypatch.context() as patch:
+        if comm.rank == comm.size - 1:
+            patch.setattr(checkpoint, "_write_file", Mock(side_effect=error))
+        trainer.save()
+        trainer._saving._thread.join()
+    with pytest.raises(MpillmError, match=f"{type(error).__name__}.*{error.args[-1]}") as caught:
+        trainer.save()
+    assert_all(caught.value.exit_code == 74, caught.value, comm)
+    kept = [trainer.save()]
+    trainer.free()
+    comm.Barrier()
+    assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
 
 
 def test_checkpoints_in_the_background_hold_the_same(comm, data_path):
@@ -181,7 +263,7 @@ def test_checkpoints_in_the_background_hold_the_same(comm, data_path):
         assert_all(all(np.array_equal(found[0][key], found[1][key]) for key in found[0]), step, comm)
 
 
-@pytest.mark.parametrize("fault", ["operation", "dtype", "shape", "root", "none"])
+@pytest.mark.parametrize("fault", ["operation", "reduction", "dtype", "shape", "root", "none"])
 def test_checked_mode_names_both_calls(comm, fault):
     if comm.size == 1:
         pytest.skip("one rank has nobody to differ from")
@@ -190,6 +272,7 @@ def test_checked_mode_names_both_calls(comm, fault):
     mpi.allreduce(x, group)
     calls = {
         "operation": lambda: mpi.bcast(x, group) if is_other else mpi.allreduce(x, group),
+        "reduction": lambda: mpi.allreduce(x, group, "max" if is_other else "sum"),
         "dtype": lambda: mpi.allreduce(x.double() if is_other else x, group),
         "shape": lambda: mpi.allreduce(torch.ones(7) if is_other else x, group),
         "root": lambda: mpi.bcast(x, group, root=int(is_other)),
@@ -201,6 +284,25 @@ def test_checked_mode_names_both_calls(comm, fault):
         with pytest.raises(CollectiveError, match=f"call 2 of axis data.*rank 0 .*rank {comm.size - 1} ") as caught:
             calls[fault]()
         assert_all(str(caught.value).count("test_faults.py") == 2, caught.value, comm)
+    group.free()
+
+
+@pytest.mark.parametrize("then", ["next step", "end"])
+def test_checked_mode_finds_a_call_left_out_before_one_that_is_alike(comm, then):
+    if comm.size == 1:
+        pytest.skip("one rank has nobody to differ from")
+    group, is_other = Group(comm.Clone(), "data", is_checked=True), comm.rank == comm.size - 1
+    group.recorder.begin_step(1)
+    mpi.allreduce(torch.ones(6), group)
+    mpi.allreduce(torch.ones(6), group)  # the second of the others: the last rank has left out its first
+    with pytest.raises(CollectiveError, match="call 3 of axis data.*rank 0 calls allreduce sum .* in step 1 at.*"
+                       f"rank {comm.size - 1} calls {'allreduce' if then == 'next step' else 'free'}"):
+        if is_other and then == "end":
+            group.free()
+        if is_other:
+            group.recorder.begin_step(2)
+        mpi.allreduce(torch.ones(6), group)
+    group.recorder.begin_step(3)
     group.free()
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_all
 from tiny import LAYOUTS, configure, everything, same, tiny, write_token_file
 
-from mpillm.errors import MpillmError
+from mpillm.errors import DataError, MpillmError
 from mpillm.train import optimizers
 from mpillm.train.run import Run
 from mpillm.train.stop import StopRequest
@@ -145,6 +145,32 @@ def test_metrics_of_steps_done_again_are_replaced(comm, data_path):
     assert_all(done == [3, 4] and steps == [1, 2, 3, 4], f"{done} {steps}", comm)
 
 
+def test_metrics_are_there_before_the_checkpoint_of_their_step(comm, data_path, monkeypatch):
+    trainer = Run(tiny(configure(data_path, "run", **LAYOUTS[comm.size], **{"train.checkpoint_every": 2})), comm)
+    save, lines = trainer.save, []
+
+    def watched():
+        lines.append(len((data_path / "run" / "metrics.jsonl").read_text().splitlines()))
+        return save()
+
+    monkeypatch.setattr(trainer, "save", watched)
+    for _ in trainer:
+        pass
+    trainer.free()
+    assert_all(comm.rank > 0 or lines == [2, 4, 6], lines, comm)
+
+
+def test_metrics_that_cannot_be_written_are_an_error_of_files(comm, data_path):
+    trainer = Run(tiny(configure(data_path, "run", **LAYOUTS[comm.size])), comm)
+    if comm.rank == 0:
+        trainer._metrics_file.close()
+        trainer._metrics_file = open("/dev/full", "a")
+        with pytest.raises(DataError, match="metrics.jsonl.*No space left"):
+            trainer._record({"step": 1})
+        trainer._metrics_file = None
+    trainer.free()
+
+
 def test_weights_to_start_from(comm, data_path):
     run(comm, data_path, "first", 3)
     config = tiny(configure(data_path, "second", **LAYOUTS[comm.size], **{"train.init_from": str(data_path / "first")}))
@@ -193,6 +219,11 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(comm, data_path, dur
     assert_all(resumed.step_number == expected, resumed.step_number, comm)
     found += [metrics["loss"] for metrics in resumed]
     resumed.free()
+    comm.Barrier()
+    kept = [[{key: line.get(key) for key in ("step", "loss", "validation_loss", "bits_per_byte")} for line in
+             map(json.loads, (data_path / f"{name}-{during}" / "metrics.jsonl").read_text().splitlines())]
+            for name in ("whole", "parts")]
+    assert_all(kept[0] == kept[1] and kept[0][2]["validation_loss"] and kept[0][5]["validation_loss"], kept, comm)
     assert_all(found == losses and same(data_path, f"whole-{during}", f"parts-{during}"), f"{found} {losses}", comm)
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,11 +17,14 @@ import pytest
 import torch
 
 from mpillm.comm.single import SingleComm
+from mpillm.config import Model
 from mpillm.errors import INPUT_OUTPUT, CheckpointError, DataError
+from mpillm.nn.init import parameter_table
 from mpillm.train import checkpoint
-from mpillm.train.checkpoint import Checkpoint, Saving, complete_checkpoints, save
+from mpillm.train.checkpoint import Checkpoint, Saving, complete_checkpoints, interrupted_saves, save, step_of
 
 SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
+MUTATIONS = int(os.environ.get("MPILLM_MUTATIONS", "100"))
 CUTS = {"embedding.weight": (0, 5, 32, 63), "norm.weight": (0, 7)}
 
 
@@ -119,9 +124,54 @@ def test_unfinished_and_foreign_folders_are_ignored(tmp_path, path):
 
 def test_left_over_temporary_files_do_not_enter_the_next_checkpoint(tmp_path):
     folder = tmp_path / "checkpoints"
-    (folder / "step-00000003.tmp").mkdir(parents=True)
-    (folder / "step-00000003.tmp" / "rank-00007.h5").write_text("left over")
+    for name in ("step-00000003.tmp", "step-00000002.tmp"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rank-00007.h5").write_text("left over")
+    assert interrupted_saves(folder) == ["step-00000002.tmp", "step-00000003.tmp"]
     assert sorted(file.name for file in write(folder).iterdir()) == ["manifest.json", "rank-00000.h5"]
+    assert os.listdir(folder) == ["step-00000003"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_step_that_is_saved_again_is_there_at_every_moment(path, monkeypatch):
+    folder, rename, left = path.parent, os.rename, 1
+
+    def dies(*names):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", dies)
+    with pytest.raises(Killed):  # between taking the old one's name away and giving it to the new one
+        write(folder)
+    monkeypatch.undo()
+    (kept,) = complete_checkpoints(folder)
+    assert not path.exists() and step_of(kept) == Checkpoint(folder).step == 3
+    assert Checkpoint(folder).read("norm.weight").tobytes() == values("norm.weight", "weight").numpy().tobytes()
+    assert write(folder) == path and os.listdir(folder) == [path.name]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    folder, remove = tmp_path / "checkpoints", shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if path.suffix == ".old" and not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        remove(path, ignore_errors)
+
+    write(folder, 1)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.warns(UserWarning, match="cannot be removed.*not empty"):
+        write(folder, 2, keep=1)
+    assert [path.name for path in complete_checkpoints(folder)] == ["step-00000002"]
+    monkeypatch.undo()
+    write(folder, 3, keep=1)
+    assert os.listdir(folder) == ["step-00000003"]
 
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path, path):
@@ -153,10 +203,62 @@ def test_nothing_there(tmp_path):
     refused(tmp_path, "neither a checkpoint nor a run")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"version": 1}', '{"version": 1, "step": "x"}'])
-def test_a_manifest_that_cannot_be_used(path, text):
-    (path / "manifest.json").write_text(text)
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"version": 1}', '{"version": 1, "step": "x"}', "\ud800",
+                                  "[" * 100_000, " " * 2000])
+def test_a_manifest_that_cannot_be_used(path, text, monkeypatch):
+    (path / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))
+    if not text.strip() and text:
+        monkeypatch.setattr(checkpoint, "MANIFEST_BYTES", 1999)
+        text = "longer than 1999"
+    else:
+        text = "manifest.json cannot be used"
+    refused(path, text)
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.0, "3", None, 1 << 70])
+def test_a_step_that_is_none(path, step):
+    change_manifest(path, lambda manifest: manifest.update(step=step))
     refused(path, "manifest.json cannot be used")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path):
+    (path / "rank-00000.h5").unlink()
+    os.mkfifo(path / "rank-00000.h5")
+    refused(path, "is a link or device")
+
+
+MODEL = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "vocab_size": 16}
+
+
+def with_model(folder):
+    folder.mkdir()
+    shards = [(name, shape, 0, {"weight": torch.zeros(math.prod(shape))})
+              for name, (shape, _) in parameter_table(Model(**MODEL)).items()]
+    return save(folder, 3, shards, {"model": MODEL}, SingleComm())
+
+
+def test_the_model_is_the_one_whose_weights_are_there(tmp_path):
+    assert Checkpoint(with_model(tmp_path / "checkpoints")).model() == Model(**MODEL)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"num_layers": 10**12}, "holds 12 weights, fewer than model.num_layers"), ({"num_layers": 2}, "holds no weight"),
+    ({"vocab_size": 17}, r"has the shape \(16, 8\), the model's is \(17, 8\)"),
+    ({"vocab_size": 10**12}, "less than the model has"),
+])
+def test_a_model_that_is_not_there_is_refused_before_room_is_made(tmp_path, change, match):
+    path = with_model(tmp_path / "checkpoints")
+
+    def lie(manifest):
+        manifest["model"].update(change)
+        if change.get("vocab_size") == 10**12:  # in the shapes too, of a file that is as large, but a hole
+            for name in ("embedding.weight", "head.weight"):
+                manifest["tensors"]["weight"][name].update(shape=[10**12, 8])
+            os.truncate(path / "rank-00000.h5", 10**12)
+
+    change_manifest(path, lie)
+    with pytest.raises(CheckpointError, match=match):
+        Checkpoint(path).model()
 
 
 def test_another_format_version(path):
@@ -270,6 +372,14 @@ def test_a_link_on_the_way_to_a_dataset_is_not_followed(path, tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda entry: entry.update(shape=[10**9, 10**9]),
+    lambda entry: entry.update(shape=[63.0]),
+    lambda entry: entry.update(shape=[2] * 9),
+    lambda entry: entry["shards"][0].update(start=-1),
+    lambda entry: entry["shards"][0].update(start=5),
+    lambda entry: entry["shards"][2].update(stop=64),
+    lambda entry: entry["shards"][0].update(start=True),
+    lambda entry: entry["shards"][0].update(file="a\0b"),
+    lambda entry: entry["shards"][0].update(dataset=""),
     lambda entry: entry.update(dtype="object"),
     lambda entry: entry.update(shards=3),
     lambda entry: entry["shards"][0].update(start="x"),
@@ -282,7 +392,7 @@ def test_a_manifest_that_lies_is_refused_before_room_is_made(path, change):
         Checkpoint(path).read("embedding.weight", "weight", 0, 63, SHAPES["embedding.weight"])
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("MPILLM_MUTATIONS", "100"))))
+@pytest.mark.parametrize("seed", range(MUTATIONS))
 def test_changed_files_are_refused_or_read_right(path, seed):
     """Bytes flipped, cut, spliced, of data and manifest; what can still be read has the values that were written."""
     rng = np.random.default_rng(seed)
@@ -306,6 +416,14 @@ def test_changed_files_are_refused_or_read_right(path, seed):
                 continue
             assert (source.step, source.manifest["seed"]) == (3, 5)
             assert found.tobytes() == values(name, kind).numpy().tobytes()
+
+
+def test_changed_files_whose_digests_match_are_refused_or_read_as_they_are(path):
+    """In a process whose memory is limited, and which a crash would end: see tests/mutations.py."""
+    words = [sys.executable, Path(__file__).parents[1] / "mutations.py", path, "0", str(MUTATIONS)]
+    job = subprocess.run(words, capture_output=True, text=True, timeout=60 + MUTATIONS)
+    assert job.returncode == 0, job.stderr
+    assert sum(json.loads(job.stdout).values()) == MUTATIONS
 
 
 def test_in_the_background_nothing_is_announced_early(tmp_path, monkeypatch):
