@@ -45,8 +45,8 @@ def ring_s(level, size, n_bytes, passes=2):
     return passes * (size - 1) * (level.alpha_s + n_bytes / size * level.beta_s_per_byte)
 
 
-def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
-    """Price one layer and microbatch on one of ``tensor`` ranks.
+def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
+    """Price one layer and microbatch on one of ``tensor`` ranks that reach each other over ``level``.
 
     Local. Products at the machine's rate for their sizes; attention at the rate for its head size;
     elementwise work by the bytes it moves, the scores among them where they are kept as a matrix (``kind = "gpt"``);
@@ -68,7 +68,7 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
     touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = 2 * ring_s(machine.level_for(tensor), tensor, whole)
+    talk = 2 * ring_s(level, tensor, whole)
     forward = products + attention + elementwise + machine.call_s + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
@@ -80,10 +80,10 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     return Work(forward, backward + again, weights, kept)
 
 
-def head_work(model, machine, tokens, tensor, item_bytes):
-    """Price the output head and the loss of one microbatch on one of ``tensor`` ranks."""
+def head_work(model, machine, level, tokens, tensor, item_bytes):
+    """Price the output head and the loss of one microbatch on one of ``tensor`` ranks, as :func:`layer_work`."""
     columns = model.vocab_size / tensor
     product = machine.product_s(tokens, model.hidden_size, columns)
     loss = 4 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = ring_s(machine.level_for(tensor), tensor, tokens * model.hidden_size * item_bytes)
+    talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes)
     return Work(product + loss, product + loss + talk, product, tokens * columns * 4)

@@ -264,7 +264,7 @@ def test_buckets_are_planned_where_gradients_cross_nodes(keys):
     layer_s = [stages[key][0] / (starts[1] - starts[0]) for key in ("input_s", "weight_s")]
     if ranks == keys["layout.data"]:  # one stage: a layer from the same model without the head's share
         pricer = Pricer(config, NETWORK, ranks)
-        layer, head = pricer._works(64, 1, "none", False)
+        layer, head = pricer._works(64, 1, 1, "none", False)
         layer_s, head_s = [layer.input_s, layer.weight_s], [head.input_s, head.weight_s]
     else:
         count = starts[-1] - starts[-2]
