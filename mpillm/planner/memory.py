@@ -48,7 +48,8 @@ def choose_modes(time_s, n_bytes, limit_bytes):
 
     Local. A multiple-choice knapsack: the dynamic program goes over layers and units of memory, ``E(l, v) = min over
     modes of E(l - 1, v - bytes) + time`` (Miao et al. 2022); what a layer takes is rounded up to units, so that the
-    answer always fits, and is the best one but for the rounding. The linear program lets layers mix modes; at its
+    answer always fits, and is the best one but for the rounding; what that leaves goes to whichever layers it makes
+    faster. The linear program lets layers mix modes; at its
     optimum one layer at most does (Sinha and Zoltners 1979).
 
     Parameters
@@ -95,6 +96,11 @@ def choose_modes(time_s, n_bytes, limit_bytes):
             picked[layer] = chosen[layer, left]
             left -= needs[picked[layer], layer]
     where = picked, np.arange(layers)
+    left = max(0.0, limit_bytes - n_bytes[where].sum())
+    for layer in range(layers):
+        more = n_bytes[:, layer] - n_bytes[picked[layer], layer]
+        picked[layer] = np.where(more <= left, time_s[:, layer], np.inf).argmin()
+        left -= more[picked[layer]]
     return Choice(tuple(picked.tolist()), float(time_s[where].sum()), float(n_bytes[where].sum()),
                   (time_s, n_bytes, limit_bytes))
 

@@ -349,6 +349,7 @@ def describe(layout):
         text += f" {shown['schedule']}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
     text += f" zero={shown['zero']}" if shown["data"] > 1 else ""
     text += " sequence-parallel" if shown["sequence_parallel"] else ""
+    text += f" order={','.join(shown['order'])}" if tuple(shown["order"]) != AXES else ""
     return text + describe_recompute(shown["recompute"])
 
 
