@@ -11,7 +11,7 @@ from mpillm.planner.hierarchy import decide
 from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer, describe, to_config
 from mpillm.planner.timeline import play
 from mpillm.planner.volume import step_volume
-from mpillm.schedules.pipeline import SCHEDULES, named_or_read, read_schedule
+from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, read_schedule
 
 CHUNKS = (2, 3, 4, 6, 8)
 MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
@@ -43,6 +43,8 @@ def layouts(config, ranks, machine, admits=lambda leanest: True):
     wanted = config.layout
     ways = RECOMPUTE if wanted.recompute == "auto" else (wanted.recompute,)
     given = None if wanted.schedule in ("auto", *SCHEDULES) else read_schedule(wanted.schedule)
+    if wanted.schedule in SCHEDULES and wanted.chunks != "auto":
+        make_schedule(wanted.schedule, 1, 1, wanted.chunks)  # refuses what it cannot have
     for data, pipeline, tensor in _degrees(config, ranks, machine):
         zero = int(data > 1) if wanted.zero == "auto" else wanted.zero
         parallel = (False, True)[:tensor] if wanted.sequence_parallel == "auto" else (wanted.sequence_parallel,)
@@ -122,9 +124,9 @@ def _schedules(wanted, pipeline, given):
 def make_plan(config, machine, ranks, top=5):
     """Choose how to train a model on a machine.
 
-    Local; needs no data, no MPI and no accelerator. All layouts are priced by closed forms, the cheapest ones then by
-    playing their schedules. Where none fits the memory, the answer is an error
-    that names the one that needs the least.
+    Local; needs no data, no MPI and no accelerator. What may fit is priced by closed forms, the cheapest layouts then by
+    playing their schedules. Where none fits the memory, the answer is an error that names the one that needs the least,
+    and how many ranks would do.
 
     Parameters
     ----------
@@ -250,7 +252,19 @@ def _rank(price):
 
 
 def predicted_timeline(plan):
-    """Play the pipeline of a plan as it was priced. Local."""
+    """Play the pipeline of a plan as it was priced.
+
+    Local.
+
+    Parameters
+    ----------
+    plan : Plan
+        With ``layout`` and ``predicted``.
+
+    Returns
+    -------
+    Timeline
+    """
     layout, stages = plan.layout, plan.predicted["stages"]
     made = named_or_read(layout["schedule"], layout["pipeline"], stages["microbatches"], layout["chunks"])
     return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"])
@@ -295,6 +309,20 @@ def _binding(pricer, best, roomier):
 def price_layout(config, machine, ranks):
     """Return the plan of the layout that the configuration itself has, without a search.
 
-    Local; parameters and errors as for :func:`make_plan`.
+    Local. What it leaves open is filled as :meth:`mpillm.Config.resolve` does, but for stage cuts and buckets.
+
+    Parameters
+    ----------
+    config, machine, ranks
+        As for :func:`make_plan`.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ConfigError
+        When the layout cannot run, or does not fit.
     """
     return make_plan(config.resolve(ranks), machine, ranks, top=0)

@@ -327,7 +327,21 @@ class Pricer:
 
 
 def to_config(price, pricer):
-    """Return the keys of ``[layout]``, and the microbatch, that a priced layout stands for. Local."""
+    """Return the keys of ``[layout]``, and the microbatch, that a priced layout stands for.
+
+    Local.
+
+    Parameters
+    ----------
+    price : Price
+        Its buckets, if it was played, are among them.
+    pricer : Pricer
+
+    Returns
+    -------
+    dict
+        As JSON can hold it.
+    """
     layout = price.layout
     sizes, cuts = pricer.stage_sizes(layout), []
     for size in sizes[:-1]:

@@ -205,6 +205,9 @@ def test_a_schedule_from_a_file_is_priced_by_playing(tmp_path):
     for pipeline in (1, 2):
         with pytest.raises(ConfigError, match='"1f1bb": neither one of gpipe'):
             make_plan(SMALL.with_values({"layout.schedule": "1f1bb", "layout.pipeline": pipeline}), MACHINE, 2)
+        with pytest.raises(ConfigError, match="zb-h1.* with chunks = 2"):
+            make_plan(SMALL.with_values({"layout.schedule": "zb-h1", "layout.chunks": 2, "layout.pipeline": pipeline}),
+                      MACHINE, 2)
 
 
 def test_prices_of_what_binds_are_differences():
