@@ -143,7 +143,7 @@ class Layout:
     pipeline: Union[Auto, Positive] = "auto"
     tensor: Union[Auto, Positive] = "auto"
     chunks: Union[Auto, Positive] = "auto"
-    order: tuple[Literal["data", "pipeline", "tensor"], ...] = AXES
+    order: Union[Auto, tuple[Literal["data", "pipeline", "tensor"], ...]] = "auto"
     stage_cuts: Union[Auto, tuple[Positive, ...]] = "auto"
     schedule: str = "auto"
     zero: Union[Auto, Literal[0, 1]] = "auto"
@@ -153,7 +153,7 @@ class Layout:
     bucket_cuts: Union[Auto, tuple[Count, ...]] = "auto"
 
     def __post_init__(self):
-        if sorted(self.order) != sorted(AXES):
+        if self.order != "auto" and sorted(self.order) != sorted(AXES):
             raise ValueError(f"order {list(self.order)} must name each of {list(AXES)} once")
 
     def sizes(self):
@@ -305,7 +305,7 @@ def _fill_layout(config, ranks):
     if schedule == "auto":
         schedule = "interleaved" if chunks > 1 else "zb-h1" if sizes["pipeline"] > 1 else "1f1b"
     return replace(
-        layout, **sizes, chunks=chunks, schedule=schedule,
+        layout, **sizes, chunks=chunks, schedule=schedule, order=AXES if layout.order == "auto" else layout.order,
         zero=int(sizes["data"] > 1) if layout.zero == "auto" else layout.zero,
         sequence_parallel=sizes["tensor"] > 1 if layout.sequence_parallel == "auto" else layout.sequence_parallel,
         recompute="none" if layout.recompute == "auto" else layout.recompute,

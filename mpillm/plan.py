@@ -162,7 +162,7 @@ class Plan:
                    **{f"layout.{key}": value for key, value in self.layout.items() if key != "microbatch"},
                    "train.microbatch": self.layout["microbatch"]}
         other = [f"{key} = {asked[key]} (the plan: {value})" for key, value in planned.items()
-                 if key != "layout.order" and asked.get(key) not in (None, "auto", value)
+                 if asked.get(key) not in (None, "auto", value)
                  and not (isinstance(asked[key], tuple) and list(asked[key]) == value)]
         if other:
             raise ConfigError(f"the plan is for another run: {'; '.join(other)}; make one for this configuration")

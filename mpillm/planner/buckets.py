@@ -20,7 +20,7 @@ def bucket_cuts(ready_s, n_bytes, time_s, free_s=0.0):
     n_bytes : sequence of int
         Of each gradient.
     time_s : callable
-        From an array of bytes to an array of seconds: of a bucket, with the best algorithm for its size.
+        From an array of bytes to an array of seconds: what a bucket takes.
     free_s : float
         When what went before has arrived.
 

@@ -43,11 +43,10 @@ INSIDE = {
 
 @dataclass(frozen=True)
 class Best:
-    """The fastest way of a collective: an algorithm over all ranks, or ``two_level`` and what it is made of."""
+    """The fastest way of a collective: an algorithm over all ranks, or ``two_level``."""
 
     time_s: float
     algorithm: str
-    parts: tuple = ()
 
 
 class Hierarchy:
@@ -84,12 +83,25 @@ class Hierarchy:
             parts = [self.best(other, n_bytes, low, low + 1) for other in before]
             parts += [self.best(op, part, low + 1, high)]
             parts += [self.best(other, n_bytes, low, low + 1) for other in after]
-            found.append(Best(sum(one.time_s for one in parts), TWO_LEVEL, tuple(one.algorithm for one in parts)))
+            found.append(Best(sum(one.time_s for one in parts), TWO_LEVEL))
         return min(found, key=lambda one: one.time_s)
 
 
 def decide(machine, ranks):
-    """Return the :class:`DecisionTable` of a machine: for each operation the best algorithm up to each size. Local."""
+    """Choose for each operation the best algorithm up to each size.
+
+    Local.
+
+    Parameters
+    ----------
+    machine : Machine
+    ranks : int
+
+    Returns
+    -------
+    DecisionTable
+        The same rows for every axis and type.
+    """
     sizes, levels, below = [], [], 1
     for level in machine.levels:
         size = math.ceil(min(ranks, level.size) / below)

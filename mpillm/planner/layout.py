@@ -1,8 +1,10 @@
-"""Every layout, pruned, priced and ranked: the planner's one entry point, :func:`make_plan`."""
+"""Every layout, pruned by its memory, priced and ranked: the planner's one entry point, :func:`make_plan`."""
 
 import math
 from dataclasses import asdict, replace
+from itertools import product
 
+from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.balance import price_speeds
@@ -10,70 +12,122 @@ from mpillm.planner.hierarchy import decide
 from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer, describe, to_config
 from mpillm.planner.timeline import play
 from mpillm.planner.volume import step_volume
-from mpillm.schedules.pipeline import named_or_read
+from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, read_schedule
 
+CHUNKS = (2, 3, 4, 6, 8)
 MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
 PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions
+MORE = 1.01  # of a limit, for the price of a unit of it
+MOST_DOUBLINGS = 10  # of the ranks, to find so many that a model fits
 
 
-def layouts(config, ranks, machine):
-    """Yield every layout that the configuration leaves open and the model admits. Local."""
+def layouts(config, ranks, machine, admits=lambda leanest: True):
+    """Yield every layout that the configuration leaves open and the model admits, but for those that another beats.
+
+    Local. Left out are a replicated optimiser where a sharded one may be (as fast and leaner), and gpipe unless asked
+    for (as long as 1f1b, and holds more).
+
+    Parameters
+    ----------
+    config : Config
+    ranks : int
+    machine : Machine
+    admits : callable
+        Of layouts that differ only in order, sequence parallelism and recompute, those with the least activations are
+        shown to it; unless it admits one of them, all are left out. Where it admits none of a microbatch, larger ones,
+        which hold more, are not tried.
+
+    Yields
+    ------
+    Layout
+    """
+    wanted = config.layout
+    ways = RECOMPUTE if wanted.recompute == "auto" else (wanted.recompute,)
+    given = None if wanted.schedule in ("auto", *SCHEDULES) else read_schedule(wanted.schedule)
+    if wanted.schedule in SCHEDULES and wanted.chunks != "auto":
+        make_schedule(wanted.schedule, 1, 1, wanted.chunks)  # refuses what it cannot have
+    for data, pipeline, tensor in _degrees(config, ranks, machine):
+        zero = int(data > 1) if wanted.zero == "auto" else wanted.zero
+        parallel = (False, True)[:tensor] if wanted.sequence_parallel == "auto" else (wanted.sequence_parallel,)
+        first, *others = _orders(wanted, data, pipeline, tensor, machine)
+        for microbatch in _microbatches(config, data):
+            found = [[Layout(data, pipeline, tensor, chunks, schedule, microbatch, zero, is_parallel, recompute, first)
+                      for is_parallel in parallel for recompute in ways]
+                     for schedule, chunks in _schedules(wanted, pipeline, given)
+                     if _is_possible(config, data, pipeline, chunks, microbatch, given)]
+            admitted = [one for alike in found if any(map(admits, alike[:-len(ways) - 1:-1])) for one in alike]
+            yield from admitted
+            for order in others:
+                yield from (replace(one, order=order) for one in admitted)
+            if found and not admitted:
+                break
+
+
+def _is_possible(config, data, pipeline, chunks, microbatch, given):
+    """Tell whether layers are enough for the stages, microbatches for the data ranks, and both for what is given."""
+    stages, microbatches = pipeline * chunks, math.ceil(config.train.global_batch / microbatch)
+    cuts = config.layout.stage_cuts
+    return (stages <= config.model.num_layers and microbatches >= data and (cuts == "auto" or len(cuts) == stages - 1)
+            and (given is None or (given.num_ranks, given.num_stages, given.num_microbatches * data)
+                 == (pipeline, stages, microbatches)))
+
+
+def _degrees(config, ranks, machine):
+    """Yield the sizes of data, pipeline and tensor axis; where left open, tensor ranks share a node."""
     wanted, model, train = config.layout, config.model, config.train
-
-    def allowed(key, values):
-        fixed = getattr(wanted, key)
-        return [value for value in values if fixed in ("auto", value)] if isinstance(fixed, (str, int)) else []
-
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    tensors = [t for t in allowed("tensor", divisors) if t <= model.num_heads]
-    if wanted.tensor == "auto":
-        tensors = [t for t in tensors if t <= max(1, machine.ranks_per_node)] or tensors[:1]
-    exact = train.numerics == "exact"
-    for tensor in tensors:
-        for pipeline in allowed("pipeline", [n for n in divisors if ranks // tensor % n == 0]):
-            data = ranks // tensor // pipeline
-            if data > train.global_batch or pipeline > model.num_layers or data not in allowed("data", [data]):
-                continue
-            if exact and (data & (data - 1) or train.exact_blocks % tensor):
-                continue
-            sizes = [train.microbatch] if train.microbatch else [
-                b for b in range(1, train.global_batch // data + 1) if train.global_batch % (b * data) == 0]
-            for microbatch in sizes:
-                if math.ceil(train.global_batch / microbatch) < data:
-                    continue
-                for schedule, chunks in _schedules(pipeline, model.num_layers, wanted):
-                    for zero in allowed("zero", (0, 1) if data > 1 else (0,)) or [wanted.zero]:
-                        for sequence_parallel in allowed("sequence_parallel", (False, True) if tensor > 1 else
-                                                         (False,)) or [wanted.sequence_parallel]:
-                            for recompute in _recompute(wanted):
-                                yield Layout(data, pipeline, tensor, chunks, schedule, microbatch, zero,
-                                             sequence_parallel, recompute)
+    for tensor, pipeline in product(divisors, divisors):
+        data = ranks // (tensor * pipeline)
+        sizes = data, pipeline, tensor
+        if (data * pipeline * tensor == ranks
+                and all(fixed in ("auto", size) for fixed, size in zip(wanted.sizes().values(), sizes))
+                and (wanted.tensor != "auto" or tensor <= machine.ranks_per_node)
+                and tensor <= model.num_heads and pipeline <= model.num_layers and data <= train.global_batch
+                and (wanted.shares == "auto" or len(wanted.shares) == data)
+                and (train.numerics != "exact" or not data & (data - 1) and train.exact_blocks % tensor == 0)):
+            yield sizes
 
 
-def _schedules(pipeline, num_layers, wanted):
-    """Return pairs of schedule and chunks that the configuration leaves open."""
-    if pipeline == 1:
-        pairs = [("1f1b", 1)]
-    else:
-        pairs = [(name, 1) for name in ("1f1b", "zb-h1", "zb-h2")]  # gpipe is as long as 1f1b and holds more
-        pairs += [("gpipe", 1)] if wanted.schedule == "gpipe" else []
-        pairs += [("interleaved", v) for v in (2, 3, 4, 6, 8) if pipeline * v <= num_layers]
-    if pipeline > 1 or wanted.schedule in ("1f1b", "auto"):
-        found = [pair for pair in pairs if wanted.schedule in ("auto", pair[0]) and wanted.chunks in ("auto", pair[1])]
-        return found
-    return [(wanted.schedule, 1 if wanted.chunks == "auto" else wanted.chunks)]
+def _orders(wanted, data, pipeline, tensor, machine):
+    """Return the orders of axes: tensor ranks next to each other; which other axis leaves the node is open, where more
+    than tensor ranks have room there."""
+    if wanted.order != "auto":
+        return [wanted.order]
+    ranks = data * pipeline * tensor
+    is_open = data > 1 < pipeline and any(tensor < level.size < ranks for level in machine.levels)
+    return [AXES, ("pipeline", "data", "tensor")] if is_open else [AXES]
 
 
-def _recompute(wanted):
-    return RECOMPUTE if wanted.recompute == "auto" else (wanted.recompute,)
+def _microbatches(config, data):
+    """Return sizes of a microbatch: divisors of what a data rank gets; where ranks get unequal parts, for every number
+    of microbatches the least size."""
+    batch, shares = config.train.global_batch, config.layout.shares
+    if config.train.microbatch:
+        return [config.train.microbatch]
+    if shares == "auto" and batch % data == 0:
+        return [size for size in range(1, batch // data + 1) if batch % (size * data) == 0]
+    most = math.ceil(batch / data) if shares == "auto" else max(shares)
+    return sorted({math.ceil(most / count) for count in range(1, most + 1)})
+
+
+def _schedules(wanted, pipeline, given):
+    """Return pairs of schedule and chunks; ``given`` is the schedule of a file."""
+    name, chunks = wanted.schedule, wanted.chunks
+    plain = ("1f1b", "zb-h1", "zb-h2") if pipeline > 1 else ("1f1b",)
+    if chunks != "auto":
+        return [(each, chunks) for each in ([name] if name != "auto" else ["interleaved"] if chunks > 1 else plain)]
+    if given:
+        return [(name, given.num_stages // given.num_ranks)]
+    names = [name] if name != "auto" else [*plain, "interleaved"] if pipeline > 1 else plain
+    return [(each, count) for each in names for count in (CHUNKS if each == "interleaved" and pipeline > 1 else (1,))]
 
 
 def make_plan(config, machine, ranks, top=5):
     """Choose how to train a model on a machine.
 
-    Local; needs no data, no MPI and no accelerator. All layouts are priced by closed forms, the cheapest ones then by
-    playing their schedules. Where none fits the memory, the answer is an error
-    that names the one that needs the least.
+    Local; needs no data, no MPI and no accelerator. What may fit is priced by closed forms, the cheapest layouts then by
+    playing their schedules. Where none fits the memory, the answer is an error that names the one that needs the least,
+    and how many ranks would do.
 
     Parameters
     ----------
@@ -99,23 +153,11 @@ def make_plan(config, machine, ranks, top=5):
     if machine.num_ranks not in (0, ranks):
         raise ConfigError(f"machine {machine.name} was measured with {machine.num_ranks} ranks, the plan is for "
                           f"{ranks}: run mpillm probe with {ranks} ranks")
-    pricer = Pricer(config, machine, ranks)
-    priced = list(map(pricer.price, layouts(config, ranks, machine)))
-    if config.layout.recompute == "auto":
-        priced += _mixtures(pricer, priced)
-    priced.sort(key=_rank)
-    if not priced:
-        raise ConfigError(f"no layout of {ranks} ranks is left: {config.layout.sizes()} with {config.model.num_heads} "
-                          f"heads, {config.model.num_layers} layers and {config.train.global_batch} sequences; leave "
-                          "more of [layout] open, or take another number of ranks")
-    fitting = [price for price in priced if price.memory_bytes <= machine.memory_bytes]
+    pricer, limit = Pricer(config, machine, ranks), machine.memory_bytes
+    priced = _priced(pricer, MORE * limit)
+    fitting = _ranked(pricer, priced, limit)
     if not fitting:
-        least = min(priced, key=lambda price: price.memory_bytes)
-        raise ConfigError(
-            f"no layout of {ranks} ranks fits {machine.memory_bytes / 1e9:.4g} GB a rank: the least is "
-            f"{least.memory_bytes / 1e9:.4g} GB with {describe(least.layout)}; take at least "
-            f"{math.ceil(ranks * least.memory_bytes / machine.memory_bytes)} ranks, or a smaller model or microbatch")
-    fitting = _played_first(pricer, fitting)
+        raise ConfigError(_too_small(pricer))
     best = fitting[0]
     (forward_s, input_s, weight_s), message_s = pricer.stage_times(best.layout)
     chosen = Plan(ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node), _table(machine, ranks),
@@ -129,19 +171,54 @@ def make_plan(config, machine, ranks, top=5):
                               "microbatches": pricer.num_microbatches(best.layout)},
                    "volume": step_volume(chosen.applied_to(config).resolve(ranks),
                                          pricer.reduction.keeps_one_copy(best.layout))},
-        binding=_binding(pricer, best, priced),
+        binding=_binding(pricer, best, _ranked(pricer, priced, MORE * limit)[0]),
         alternatives=[{"layout": to_config(price, pricer), "step_s": price.step_s,
                        "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
     )
 
 
-def _mixtures(pricer, priced):
+def _priced(pricer, limit_bytes):
+    """Return the price of every layout that fits into so much memory, or would with more recompute."""
+    def fits(layout):
+        return pricer.price(layout).memory_bytes <= limit_bytes
+
+    return list(map(pricer.price, layouts(pricer.config, pricer.ranks, pricer.machine, fits)))
+
+
+def _ranked(pricer, priced, limit_bytes):
+    """Return what fits into so much memory, mixtures of ways to recompute too, the best first; these are played."""
+    if pricer.config.layout.recompute == "auto":
+        priced = priced + _mixtures(pricer, priced, limit_bytes)
+    return _played_first(pricer, sorted((price for price in priced if price.memory_bytes <= limit_bytes), key=_rank))
+
+
+def _too_small(pricer):
+    """Return in words that no layout is left, or that none fits: the leanest, and how many ranks would do."""
+    config, machine, ranks = pricer.config, pricer.machine, pricer.ranks
+    priced = _priced(pricer, math.inf)
+    if not priced:
+        return (f"no layout of {ranks} ranks is left: {config.layout.sizes()} with {config.model.num_heads} heads, "
+                f"{config.model.num_layers} layers and {config.train.global_batch} sequences; leave more of [layout] "
+                "open, or take another number of ranks")
+    least = min(priced, key=lambda price: price.memory_bytes)
+    text = (f"no layout of {ranks} ranks fits {machine.memory_bytes / 1e9:.4g} GB a rank: the least is "
+            f"{least.memory_bytes / 1e9:.4g} GB with {describe(least.layout)}; take ")
+    unmeasured = replace(machine, num_ranks=0, num_nodes=0, speeds=())
+    for more in (ranks << doublings for doublings in range(1, MOST_DOUBLINGS + 1)):
+        found = _priced(Pricer(config, unmeasured, more), machine.memory_bytes)
+        best = min((price for price in found if price.memory_bytes <= machine.memory_bytes), key=_rank, default=None)
+        if best:
+            return text + (f"{more} ranks, of which each would need {best.memory_bytes / 1e9:.4g} GB with "
+                           f"{describe(best.layout)}, or a smaller model or microbatch")
+    return text + f"a smaller model or microbatch: up to {more} ranks do not help"
+
+
+def _mixtures(pricer, priced, limit):
     """Return prices of layouts that recompute in some layers only, where that beats all that treat layers alike.
 
     Mixing pays where one way to recompute is fast and does not fit and another fits. Its time is bounded by the
     faster one's; the most promising, by the mean of both that would just fit, come first.
     """
-    limit = pricer.machine.memory_bytes
     best = min((price.step_s for price in priced if price.memory_bytes <= limit), default=math.inf)
     ways, candidates = len(RECOMPUTE), []
     for alike in (priced[i:i + ways] for i in range(0, len(priced), ways)):
@@ -176,7 +253,19 @@ def _rank(price):
 
 
 def predicted_timeline(plan):
-    """Play the pipeline of a plan as it was priced. Local."""
+    """Play the pipeline of a plan as it was priced.
+
+    Local.
+
+    Parameters
+    ----------
+    plan : Plan
+        With ``layout`` and ``predicted``.
+
+    Returns
+    -------
+    Timeline
+    """
     layout, stages = plan.layout, plan.predicted["stages"]
     made = named_or_read(layout["schedule"], layout["pipeline"], stages["microbatches"], layout["chunks"])
     return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"])
@@ -194,21 +283,16 @@ def _played_first(pricer, priced):
     return sorted(played, key=_rank) + priced[len(played):]
 
 
-def _binding(pricer, best, priced):
-    """Return what limits the plan, and what a unit more of each is worth: the layout priced again with 1 % more.
-
-    Memory is worth the dual of its limit where layers were mixed to fit into it; else what the next faster layout
-    saves, over the bytes that it lacks: nothing where the fastest fits.
-    """
+def _binding(pricer, best, roomier):
+    """Return what limits the plan, and what a unit more of each is worth: the layout priced again with 1 % more; with
+    1 % more memory all are ranked again, of which ``roomier`` is the best."""
     machine, found = pricer.machine, []
-    is_played = best != pricer.price(best.layout)
 
     def price_on(other):
         changed = Pricer(pricer.config, other, pricer.ranks)
         price = changed.price(best.layout)
-        return (changed.played(price) if is_played else price).step_s
+        return (price if best.bucket_cuts is None else changed.played(price)).step_s
 
-    base = price_on(machine)
     figures = [("matmul", max(rate for _, rate in machine.matmul)), ("memory_bytes_per_s", machine.memory_bytes_per_s)]
     figures += [(what, getattr(machine, what)) for what in ("elementwise_bytes_per_s", "attention_flops_per_s")
                 if getattr(machine, what)]
@@ -217,19 +301,32 @@ def _binding(pricer, best, priced):
         figures += [(f"speed of rank {rank}", speed) for rank, speed in enumerate(machine.speeds)]
     found += price_speeds(pricer.config.train.global_batch, pricer._speeds(best.layout)[0], best.pipeline_s)
     for what, limit in figures:
-        gain = (base - price_on(machine.scaled(what, 1.01))) / (0.01 * limit)
+        gain = (best.step_s - price_on(machine.scaled(what, MORE))) / ((MORE - 1) * limit)
         if gain > 0:
             found.append({"what": what, "value": limit, "limit": limit, "price_s_per_unit": gain})
-    lacking = [(price.memory_bytes - machine.memory_bytes, best.step_s - price.step_s) for price in priced
-               if price.memory_bytes > machine.memory_bytes and price.step_s < best.step_s]
-    worth = best.memory_price_s or max((gain / lack for lack, gain in lacking), default=0.0)
+    worth = max(0.0, best.step_s - roomier.step_s) / ((MORE - 1) * machine.memory_bytes)
     found.append({"what": "memory_bytes", "value": best.memory_bytes, "limit": machine.memory_bytes,
                   "price_s_per_unit": worth})
     return sorted(found, key=lambda one: -one["price_s_per_unit"] * one["limit"])
 
 
 def price_layout(config, machine, ranks):
-    """Return the plan of the layout that the configuration itself has, without a search. Local."""
-    resolved = config.resolve(ranks)
-    layout = replace(resolved.layout, stage_cuts="auto")
-    return make_plan(replace(resolved, layout=layout), machine, ranks, top=0)
+    """Return the plan of the layout that the configuration itself has, without a search.
+
+    Local. What it leaves open is filled as :meth:`mpillm.Config.resolve` does, but for stage cuts and buckets.
+
+    Parameters
+    ----------
+    config, machine, ranks
+        As for :func:`make_plan`.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ConfigError
+        When the layout cannot run, or does not fit.
+    """
+    return make_plan(config.resolve(ranks), machine, ranks, top=0)

@@ -1,6 +1,7 @@
 """Dynamic program and linear program: what to keep and what to compute again under a memory limit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import linprog
@@ -20,17 +21,26 @@ class Choice:
         The row of ``time_s`` and ``n_bytes`` that each layer takes.
     time_s, n_bytes : float
         Of all layers.
-    bound_s : float
-        What no choice, of parts of modes too, could beat.
-    price_s_per_byte : float
-        By how much the bound falls for a byte more: the dual of the limit.
     """
 
     modes: tuple
     time_s: float
     n_bytes: float
-    bound_s: float
-    price_s_per_byte: float
+    _program: tuple = field(repr=False, compare=False)
+
+    @property
+    def bound_s(self):
+        """What no choice, of parts of modes too, could beat."""
+        return self._relaxed[0]
+
+    @property
+    def price_s_per_byte(self):
+        """By how much the bound falls for a byte more: the dual of the limit."""
+        return self._relaxed[1]
+
+    @cached_property
+    def _relaxed(self):
+        return _relaxed(*self._program)
 
 
 def choose_modes(time_s, n_bytes, limit_bytes):
@@ -38,7 +48,8 @@ def choose_modes(time_s, n_bytes, limit_bytes):
 
     Local. A multiple-choice knapsack: the dynamic program goes over layers and units of memory, ``E(l, v) = min over
     modes of E(l - 1, v - bytes) + time`` (Miao et al. 2022); what a layer takes is rounded up to units, so that the
-    answer always fits, and is the best one but for the rounding. The linear program lets layers mix modes; at its
+    answer always fits, and is the best one but for the rounding; what that leaves goes to whichever layers it makes
+    faster. The linear program lets layers mix modes; at its
     optimum one layer at most does (Sinha and Zoltners 1979).
 
     Parameters
@@ -85,8 +96,13 @@ def choose_modes(time_s, n_bytes, limit_bytes):
             picked[layer] = chosen[layer, left]
             left -= needs[picked[layer], layer]
     where = picked, np.arange(layers)
-    bound_s, price = _relaxed(time_s, n_bytes, limit_bytes)
-    return Choice(tuple(picked.tolist()), float(time_s[where].sum()), float(n_bytes[where].sum()), bound_s, price)
+    left = max(0.0, limit_bytes - n_bytes[where].sum())
+    for layer in range(layers):
+        more = n_bytes[:, layer] - n_bytes[picked[layer], layer]
+        picked[layer] = np.where(more <= left, time_s[:, layer], np.inf).argmin()
+        left -= more[picked[layer]]
+    return Choice(tuple(picked.tolist()), float(time_s[where].sum()), float(n_bytes[where].sum()),
+                  (time_s, n_bytes, limit_bytes))
 
 
 def _relaxed(time_s, n_bytes, limit_bytes):

@@ -21,7 +21,7 @@ from mpillm.planner.workload import (
     layer_work,
     step_flops,
 )
-from mpillm.schedules.pipeline import make_schedule
+from mpillm.schedules.pipeline import SCHEDULES, named_or_read
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -39,6 +39,11 @@ class Layout:
     zero: int
     sequence_parallel: bool
     recompute: str | tuple  # one way for all layers, or one a layer
+    order: tuple = AXES
+
+    def stride(self, axis):
+        """Return how many ranks lie between neighbours on an axis. Local."""
+        return math.prod(getattr(self, inner) for inner in self.order[self.order.index(axis) + 1:])
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,6 @@ class Price:
     """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes.
 
     ``gradients_s`` is what reducing gradients adds to the pipeline's time; ``bucket_cuts`` are known once played.
-    ``memory_price_s`` is what one more byte of memory would save, where layers were mixed to fit into it.
     """
 
     layout: Layout
@@ -56,7 +60,6 @@ class Price:
     update_s: float
     bubble_fraction: float
     memory_bytes: float
-    memory_price_s: float = 0.0
     bucket_cuts: tuple | None = None
 
 
@@ -70,21 +73,29 @@ class Pricer:
     def __init__(self, config, machine, ranks):
         self.config, self.machine, self.ranks = config, machine, ranks
         self.item = ITEM_BYTES[config.train.dtype]
+        self.price, self.played = lru_cache(None)(self._price), lru_cache(None)(self._played)
         self._works = lru_cache(None)(self._make_works)
         self._ends = lru_cache(None)(self._make_ends)
+        self._balance = lru_cache(None)(self._make_balance)
         self.reduction = Reduction(config, machine, self._work)
 
-    def _make_works(self, tokens, tensor, recompute, sequence_parallel):
+    def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
-        return (layer_work(model, machine, seq_len, tokens, tensor, self.item, recompute, sequence_parallel),
-                head_work(model, machine, tokens, tensor, self.item))
+        level = machine.level_for(reach)
+        return (layer_work(model, machine, level, seq_len, tokens, tensor, self.item, recompute, sequence_parallel),
+                head_work(model, machine, level, tokens, tensor, self.item))
 
     def shares(self, layout):
-        """Return the sequences of every data rank, ``None`` where ranks are equal. Local."""
+        """Return the sequences of every data rank, ``None`` where all have as many. Local."""
+        given = self.config.layout.shares
+        if given != "auto":
+            return given
         if not self.machine.speeds or layout.data == 1:
             return None
-        speeds = self._speeds(layout)[0]
-        return balance(self.config.train.global_batch, 1 / speeds).shares
+        return self._balance(tuple(self._speeds(layout)[0].tolist()))
+
+    def _make_balance(self, speeds):
+        return balance(self.config.train.global_batch, 1 / np.array(speeds)).shares
 
     def _speeds(self, layout):
         """Return the speeds of data ranks and of pipeline ranks, each that of its slowest rank.
@@ -94,15 +105,19 @@ class Pricer:
         d, p, t = layout.data, layout.pipeline, layout.tensor
         if not self.machine.speeds:
             return np.ones(d), np.ones(p)
-        speeds = np.reshape(self.machine.speeds, (d, p, t))
+        speeds = np.reshape(self.machine.speeds, [getattr(layout, axis) for axis in layout.order])
+        speeds = speeds.transpose([layout.order.index(axis) for axis in AXES])
         return (speeds.min((1, 2)), np.ones(1)) if p == 1 else (np.ones(d), speeds.min((0, 2)))
 
     def stage_sizes(self, layout):
         """Return the layers of every stage: as many each, but the last fewer by what the head weighs. Local.
 
-        Where ranks are unequal, the dynamic program of :mod:`mpillm.planner.stages` decides.
+        Where ranks are unequal, the dynamic program of :mod:`mpillm.planner.stages` decides; given cuts are kept.
         """
         num_layers, stages = self.config.model.num_layers, layout.pipeline * layout.chunks
+        given = self.config.layout.stage_cuts
+        if given != "auto":
+            return np.diff([0, *given, num_layers]).tolist()
         if stages == 1:
             return [num_layers]
         layer, head = self._work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
@@ -119,7 +134,8 @@ class Pricer:
 
     def _work(self, layout, mode):
         """Return what a layer with one way to recompute costs a microbatch, and the head."""
-        return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor, mode, layout.sequence_parallel)
+        return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor,
+                           layout.tensor * layout.stride("tensor"), mode, layout.sequence_parallel)
 
     def _stage_works(self, layout):
         """Return forward, input and weight half and bytes kept of the layers of every stage: shape (4, stages)."""
@@ -138,16 +154,17 @@ class Pricer:
     def _message_s(self, layout):
         if layout.pipeline == 1:
             return 0.0
-        reach = layout.tensor * layout.pipeline
-        level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * layout.tensor)
+        stride = layout.stride("pipeline")
+        reach = stride * layout.pipeline
+        level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
         n_bytes = layout.microbatch * self.config.train.seq_len * self.config.model.hidden_size * self.item
         return level.alpha_s + n_bytes / (layout.tensor if layout.sequence_parallel else 1) * level.beta_s_per_byte
 
-    def _make_ends(self, p, chunks, microbatch, tensor, recompute, sequence_parallel, data):
+    def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
         """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
         input, weight); the bytes that layers keep, most of a microbatch and most where each rank holds one microbatch
-        less than the rank before; those that the head keeps; and the time of a message."""
-        layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute)
+        less than the rank before; and those that the head keeps."""
+        layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
         sizes, speeds = self.stage_sizes(layout), self._speeds(layout)[1].tolist()
         layers = [sum(sizes[rank::p]) for rank in range(p)]
         if isinstance(recompute, str):
@@ -163,25 +180,26 @@ class Pricer:
         first = [each / speeds[fullest] for each in first[:3]]
         last = [(own + more) / speeds[-1] for own, more in zip(last, head[:3])]
         kept = max(kept), max(each * (p - rank) for rank, each in enumerate(kept))
-        return ((max(layers[:-1], default=layers[0]), layers[-1]), first, last, kept, head.kept_bytes,
-                self._message_s(layout))
+        return (max(layers[:-1], default=layers[0]), layers[-1]), first, last, kept, head.kept_bytes
 
     def _of(self, layout):
-        return self._ends(layout.pipeline, layout.chunks, layout.microbatch, layout.tensor, layout.recompute,
-                          layout.sequence_parallel, layout.data if self.machine.speeds else 1)
+        return self._ends(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.microbatch,
+                          layout.sequence_parallel, layout.recompute, layout.order)
 
-    def price(self, layout):
-        """Return the :class:`Price` of a layout. Local."""
-        layers, first, last, (kept_bytes, falling_bytes), head_bytes, message = self._of(layout)
-        p, v = layout.pipeline, layout.chunks
-        f, i, w = map(max, first, last)
-        ramp = {"gpipe": f + i + w, "1f1b": f + i + w, "interleaved": (f + i + w) / v, "zb-h1": f + i - w,
-                "zb-h2": f + i - 2 * w}[layout.schedule]
-        # A message holds up the ramp there and back, and the steady part once more each way for every round of ranks.
-        m = self.num_microbatches(layout)
-        waits = (2 * (p - 1) * v + 2 * m / p) * message if p > 1 else 0.0
+    def _price(self, layout):
+        """Return the :class:`Price` of a layout; a schedule from a file is played. Local."""
+        layers, first, last, (kept_bytes, falling_bytes), head_bytes = self._of(layout)
+        p, v, m = layout.pipeline, layout.chunks, self.num_microbatches(layout)
         busy = self._fullest(layout, m) * max(sum(first), sum(last))
-        pipeline_s = busy + (p - 1) * max(ramp, 0.0) + waits
+        if layout.schedule in SCHEDULES:
+            f, i, w = map(max, first, last)
+            ramp = {"zb-h1": f + i - w, "zb-h2": f + i - 2 * w}.get(layout.schedule, (f + i + w) / v)
+            # A message holds up the ramp there and back, and the steady part once more each way for every round of
+            # ranks.
+            waits = (2 * (p - 1) * v + 2 * m / p) * self._message_s(layout) if p > 1 else 0.0
+            pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), (m + p - 1) * (f + i) / v) + waits
+        else:
+            pipeline_s = self.timeline(layout).total_s
         parameters = self._parameters(layout, layers)
         gradients_s = self.reduction.price_s(layout, parameters, max(layers))
         update_s = self._update_s(layout, parameters)
@@ -193,9 +211,9 @@ class Pricer:
 
     def _fullest(self, layout, microbatches):
         """Return the microbatches of the data rank that ends last, over its speed."""
-        if not self.machine.speeds:
-            return microbatches
-        shares = self.shares(layout) or (microbatches * layout.microbatch,)
+        shares = self.shares(layout)
+        if shares is None:
+            return microbatches / (self._speeds(layout)[0].min() if self.machine.speeds else 1.0)
         return max(share / layout.microbatch / speed for share, speed in zip(shares, self._speeds(layout)[0]))
 
     def num_microbatches(self, layout):
@@ -207,10 +225,10 @@ class Pricer:
     def timeline(self, layout):
         """Return the played schedule of a layout's pipeline. Local."""
         times, message = self.stage_times(layout)
-        made = make_schedule(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
+        made = named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
         return play(made, *times, message)
 
-    def played(self, price):
+    def _played(self, price):
         """Return the price with times and bubble from the played schedule, and the buckets that go with it. Local."""
         layout, pipeline_s, bubble = price.layout, price.pipeline_s, price.bubble_fraction
         ends_s = [pipeline_s]  # of every stage
@@ -244,8 +262,10 @@ class Pricer:
     def _held(self, layout, microbatches):
         """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next."""
         p, v = layout.pipeline, layout.chunks
-        held = {"gpipe": microbatches, "1f1b": p, "zb-h1": p, "zb-h2": 2 * p - 1,
-                "interleaved": p * (1 + (p - 1) / (p * v))}[layout.schedule]
+        if layout.schedule not in SCHEDULES:
+            return max(self.timeline(layout).in_flight_max) / v, 0
+        held = {"gpipe": microbatches, "zb-h2": 2 * p - 1,
+                "interleaved": p + (p - 1) / v if v > 1 else p}.get(layout.schedule, p)
         return min(held, microbatches), layout.schedule == "1f1b" and microbatches >= p
 
     def _fixed_bytes(self, layout, parameters, head_bytes):
@@ -280,12 +300,12 @@ class Pricer:
     def _mixed(self, layout, limit_bytes, ways):
         """Return the price of the best mixture of some ways to recompute."""
         p, sizes = layout.pipeline, self.stage_sizes(replace(layout, recompute="none"))
-        layers, _, _, _, head_bytes, _ = self._of(replace(layout, recompute="none"))
+        layers, _, _, _, head_bytes = self._of(replace(layout, recompute="none"))
         fixed = self._fixed_bytes(replace(layout, recompute=ways), self._parameters(layout, layers), head_bytes)
         works = [self._work(layout, mode)[0] for mode in ways]
         time_s, kept = ([[value] for value in row] for row in zip(*(
             (work.forward_s + work.input_s + work.weight_s, work.kept_bytes) for work in works)))
-        starts, modes, prices, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), [], {}
+        starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
         most, fewer = self._held(layout, self.num_microbatches(layout))
         for rank in range(p):
             held = most - rank * fewer
@@ -295,28 +315,39 @@ class Pricer:
             key = len(own), (limit_bytes - fixed) / held
             if key not in choices:
                 choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(kept, len(own)), key[1])
-            chosen = choices[key]
-            prices.append(chosen.price_s_per_byte / held)
-            for mode, (_, layer) in zip(sorted(chosen.modes), own):
+            for mode, (_, layer) in zip(sorted(choices[key].modes), own):
                 modes[layer] = ways[mode]
-        price = self.price(replace(layout, recompute=tuple(modes)))
-        return replace(price, memory_price_s=max(prices) * self._fullest(layout, self.num_microbatches(layout)))
+        return self.price(replace(layout, recompute=tuple(modes)))
 
     def bound_s(self):
-        """Return a time that no layout can beat: all products at the best rate, shared evenly. Local."""
+        """Return a time that no layout can beat: all products at the best rate, shared as ranks are fast. Local."""
         train = self.config.train
         flops = step_flops(self.config.model, train.seq_len, train.global_batch * train.seq_len)
-        return flops / self.ranks / max(rate for _, rate in self.machine.matmul)
+        return flops / (sum(self.machine.speeds) or self.ranks) / max(rate for _, rate in self.machine.matmul)
 
 
 def to_config(price, pricer):
-    """Return the keys of ``[layout]``, and the microbatch, that a priced layout stands for. Local."""
+    """Return the keys of ``[layout]``, and the microbatch, that a priced layout stands for.
+
+    Local.
+
+    Parameters
+    ----------
+    price : Price
+        Its buckets, if it was played, are among them.
+    pricer : Pricer
+
+    Returns
+    -------
+    dict
+        As JSON can hold it.
+    """
     layout = price.layout
     sizes, cuts = pricer.stage_sizes(layout), []
     for size in sizes[:-1]:
         cuts.append(size + (cuts[-1] if cuts else 0))
     modes = layout.recompute if isinstance(layout.recompute, str) else list(layout.recompute)
-    found = {**asdict(layout), "recompute": modes, "stage_cuts": cuts, "order": list(AXES)}
+    found = {**asdict(layout), "recompute": modes, "stage_cuts": cuts, "order": list(layout.order)}
     if price.bucket_cuts is not None:
         found["bucket_cuts"] = list(price.bucket_cuts)
     shares = pricer.shares(layout)
@@ -332,6 +363,7 @@ def describe(layout):
         text += f" {shown['schedule']}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
     text += f" zero={shown['zero']}" if shown["data"] > 1 else ""
     text += " sequence-parallel" if shown["sequence_parallel"] else ""
+    text += f" order={','.join(shown['order'])}" if tuple(shown["order"]) != AXES else ""
     return text + describe_recompute(shown["recompute"])
 
 

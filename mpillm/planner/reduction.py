@@ -45,8 +45,8 @@ class Reduction:
             model = self.config.model
             count = most_layers if layout.pipeline == 1 and not model.tie_embeddings else most_layers - 1
             last = (layer_parameters(model) + model.vocab_size * model.hidden_size) / layout.tensor * self._wide
-            hidden_s = count * min(self._completes_s(self._work(layout, mode)[0], layout)
-                                   for mode in set(self._modes(layout)))
+            modes = {layout.recompute} if isinstance(layout.recompute, str) else set(layout.recompute)
+            hidden_s = count * min(self._completes_s(self._work(layout, mode)[0], layout) for mode in modes)
             there_s = max(there_s - hidden_s, one_way_s(last))
         return there_s + back_s
 
@@ -64,7 +64,7 @@ class Reduction:
 
     def _inside(self, layout):
         """Return the data ranks that share a node."""
-        return min(layout.data, max(1, self.machine.ranks_per_node // (layout.tensor * layout.pipeline)))
+        return min(layout.data, max(1, self.machine.ranks_per_node // layout.stride("data")))
 
     def _overlaps(self, layout):
         """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
@@ -74,15 +74,10 @@ class Reduction:
     def _one_way_s(self, layout):
         """Return the function from bytes to seconds of half an allreduce over the data axis."""
         machine, inside = self.machine, self._inside(layout)
-        level = machine.level_for(layout.tensor * layout.pipeline * layout.data)
+        level = machine.level_for(layout.stride("data") * layout.data)
         outside = math.ceil(layout.data / inside)
         return lambda n_bytes: (ring_s(machine.levels[0], inside, n_bytes, 1)
                                 + ring_s(level, outside, n_bytes / inside, 1))
-
-    def _modes(self, layout):
-        """Return how each layer recomputes."""
-        modes = layout.recompute
-        return (modes,) * self.config.model.num_layers if isinstance(modes, str) else modes
 
     def _completes_s(self, work, layout):
         """Return the seconds from one gradient to the next in the action that completes them."""
@@ -108,7 +103,8 @@ class Reduction:
     def _gradients(self, layout, start, stop, end_s):
         """Return for layers ``[start, stop)`` with their ends, in the order of backward: the layer that each gradient
         belongs to (-1 the embedding), when it is ready if the last is at ``end_s``, and its bytes."""
-        model, modes = self.config.model, self._modes(layout)
+        model, modes = self.config.model, layout.recompute
+        modes = (modes,) * model.num_layers if isinstance(modes, str) else modes
         table, each = model.vocab_size * model.hidden_size, layer_parameters(model)
         found = [(stop, self._work(layout, "none")[1], table)] * (stop == model.num_layers)
         found += [(place, self._work(layout, modes[place])[0], each) for place in range(stop - 1, start - 1, -1)]

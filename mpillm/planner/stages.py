@@ -87,7 +87,20 @@ def _undominated(total, most, origin):
 
 
 def default_cuts(config):
-    """Return the stage cuts of a resolved configuration: its own, or balanced by :func:`step_costs`. Local."""
+    """Return the stage cuts of a configuration: its own, or balanced by :func:`step_costs`.
+
+    Local.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved, with ``model.vocab_size``.
+
+    Returns
+    -------
+    tuple of int
+        The first layer of every stage after the first.
+    """
     layout = config.layout
     if layout.stage_cuts != "auto":
         return layout.stage_cuts

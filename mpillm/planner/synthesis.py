@@ -67,7 +67,21 @@ def synthesise(num_ranks, num_microbatches, forward_s, input_s, weight_s, messag
 
 
 def memory_max(schedule, weight_memory):
-    """Return the most memory that a rank holds, in microbatches, as :func:`synthesise` counts it. Local."""
+    """Return the most memory that a rank holds, as :func:`synthesise` counts it.
+
+    Local.
+
+    Parameters
+    ----------
+    schedule : PipelineSchedule
+    weight_memory : float
+        What a microbatch whose input half has run still holds, as a share of a whole one.
+
+    Returns
+    -------
+    float
+        In microbatches.
+    """
     change = {"F": 1, "I": weight_memory - 1, "W": -weight_memory, "B": -1}
     return max(max(accumulate(change[action.kind] for action in row)) for row in schedule.actions)
 

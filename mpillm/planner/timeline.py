@@ -1,6 +1,7 @@
 """Plays a pipeline schedule on a clock: who computes when, the bubble, and the path that decides how long it takes."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,14 +19,16 @@ class Timeline:
     schedule : PipelineSchedule
     starts_s, ends_s : tuple of ndarray
         For every rank, in the order of its actions.
-    in_flight_max : tuple of int
-        For every rank the most (stage, microbatch) pairs whose forward has run and whose ``B`` or ``W`` has not ended.
     """
 
     schedule: object
     starts_s: tuple
     ends_s: tuple
-    in_flight_max: tuple
+
+    @cached_property
+    def in_flight_max(self):
+        """For every rank the most (stage, microbatch) pairs whose forward has run and whose ``B`` or ``W`` has not."""
+        return tuple(int(np.cumsum([HELD[action.kind] for action in row]).max()) for row in self.schedule.actions)
 
     @property
     def spans_s(self):
@@ -135,8 +138,7 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0):
     stuck = [rank for rank, row in enumerate(rows) if len(ends[rank]) < len(row)]
     if stuck:
         raise ScheduleError(f"schedule {schedule.name}: ranks {stuck} would wait for ever: see mpillm.schedules.check")
-    held = tuple(int(np.cumsum([HELD[action.kind] for action in row]).max()) for row in rows)
-    return Timeline(schedule, tuple(map(np.array, starts)), tuple(map(np.array, ends)), held)
+    return Timeline(schedule, tuple(map(np.array, starts)), tuple(map(np.array, ends)))
 
 
 def _source(action, num_stages, places):

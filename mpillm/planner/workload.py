@@ -10,24 +10,76 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def layer_parameters(model):
-    """Return the parameters of one layer, norms left aside."""
+    """Return how many parameters a layer has, norms left aside.
+
+    Local.
+
+    Parameters
+    ----------
+    model : mpillm.config.Model
+
+    Returns
+    -------
+    int
+    """
     heads, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     matrices = 2 if model.kind == "gpt" else 3
     return model.hidden_size * (2 * heads + 2 * keys + matrices * model.ffn_size)
 
 
 def layer_flops(model, seq_len):
-    """Return the forward FLOPs per token of one layer: products of weights, and attention over half of ``seq_len``."""
+    """Return the forward FLOPs of a layer per token: products of weights, and attention over half of ``seq_len``.
+
+    Local.
+
+    Parameters
+    ----------
+    model : mpillm.config.Model
+    seq_len : int
+        Tokens of a sequence.
+
+    Returns
+    -------
+    int
+    """
     return 2 * layer_parameters(model) + 2 * seq_len * model.num_heads * model.head_dim
 
 
 def head_flops(model):
-    """Return the forward FLOPs per token of the output head."""
+    """Return the forward FLOPs of the output head per token.
+
+    Local.
+
+    Parameters
+    ----------
+    model : mpillm.config.Model
+        With ``vocab_size``.
+
+    Returns
+    -------
+    int
+    """
     return 2 * model.hidden_size * model.vocab_size
 
 
 def step_flops(model, seq_len, tokens):
-    """Return the FLOPs of a training step over ``tokens``: forward, and twice that backward (Narayanan et al. 2021)."""
+    """Return the FLOPs of a training step: forward, and twice that backward (Narayanan et al. 2021).
+
+    Local.
+
+    Parameters
+    ----------
+    model : mpillm.config.Model
+        With ``vocab_size``.
+    seq_len : int
+        Tokens of a sequence.
+    tokens : int
+        Of the whole batch.
+
+    Returns
+    -------
+    int
+    """
     return 3 * tokens * (model.num_layers * layer_flops(model, seq_len) + head_flops(model))
 
 
@@ -41,17 +93,55 @@ class Work(NamedTuple):
 
 
 def ring_s(level, size, n_bytes, passes=2):
-    """Return the time of a ring over ``size`` ranks: two passes for an allreduce, one for a half of it."""
+    """Return how long a ring takes.
+
+    Local.
+
+    Parameters
+    ----------
+    level : Level
+        The link between neighbours.
+    size : int
+        Ranks of the ring.
+    n_bytes : float
+        Of the whole vector.
+    passes : int
+        2 for an allreduce, 1 for a half of it: a reduce_scatter or an allgather.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
     return passes * (size - 1) * (level.alpha_s + n_bytes / size * level.beta_s_per_byte)
 
 
-def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
-    """Price one layer and microbatch on one of ``tensor`` ranks.
+def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
+    """Price a layer for a microbatch on one tensor rank.
 
     Local. Products at the machine's rate for their sizes; attention at the rate for its head size;
     elementwise work by the bytes it moves, the scores among them where they are kept as a matrix (``kind = "gpt"``);
     two allreduces (or their halves) forward and two backward; recompute repeats the forward, or its attention, before
     the backward (Korthikanti et al. 2022).
+
+    Parameters
+    ----------
+    model : mpillm.config.Model
+    machine : Machine
+    level : Level
+        Over which tensor ranks reach each other.
+    seq_len, tokens : int
+        Of a sequence, and of the microbatch.
+    tensor : int
+        Tensor ranks.
+    item_bytes : int
+        Of an activation or a weight.
+    recompute : {"none", "selective", "full"}
+    sequence_parallel : bool
+
+    Returns
+    -------
+    Work
     """
     h, heads, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     ups = 1 if model.kind == "gpt" else 2
@@ -68,7 +158,7 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
     touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = 2 * ring_s(machine.level_for(tensor), tensor, whole)
+    talk = 2 * ring_s(level, tensor, whole)
     forward = products + attention + elementwise + machine.call_s + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
@@ -80,10 +170,22 @@ def layer_work(model, machine, seq_len, tokens, tensor, item_bytes, recompute, s
     return Work(forward, backward + again, weights, kept)
 
 
-def head_work(model, machine, tokens, tensor, item_bytes):
-    """Price the output head and the loss of one microbatch on one of ``tensor`` ranks."""
+def head_work(model, machine, level, tokens, tensor, item_bytes):
+    """Price the output head and the loss of a microbatch on one tensor rank.
+
+    Local.
+
+    Parameters
+    ----------
+    model, machine, level, tokens, tensor, item_bytes
+        As for :func:`layer_work`.
+
+    Returns
+    -------
+    Work
+    """
     columns = model.vocab_size / tensor
     product = machine.product_s(tokens, model.hidden_size, columns)
     loss = 4 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = ring_s(machine.level_for(tensor), tensor, tokens * model.hidden_size * item_bytes)
+    talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes)
     return Work(product + loss, product + loss + talk, product, tokens * columns * 4)

@@ -16,6 +16,7 @@ takes the same road as the five made here:
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class PipelineSchedule:
     def __post_init__(self):
         if not re.fullmatch(r"[^\s#]+", self.name):
             raise ScheduleError(f'schedule name "{self.name}": a name is one word without "#"')
-        header = self.to_text().partition("\n")[0]
+        header = self.header()
         if min(self.num_ranks, self.num_stages, self.num_microbatches) < 1:
             raise ScheduleError(f"{header}: there must be at least one of each")
         if self.num_stages % self.num_ranks:
@@ -76,14 +77,15 @@ class PipelineSchedule:
         """Return the rank on which a stage lives."""
         return stage % self.num_ranks
 
+    def header(self):
+        """Return the first line of the text."""
+        return (f"schedule={self.name} ranks={self.num_ranks} stages={self.num_stages} "
+                f"microbatches={self.num_microbatches}")
+
     def to_text(self):
         """Return the schedule as text that :meth:`from_text` reads back equal."""
-        header = (
-            f"schedule={self.name} ranks={self.num_ranks} stages={self.num_stages} "
-            f"microbatches={self.num_microbatches}\n"
-        )
-        rows = (f"rank {rank}: {' '.join(map(str, row))}\n" for rank, row in enumerate(self.actions))
-        return header + "".join(rows)
+        rows = [f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.actions)]
+        return "\n".join([self.header(), *rows, ""])
 
     __str__ = to_text
 
@@ -128,6 +130,7 @@ def _parse_row(number, line, rank):
         raise ScheduleError(f"schedule file, line {number}: {error}") from None
 
 
+@lru_cache(maxsize=32, typed=True)
 def make_schedule(name, num_ranks, num_microbatches, chunks=1):
     """Make one of the named schedules.
 
@@ -176,11 +179,7 @@ def named_or_read(name, num_ranks, num_microbatches, chunks=1):
     """
     if name in SCHEDULES:
         return make_schedule(name, num_ranks, num_microbatches, chunks)
-    try:
-        schedule = PipelineSchedule.from_text(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f'schedule "{name}": neither one of {", ".join(SCHEDULES)} nor a file that can be read ({error})') from None
+    schedule = read_schedule(name)
     found = (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches)
     needed = (num_ranks, num_ranks * chunks, num_microbatches)
     if found != needed:
@@ -189,6 +188,23 @@ def named_or_read(name, num_ranks, num_microbatches, chunks=1):
             f"{needed[0]}, {needed[1]} and {needed[2]}"
         )
     return schedule
+
+
+def read_schedule(path):
+    """Read a schedule from a file.
+
+    Local.
+
+    Raises
+    ------
+    ConfigError
+        When the file cannot be read; a :class:`ScheduleError` when it holds no schedule.
+    """
+    try:
+        return PipelineSchedule.from_text(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f'schedule "{path}": neither one of {", ".join(SCHEDULES)} nor a file that can be read ({error})') from None
 
 
 def _check_request(name, num_ranks, num_microbatches, chunks):

@@ -1,7 +1,10 @@
 """The search over layouts: what it leaves open and what not, its prices, what binds, and the plan it writes."""
 
+import math
+import re
+import time
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +14,10 @@ from mpillm.cli.plan import command
 from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Level, Machine
 from mpillm.plan import Plan
+from mpillm.planner import pricing
+from mpillm.planner.balance import balance
 from mpillm.planner.layout import Layout, Pricer, layouts, make_plan, predicted_timeline, price_layout
+from mpillm.schedules.pipeline import make_schedule
 
 SMALL = Config.from_dict({
     "model": {"vocab_size": 64, "hidden_size": 64, "ffn_size": 128, "num_layers": 6, "num_heads": 4, "max_seq_len": 32},
@@ -68,8 +74,43 @@ def test_the_plan_is_the_cheapest_that_fits():
 
 
 def test_what_fits_nowhere_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"the least is .* GB with data=.*take at least \d+ ranks"):
+    with pytest.raises(ConfigError, match=r"the least is .* GB with data=.*up to 4096 ranks do not help"):
         make_plan(SMALL, replace(MACHINE, memory_bytes=1000.0), 4)
+    small = replace(MACHINE, memory_bytes=8e5)
+    with pytest.raises(ConfigError, match=r"take \d+ ranks, .* GB with data=") as error:
+        make_plan(SMALL, small, 2)
+    ranks = int(re.search(r"take (\d+) ranks", str(error.value))[1])
+    assert make_plan(SMALL, small, ranks).predicted["memory_bytes_per_rank"] <= small.memory_bytes
+    with pytest.raises(ConfigError, match="the least is"):
+        make_plan(SMALL, small, ranks // 2)
+
+
+@pytest.mark.parametrize("batch", [8, 12, 9])
+def test_what_is_not_searched_could_not_win(batch):
+    """Whatever fits is found where memory prunes; a replicated optimiser never beats a sharded one."""
+    config = SMALL.with_values({"train.global_batch": batch})
+    pricer = Pricer(config, MACHINE, 4)
+    every = [pricer.price(one) for one in layouts(config, 4, MACHINE)]
+    for price in every:
+        if price.layout.data > 1:
+            other = pricer.price(replace(price.layout, zero=0))
+            assert price.layout.zero == 1 and price.step_s < other.step_s and price.memory_bytes < other.memory_bytes
+    bytes_ = sorted(price.memory_bytes for price in every)
+    for limit in bytes_[::len(bytes_) // 9]:
+        found = list(layouts(config, 4, MACHINE, lambda one: pricer.price(one).memory_bytes <= limit))
+        assert {price.layout for price in every if price.memory_bytes <= limit} <= set(found)
+        assert limit > bytes_[0] or len(found) < len(every) / 4
+
+
+def test_a_batch_that_does_not_divide_is_planned():
+    config = SMALL.with_values({"train.global_batch": 9, "layout.data": 2})
+    found = list(layouts(config, 2, MACHINE))
+    assert {one.microbatch for one in found} == {1, 2, 3, 5}  # 5, 3, 2 and 1 microbatches of the fullest rank
+    pricer = Pricer(config, MACHINE, 2)
+    for one in found:
+        resolved = Plan(2, 1, layout=plan_keys(one, [6])).applied_to(config).resolve(2)
+        assert pricer.num_microbatches(one) == max(map(len, resolved.microbatch_bounds()))
+    assert make_plan(config, MACHINE, 2).layout["data"] == 2
 
 
 def test_full_pipelines_have_their_closed_form():
@@ -81,6 +122,92 @@ def test_full_pipelines_have_their_closed_form():
         price = pricer.price(one)
         limit = 0.1 if one.chunks > 1 else 0.05  # stages are uneven: the form takes the longest
         assert price.step_s == pytest.approx(pricer.played(price).step_s, rel=limit), one
+    few = SMALL.with_values({"train.microbatch": 2, "layout.pipeline": 6, "layout.chunks": 1, "model.vocab_size": 2})
+    pricer = Pricer(few, free, 6)
+    for one in layouts(few, 6, free):  # four microbatches do not fill six stages
+        price = pricer.price(one)
+        assert price.step_s == pytest.approx(pricer.played(price).step_s, rel=0.15), one
+
+
+def test_what_is_fixed_is_kept():
+    cuts = SMALL.with_values({"layout.stage_cuts": [1, 2, 5], "layout.recompute": "none"})
+    for plan in (make_plan(cuts, MACHINE, 4), price_layout(cuts.with_values({"layout.pipeline": 4}), MACHINE, 4)):
+        assert plan.layout["stage_cuts"] == [1, 2, 5] and plan.layout["pipeline"] * plan.layout["chunks"] == 4
+        first, second, third, _ = plan.predicted["stages"]["forward_s"]
+        assert first == second == pytest.approx(third / 3)
+    shares = SMALL.with_values({"layout.shares": [6, 2], "train.microbatch": 2})
+    for machine in (MACHINE, replace(MACHINE, speeds=(1.0, 1.0), num_ranks=2)):
+        for plan in (make_plan(shares, machine, 2), price_layout(shares, machine, 2)):
+            assert (plan.layout["data"], plan.layout["shares"]) == (2, [6, 2])
+            assert plan.predicted["stages"]["microbatches"] == 3
+    for order in permutations(("data", "pipeline", "tensor")):
+        config = SMALL.with_values({"layout.order": list(order)})
+        plan = make_plan(config, MACHINE, 8)
+        assert plan.layout["order"] == list(order) == list(plan.applied_to(config).layout.order)
+        with pytest.raises(ConfigError, match="layout.order"):
+            plan.applied_to(SMALL.with_values({"layout.order": list(order[::-1])}))
+
+
+@pytest.mark.parametrize("order, inside", [(("data", "pipeline", "tensor"), "pipeline"),
+                                           (("pipeline", "data", "tensor"), "data")])
+def test_the_outermost_axis_crosses_nodes(order, inside):
+    """Eight ranks on two nodes: messages and sums take the link that their axis has in this order."""
+    pricer = Pricer(SMALL, MACHINE, 8)
+    data, pipeline = (2, 4) if inside == "pipeline" else (4, 2)
+    layout = Layout(data, pipeline, 1, 1, "1f1b", 1, 1, False, "none", order)
+    node, network = (1e-6, 1e-9), (1e-5, 1e-8)
+    alpha, beta = node if inside == "pipeline" else network
+    assert pricer.stage_times(layout)[1] == pytest.approx(alpha + 32 * 64 * 4 * beta)
+    alpha, beta = node if inside == "data" else network
+    layers = max(pricer.stage_sizes(layout))
+    n_bytes = 4 * (layers * 64 * (4 * 64 + 3 * 128) + 64 * 64)
+    bare = replace(SMALL, layout=replace(SMALL.layout, bucket_cuts=()))
+    found = Pricer(bare, MACHINE, 8).price(layout).gradients_s
+    assert found == pytest.approx(2 * (data - 1) * (alpha + n_bytes / data * beta))
+
+
+def test_the_order_of_axes_over_nodes_is_searched():
+    config = SMALL.with_values({"layout.data": 4, "layout.pipeline": 2, "layout.tensor": 1})
+    plan = make_plan(config, MACHINE, 8)
+    orders = [["data", "pipeline", "tensor"], ["pipeline", "data", "tensor"]]
+    steps = [make_plan(config.with_values({"layout.order": order}), MACHINE, 8).predicted["step_s"] for order in orders]
+    assert plan.layout["order"] == orders[1] and plan.predicted["step_s"] == min(steps) < max(steps)
+    assert {one.order for one in layouts(config, 8, replace(MACHINE, levels=MACHINE.levels[1:]))} == {tuple(orders[0])}
+
+
+@pytest.mark.parametrize("keys", [{"layout.schedule": "interleaved", "layout.chunks": 5}, {"layout.chunks": 5},
+                                  {"layout.schedule": "gpipe", "layout.chunks": 3}, {"layout.schedule": "zb-h2"},
+                                  {"layout.schedule": "interleaved", "layout.chunks": 1}])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_fixed_schedule_is_planned_as_it_is(keys, pipeline):
+    config = SMALL.with_values({"model.num_layers": 12, "layout.pipeline": pipeline, "layout.tensor": 1} | keys)
+    for plan in (make_plan(config, MACHINE, 2), price_layout(config.with_values({"train.microbatch": 1}), MACHINE, 2)):
+        for key, value in keys.items():
+            assert plan.layout[key.removeprefix("layout.")] == value
+        played = predicted_timeline(plan)
+        assert played.total_s == pytest.approx(plan.predicted["pipeline_s"])
+
+
+def test_a_schedule_from_a_file_is_priced_by_playing(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(replace(make_schedule("zb-h2", 2, 4), name="mine").to_text())
+    named, mine = (SMALL.with_values({"layout.schedule": name, "layout.data": 1, "layout.tensor": 1,
+                                      "train.microbatch": 2}) for name in ("zb-h2", str(path)))
+    plan = make_plan(mine, MACHINE, 2)
+    expected = make_plan(named, MACHINE, 2).predicted
+    assert plan.layout["schedule"] == str(path)
+    assert {key: plan.predicted[key] for key in ("step_s", "bubble_fraction", "memory_bytes_per_rank")} == {
+        key: pytest.approx(expected[key]) for key in ("step_s", "bubble_fraction", "memory_bytes_per_rank")}
+    assert price_layout(mine, MACHINE, 2).predicted["step_s"] == plan.predicted["step_s"]
+    open_ = mine.with_values({"layout.data": "auto"})
+    assert {(one.data, one.pipeline, one.microbatch) for one in layouts(
+        replace(open_, train=replace(open_.train, microbatch=None)), 4, MACHINE)} == {(2, 2, 1)}
+    for pipeline in (1, 2):
+        with pytest.raises(ConfigError, match='"1f1bb": neither one of gpipe'):
+            make_plan(SMALL.with_values({"layout.schedule": "1f1bb", "layout.pipeline": pipeline}), MACHINE, 2)
+        with pytest.raises(ConfigError, match="zb-h1.* with chunks = 2"):
+            make_plan(SMALL.with_values({"layout.schedule": "zb-h1", "layout.chunks": 2, "layout.pipeline": pipeline}),
+                      MACHINE, 2)
 
 
 def test_prices_of_what_binds_are_differences():
@@ -89,7 +216,8 @@ def test_prices_of_what_binds_are_differences():
                                ("data", "pipeline", "tensor", "chunks", "schedule", "zero", "sequence_parallel",
                                 "recompute")} | {"train.microbatch": plan.layout["microbatch"]})
     for one in plan.binding:
-        if one["what"] == "memory_bytes":
+        if one["what"] == "memory_bytes":  # of which there is enough
+            assert one["price_s_per_unit"] == 0
             continue
         raised = price_layout(fixed, MACHINE.scaled(one["what"], 1.001), 4).predicted["step_s"]
         expected = plan.predicted["step_s"] - one["price_s_per_unit"] * one["limit"] * 0.001
@@ -97,7 +225,24 @@ def test_prices_of_what_binds_are_differences():
         assert raised < plan.predicted["step_s"]
 
 
-def test_a_trillion_parameters_are_planned_with_every_preset(tmp_path):
+def test_a_trillion_parameters_on_3072_ranks_are_planned_in_a_second():
+    layers, hidden, heads, *_, batch, _, _ = MEGATRON[-1]
+    config = LARGE.with_values({
+        "model.num_layers": layers, "model.hidden_size": hidden, "model.ffn_size": 4 * hidden,
+        "model.num_heads": heads, "model.num_kv_heads": heads, "model.head_dim": hidden // heads,
+        "train.global_batch": batch})
+    spent_s = []
+    for _ in range(3):  # others may use the caches of the processor
+        make_schedule.cache_clear()
+        start = time.process_time()
+        plan = make_plan(config, PRESETS["dgx-a100"], 3072)
+        spent_s.append(time.process_time() - start)
+    assert math.prod(plan.layout[axis] for axis in ("data", "pipeline", "tensor")) == 3072
+    assert plan.predicted["lower_bound_s"] < plan.predicted["step_s"]
+    assert min(spent_s) < 1, spent_s
+
+
+def test_175_billion_parameters_are_planned_with_every_preset(tmp_path):
     for name in PRESETS:
         plan = make_plan(LARGE, Machine.load(name), 1024)
         assert plan.layout["data"] * plan.layout["pipeline"] * plan.layout["tensor"] == 1024
@@ -205,6 +350,18 @@ def test_unequal_ranks_get_unequal_work():
     assert cuts == [4]
 
 
+def test_the_bound_holds_for_ranks_that_are_faster_than_the_rate(monkeypatch):
+    config = SMALL.with_values({"model.vocab_size": 1})
+    machine = Machine("test", "made up", (Level("node", 2, 0.0, 0.0),), ((32, 1e9),), 1e12, 1e15, speeds=(3.0, 1.0),
+                      num_ranks=2)
+    predicted = make_plan(config, machine, 2).predicted
+    assert 0 < predicted["lower_bound_s"] <= predicted["step_s"] < 1.5 * predicted["lower_bound_s"]
+    asked = []
+    monkeypatch.setattr(pricing, "balance", lambda items, item_s: asked.append(1) or balance(items, item_s))
+    make_plan(config, machine, 2)
+    assert len(asked) == 1  # one program for the ranks, however many layouts
+
+
 @pytest.mark.parametrize("fixed", [{"layout.data": 1, "layout.pipeline": 1}, {"layout.pipeline": 2, "layout.tensor": 1},
                                    {"layout.pipeline": 2, "layout.chunks": 2, "layout.data": 1}])
 def test_layers_are_mixed_where_memory_binds(fixed):
@@ -231,20 +388,35 @@ def test_layers_are_mixed_where_memory_binds(fixed):
             assert other.memory_bytes > limit or other.step_s >= mixed.step_s * (1 - 1e-9)
 
 
-def test_the_price_of_memory_is_what_one_layer_more_saves(tmp_path):
+def test_the_price_of_memory_is_what_one_per_cent_more_saves():
+    """At most limits it buys nothing; where another layout, or a layer more as it is, just does not fit, it does."""
+    pricer = Pricer(SMALL, MACHINE, 4)
+    every = sorted(pricer.price(one).memory_bytes for one in layouts(SMALL, 4, MACHINE))
+    worth = []
+    for limit in [bytes_ * share for bytes_ in every[::len(every) // 12] for share in (0.995, 1.0)][1:]:
+        machine = replace(MACHINE, memory_bytes=limit)
+        plan, more = make_plan(SMALL, machine, 4), make_plan(SMALL, machine.scaled("memory_bytes", 1.01), 4)
+        price = next(one["price_s_per_unit"] for one in plan.binding if one["what"] == "memory_bytes")
+        worth.append(price)
+        saved_s = plan.predicted["step_s"] - more.predicted["step_s"]
+        assert saved_s == pytest.approx(price * 0.01 * limit, rel=1e-6, abs=1e-15)
+    assert min(worth) == 0 < max(worth)
+
+
+def test_a_tight_plan_mixes_layers(tmp_path):
     config = SMALL.with_values({"layout.data": 1, "layout.pipeline": 1, "train.microbatch": 1})
     pricer = Pricer(config, MACHINE, 1)
     none, selective, _ = (pricer.price(one) for one in layouts(config, 1, MACHINE))
     limit = (none.memory_bytes + selective.memory_bytes) / 2
     make_plan(config, replace(MACHINE, memory_bytes=limit), 1).save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
-    price = next(one["price_s_per_unit"] for one in plan.binding if one["what"] == "memory_bytes")
-    modes = list(plan.applied_to(config).layout.recompute)
+    modes = plan.applied_to(config).layout.recompute
     assert len(modes) == 6 and set(modes) == {"none", "selective"}
-    modes[modes.index("none")] = "selective"
-    one_less = pricer.price(replace(none.layout, recompute=tuple(modes)))
-    step_s, n_bytes = plan.predicted["step_s"], plan.predicted["memory_bytes_per_rank"]
-    assert price == pytest.approx((one_less.step_s - step_s) / (n_bytes - one_less.memory_bytes))
+    for place in (place for place, mode in enumerate(modes) if mode == "selective"):  # another as it is does not fit
+        other = pricer.price(replace(none.layout, recompute=modes[:place] + ("none",) + modes[place + 1:]))
+        assert other.memory_bytes > limit and other.step_s < plan.predicted["step_s"]
+
+
 NETWORK = replace(MACHINE, levels=(Level("node", 1, 1e-6, 1e-9), Level("network", 64, 1e-5, 1e-8)))
 
 
@@ -264,7 +436,7 @@ def test_buckets_are_planned_where_gradients_cross_nodes(keys):
     layer_s = [stages[key][0] / (starts[1] - starts[0]) for key in ("input_s", "weight_s")]
     if ranks == keys["layout.data"]:  # one stage: a layer from the same model without the head's share
         pricer = Pricer(config, NETWORK, ranks)
-        layer, head = pricer._works(64, 1, "none", False)
+        layer, head = pricer._works(64, 1, 1, "none", False)
         layer_s, head_s = [layer.input_s, layer.weight_s], [head.input_s, head.weight_s]
     else:
         count = starts[-1] - starts[-2]
