@@ -125,9 +125,9 @@ def _schedules(wanted, pipeline, given):
 def make_plan(config, machine, ranks, top=5):
     """Choose how to train a model on a machine.
 
-    Local; needs no data, no MPI and no accelerator. What may fit is priced by closed forms, the cheapest layouts then by
-    playing their schedules. Where none fits the memory, the answer is an error that names the one that needs the least,
-    and how many ranks would do.
+    Local; needs no data, no MPI and no accelerator. What may fit is priced by closed forms, the cheapest layouts then
+    by playing their schedules. Where none fits the memory, the answer is an error that names the one that needs the
+    least, and how many ranks would do.
 
     Parameters
     ----------

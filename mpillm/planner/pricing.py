@@ -165,22 +165,19 @@ class Pricer:
         input, weight); the bytes that layers keep, most of a microbatch and most where each rank holds one microbatch
         less than the rank before; and those that the head keeps."""
         layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
-        sizes, speeds = self.stage_sizes(layout), self._speeds(layout)[1].tolist()
-        layers = [sum(sizes[rank::p]) for rank in range(p)]
-        if isinstance(recompute, str):
-            layer = self._work(layout, recompute)[0]
-            loads, kept = layers, [size * layer.kept_bytes for size in layers]
-        else:
-            works = self._stage_works(layout).reshape(4, chunks, p).sum(1).T.tolist()
-            loads, kept = [sum(work[:3]) for work in works], [work[3] for work in works]
-        fullest = max(range(max(1, p - 1)), key=lambda rank: loads[rank] / speeds[rank])
-        first, last = ([each * layers[rank] for each in layer] if isinstance(recompute, str) else works[rank]
-                       for rank in (fullest, -1))
-        head = self._work(layout, "none")[1]
-        first = [each / speeds[fullest] for each in first[:3]]
-        last = [(own + more) / speeds[-1] for own, more in zip(last, head[:3])]
-        kept = max(kept), max(each * (p - rank) for rank, each in enumerate(kept))
-        return (max(layers[:-1], default=layers[0]), layers[-1]), first, last, kept, head.kept_bytes
+        sizes, head = self.stage_sizes(layout), self._work(layout, "none")[1]
+        if isinstance(recompute, str) and not self.machine.speeds:
+            layer, (most, own, falling) = self._work(layout, recompute)[0], _dealt(tuple(sizes), p)
+            first, last = ([count * each for each in layer[:3]] for count in (most, own))
+            last = [each + more for each, more in zip(last, head[:3])]
+            kept = layer.kept_bytes * max(most, own), layer.kept_bytes * falling
+            return (most, own), first, last, kept, head.kept_bytes
+        speeds, works = self._speeds(layout)[1], self._stage_works(layout).reshape(4, chunks, p).sum(1)
+        fullest = int((works[:3].sum(0) / speeds)[:max(1, p - 1)].argmax())
+        first = (works[:3, fullest] / speeds[fullest]).tolist()
+        last = ((works[:3, -1] + head[:3]) / speeds[-1]).tolist()
+        kept = float(works[3].max()), float((works[3] * np.arange(p, 0, -1)).max())
+        return _dealt(tuple(sizes), p)[:2], first, last, kept, head.kept_bytes
 
     def _of(self, layout):
         return self._ends(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.microbatch,
@@ -324,6 +321,14 @@ class Pricer:
         train = self.config.train
         flops = step_flops(self.config.model, train.seq_len, train.global_batch * train.seq_len)
         return flops / (sum(self.machine.speeds) or self.ranks) / max(rate for _, rate in self.machine.matmul)
+
+
+@lru_cache(maxsize=4096)
+def _dealt(sizes, p):
+    """Return of the layers of stages, dealt to ``p`` ranks, the most of any rank but the last, those of the last, and
+    the most where each rank counts them once less than the rank before."""
+    layers = [sum(sizes[rank::p]) for rank in range(p)]
+    return max(layers[:-1], default=layers[0]), layers[-1], max(map(int.__mul__, layers, range(p, 0, -1)))
 
 
 def to_config(price, pricer):

@@ -33,8 +33,8 @@ class Reduction:
     def price_s(self, layout, parameters, most_layers):
         """Return the seconds that it adds: there and back, less what backward hides of the way there.
 
-        Hidden is what has arrived when backward ends, if every layer has its bucket. ``parameters`` and layers are those
-        of the fullest rank.
+        Hidden is what has arrived when backward ends, if every layer has its bucket. ``parameters`` and layers are
+        those of the fullest rank.
         """
         if layout.data == 1:
             return 0.0

@@ -129,6 +129,15 @@ def test_full_pipelines_have_their_closed_form():
         assert price.step_s == pytest.approx(pricer.played(price).step_s, rel=0.15), one
 
 
+@pytest.mark.parametrize("ranks", [1, 4, 6])
+def test_layers_alike_are_priced_as_if_each_had_its_own_way(ranks):
+    pricer = Pricer(SMALL, MACHINE, ranks)
+    for one in layouts(SMALL, ranks, MACHINE):
+        if one.recompute == "none":
+            price, listed = pricer.price(one), pricer.price(replace(one, recompute=("none",) * 6))
+            assert (listed.step_s, listed.memory_bytes) == pytest.approx((price.step_s, price.memory_bytes), rel=1e-12)
+
+
 def test_what_is_fixed_is_kept():
     cuts = SMALL.with_values({"layout.stage_cuts": [1, 2, 5], "layout.recompute": "none"})
     for plan in (make_plan(cuts, MACHINE, 4), price_layout(cuts.with_values({"layout.pipeline": 4}), MACHINE, 4)):
