@@ -133,7 +133,7 @@ def collectives_table(rows):
 def behind_best(rows):
     """Return as text how often the choice was as good as the best, and a line for each where it was not."""
     far, total = far_from_best(rows), sum(row["impl"] == "mpillm-copy" for row in rows)
-    return "\n".join([f"choice within 10 % or 10 us of the best: {total - len(far)} of {total}", *(
+    return "\n".join([f"choice within 10 % or 10 us of the best candidate: {total - len(far)} of {total}", *(
         f"{choice['op']} of {choice['bytes']} bytes: {choice['algorithm']} {choice['median_s'] * 1e6:.1f} us, "
         f"{best['algorithm']} {best['median_s'] * 1e6:.1f} us" for choice, best in far
     )])

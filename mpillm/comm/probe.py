@@ -38,7 +38,7 @@ _LINE_BYTES = 64
 
 
 def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
-    """Time several functions in turn, again and again.
+    """Time several functions in turn, again and again, in another order each time: who comes first finds cold caches.
 
     Collective over ``comm``, as every function may be.
 
@@ -59,8 +59,11 @@ def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
         call()
     slowest = max(_once(comm, call) for call in calls.values())
     count = comm.bcast(int(np.clip(budget_s / max(slowest, 1e-9), *repeats)))
-    times = np.array([[_once(comm, call) for call in calls.values()] for _ in range(count)])
-    return dict(zip(calls, np.max(comm.allgather(times), 0).T))
+    order, times = np.random.default_rng(0), np.empty((len(calls), count))  # the same on all ranks
+    for turn in range(count):
+        for i in order.permutation(len(calls)):
+            times[i, turn] = _once(comm, list(calls.values())[i])
+    return dict(zip(calls, np.max(comm.allgather(times), 0)))
 
 
 def make_call(op, x, group, out=None):
