@@ -13,7 +13,7 @@ MARGIN_S, MARGIN_SHARE = 120.0, 0.1  # before the walltime: so long, but no larg
 def hold():
     """Let requests wait until a :class:`StopRequest` is made. Local.
 
-    MPI takes a while to start; a signal would end the process, or interrupt what MPI does not take up again.
+    Until then, while MPI and torch start, a signal would end the process.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
