@@ -7,7 +7,7 @@ import click
 
 from mpillm import __version__
 from mpillm.errors import FAILURE, USAGE, MpillmError
-from mpillm.train.stop import StopRequest
+from mpillm.train.stop import hold
 
 COMMANDS = {
     "doctor": "say what this launch is: MPI library, ranks, nodes, threads, binding, GPU, HDF5 (under mpirun or srun)",
@@ -54,10 +54,11 @@ def main():
     """Run the command line; exit codes are those of :mod:`mpillm.errors`."""
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     if {" ".join(words[:1]), " ".join(words[:2])} & set(UNDER_MPI) and not {"-h", "--help"} & set(sys.argv):
-        stop = StopRequest() if words[0] == "train" else None  # MPI and torch take seconds to start
+        if words[0] == "train":
+            hold()
         from mpillm.comm.world import launch
 
-        launch(lambda: _run(stop))
+        launch(_run)
     try:
         raise SystemExit(_run())
     except MpillmError as error:
@@ -65,10 +66,10 @@ def main():
         raise SystemExit(error.exit_code) from None
 
 
-def _run(stop=None):
+def _run():
     """Run click's command; usage errors become mpillm's, so that one rank reports them for all."""
     try:
-        return cli.main(standalone_mode=False, obj=stop) or 0
+        return cli.main(standalone_mode=False) or 0
     except click.exceptions.Abort:
         return FAILURE
     except click.exceptions.NoArgsIsHelpError as error:

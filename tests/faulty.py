@@ -1,7 +1,7 @@
 """Runs the command line with a fault planted: ``python faulty.py KIND RANK STEP train CONFIG ...``.
 
 The fault happens on one rank in one step: ``kill``, ``stop`` (SIGSTOP) or ``raise`` in the backward pass,
-``skip`` or ``other-op``, where it leaves out the sum for the gradient's norm or calls a broadcast in its place,
+``skip`` or ``other-op``, where it leaves out the sums for norm and loss, or calls a broadcast in place of the first,
 ``save-PHASE``, where the rank kills itself in that phase of writing the checkpoint, ``full``, from where on it can write
 no file longer than a few bytes, or ``ask-MOMENT``, where it makes a file ``now-PID`` and waits for the file ``sent``: in a
 ``step``, in ``evaluate``, in ``save``, or at the ``start``, there on every rank before MPI.
@@ -84,6 +84,8 @@ def plant(kind, rank, step):
                     ask()
                 elif kind in ("skip", "other-op"):
                     self.gradients.norm = norm
+                    if kind == "skip":
+                        self._sum_losses = lambda *_: 1.0
                 return losses
 
             self.runner.run = within

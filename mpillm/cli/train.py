@@ -19,8 +19,7 @@ LINE_EVERY_S = 5.0
 @click.option("--plan", type=click.Path(), metavar="FILE", help="obey this plan, made by mpillm plan")
 @click.option("--probe-top", type=click.IntRange(1), metavar="K",
               help="plan what [layout] leaves open, try the best K for a few steps each, take the fastest")
-@click.pass_obj
-def command(stop, config, resume, plan, probe_top):
+def command(config, resume, plan, probe_top):
     """Train the model of CONFIG; under mpirun or srun on all ranks.
 
     Without data, pipeline and tensor in [layout] the launch is measured, once for its kind, and planned for.
@@ -33,8 +32,9 @@ def command(stop, config, resume, plan, probe_top):
     from mpillm.plan import Plan
     from mpillm.train.choose import choose_plan, is_open
     from mpillm.train.run import Run
+    from mpillm.train.stop import StopRequest
 
-    comm = comm_world()
+    comm, stop = comm_world(), StopRequest()
     obeyed = together(comm, lambda: Plan.load(plan, comm.size), "plan") if plan else None
     if plan and probe_top:
         raise ConfigError("--plan and --probe-top: a plan is obeyed, not searched for; give one of them")

@@ -10,6 +10,14 @@ REPEATS_S = 10.0
 MARGIN_S, MARGIN_SHARE = 120.0, 0.1  # before the walltime: so long, but no larger a share of it
 
 
+def hold():
+    """Let requests wait until a :class:`StopRequest` is made. Local.
+
+    Until then, while MPI and torch start, a signal would end the process.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 class StopRequest:
     """Notes SIGUSR1 and SIGTERM instead of dying from them, as batch systems send before they end a job; and the
     walltime where Slurm says it (``SLURM_JOB_END_TIME``).
@@ -17,8 +25,8 @@ class StopRequest:
     Local. The same request may come by several ways at once; a signal that comes more than :data:`REPEATS_S` later
     does what it always does, so that a job that cannot come to a safe point can still be ended. Once all have agreed to
     stop, both are ignored, because a launcher that is told to end the job with its first failing rank sends SIGTERM to
-    the others as soon as one has left. Must be made in the main thread, and first of all: until then a signal ends the
-    process.
+    the others as soon as one has left. Must be made in the main thread; until then a signal ends the process, unless
+    :func:`hold` keeps it.
 
     Parameters
     ----------
@@ -30,6 +38,7 @@ class StopRequest:
         self._noted, self._noted_s, self._end_s = None, math.inf, _last_call(environ)
         for number in SIGNALS:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _note(self, number, _):
         if time.monotonic() > self._noted_s + REPEATS_S:
