@@ -180,7 +180,7 @@ def test_imported_checkpoint_is_cut_into_shards(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", make_model())
     hf.to_hf(run, tmp_path / "hf")
     hf.from_hf(tmp_path / "again", tmp_path / "hf")
-    assert len(checkpoint.Checkpoint(tmp_path / "again").tensors["weight"]["embedding.weight"]["shards"]) == 24
+    assert len(checkpoint.Checkpoint(tmp_path / "again").tensors["weight"]["embedding.weight"].shards) == 24
     assert_same_bits(run, tmp_path / "again")
 
 
