@@ -25,7 +25,8 @@ COMMANDS = {
     "diagnose": "why a run hung: the rank and the call that stopped first",
     "report": "draw the pictures of a run",
 }
-UNDER_MPI = ("probe", "train", "verify", "generate", "bench collectives")
+UNDER_MPI = (  # doctor starts MPI itself, to tell why that fails
+    "probe", "train", "verify", "generate", "bench collectives")
 
 
 class Commands(click.Group):

@@ -2,9 +2,9 @@
 
     python tests/mutations.py CHECKPOINT FIRST COUNT
 
-Each of COUNT copies is changed in a way that its seed decides, and read in this process, whose memory is limited: what is
-read has the model's shapes and comes from the copy alone, everything else is refused, and nothing large is made room
-for. Prints how many were read and refused, by kind of change.
+Each of COUNT copies is changed in a way that its seed decides, and read in this process, whose memory is limited: what
+is read has the model's shapes and comes from the copy alone, everything else is refused, and nothing large is made
+room for. Prints how many were read and refused, by kind of change.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from mpillm.train import checkpoint
 
 CANARY = np.float32(12345.678)
 ROOM_BYTES = 16 << 20
-NASTY = [None, True, -1, 0, 1, 3, 64, 1 << 31, 1 << 40, 1 << 62, 1 << 200, 0.5, float("nan"), float("inf"), "", "x", "..",
-         "/etc/passwd", "a\0b", "\ud800", "float64", "object", [], {}, [[]], [-1], [1 << 40], {"x": 1}, "x" * 100_000]
+NASTY = [None, True, -1, 0, 1, 3, 64, 1 << 31, 1 << 40, 1 << 62, 1 << 200, 0.5, float("nan"), float("inf"), "", "x",
+         "..", "/etc/passwd", "a\0b", "\ud800", "float64", "object", [], {}, [[]], [-1], [1 << 40], {"x": 1}, "x" * 100_000]
 
 
 def nodes(value, path=()):
@@ -160,7 +160,8 @@ def read(path, shapes):
     found = None
     try:
         source = checkpoint.Checkpoint(path)
-        found = [source.read(name, kind, shape=shape) for kind in ("weight", "exp_avg") for name, shape in shapes.items()]
+        found = [source.read(name, kind, shape=shape)
+                 for kind in ("weight", "exp_avg") for name, shape in shapes.items()]
         source.model()
     except ConfigError:  # of the model that the manifest names
         return found

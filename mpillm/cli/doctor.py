@@ -1,5 +1,6 @@
 """``mpillm doctor``: what this launch is, and what is wrong with it."""
 
+import ctypes
 import json
 import os
 import platform
@@ -108,8 +109,8 @@ def describe_rank(comm):
     variable, announced = launched_size()
     return {
         "rank": comm.rank, "size": comm.size, "node": os.uname().nodename, "launcher": variable or "none",
-        "launched": announced, "mpi": library, "mpi_versions": versions, "thread_level": level, "cores": sorted(os.sched_getaffinity(0)),
-        "threads": threads, "cpu": platform.machine(),
+        "launched": announced, "mpi": library, "mpi_versions": versions, "thread_level": level,
+        "cores": sorted(os.sched_getaffinity(0)), "threads": threads, "cpu": platform.machine(),
         "threads_set_by_user": "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda_aware": cuda_aware(versions),
@@ -122,14 +123,13 @@ def describe_rank(comm):
 
 def cuda_aware(versions):
     """Tell whether the MPI library takes memory of a GPU; None if it does not claim to, or there is no GPU. Local."""
-    import ctypes
-
     import torch
 
     if versions is None or not torch.cuda.is_available():
         return None
     query = getattr(ctypes.CDLL(None), "MPIX_Query_cuda_support", None)
-    if not any(os.environ.get(name, "0").lower() in ("1", "true") for name in CUDA_SWITCHES) and not (query and query()):
+    is_asked_for = any(os.environ.get(name, "0").lower() in ("1", "true") for name in CUDA_SWITCHES)
+    if not is_asked_for and not (query and query()):
         return None
     alone = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     try:
@@ -149,7 +149,8 @@ def find_faults(ranks):
         if threads > len(cores):
             unset = "" if all(rank["threads_set_by_user"] for rank in here) else "; OMP_NUM_THREADS is not set"
             faults.append({
-                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {len(cores)} cores{unset}",
+                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {len(cores)} cores"
+                         f"{unset}",
                 "remedy": "start fewer ranks a node, or set OMP_NUM_THREADS so that ranks x threads fits the cores",
             })
         crowded = [core for core, users in Counter(c for r in here if len(r["cores"]) == 1 for c in r["cores"]).items()

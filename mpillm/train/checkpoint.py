@@ -140,7 +140,8 @@ class Saving:
         os.rename(self._temporary, self._final)
         _sync_folder(folder)
         try:
-            for old in (*complete_checkpoints(folder)[:-self._keep], *folder.glob(replaced.name)):
+            replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
+            for old in (*replaced, *complete_checkpoints(folder)[:-self._keep]):
                 _retire(old)
             for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
                 shutil.rmtree(retired)

@@ -37,7 +37,10 @@ class Digests:
             self._kept = self._sums()
 
     def check(self):
-        """Raise on every rank if anything is not as it was, or not as most replicas have it. Collective over the mesh."""
+        """Raise on every rank if anything is not as it was, or not as most replicas have it.
+
+        Collective over the mesh.
+        """
         if not self._is_on:
             return
         found = self._sums()

@@ -6,10 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import assert_all
-from tiny import GROUPED, one_for_every_degrees, reference_steps, tiny, train, with_layout, write_token_file
+from mpi4py import MPI
+from tiny import (
+    GROUPED,
+    LAYOUTS,
+    configure,
+    one_for_every_degrees,
+    reference_steps,
+    tiny,
+    train,
+    with_layout,
+    write_token_file,
+)
 
 from mpillm import comm as mpi
+from mpillm.cli import plan as cli_plan
 from mpillm.comm import probe
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.probe import measure_machine, only
@@ -17,7 +30,7 @@ from mpillm.comm.scheduled import Scheduled, Schedules
 from mpillm.config import AXES
 from mpillm.errors import ConfigError
 from mpillm.machine import Level, Machine
-from mpillm.plan import DEFAULT_TABLE, DecisionTable
+from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.layout import make_plan, price_layout
 from mpillm.planner.volume import step_volume
 from mpillm.report.planned import compare_volume
@@ -137,6 +150,37 @@ def test_a_plan_changed_by_hand_changes_what_runs(comm):
         orders.append(engine.schedule.to_text().split("\n")[1:])
         engine.free()
     assert orders[0] != orders[1]
+
+
+def test_a_job_that_comes_back_smaller_goes_on_by_the_plan_made_for_it(comm, data_path):
+    if comm.size == 1:
+        pytest.skip("there is no smaller job")
+    free, output = tiny(configure(data_path, "run", **{"train.steps": 4})), data_path / "plan.json"
+    if comm.rank == 0:
+        (data_path / "free.toml").write_text(free.to_toml())
+        MACHINE.save(data_path / "machine.json")
+        words = [data_path / "free.toml", "--machine", data_path / "machine.json", "--ranks", comm.size, "-o", output,
+                 "--tolerate", 1]
+        planned = CliRunner().invoke(cli_plan.command, [*map(str, words)])
+        assert planned.exit_code == 0, planned.exception
+    comm.Barrier()
+    losses, smaller = [], comm.Split(0 if comm.rank < comm.size - 1 else MPI.UNDEFINED, comm.rank)
+    for part, steps in ((comm, 2), (smaller, 4)):
+        if part == MPI.COMM_NULL:
+            continue
+        plan = Plan.load(output, part.size)
+        trainer = Run(free, part, plan=plan)
+        assert plan.num_ranks == part.size and trainer.step_number == len(losses)
+        while trainer.step_number < steps:
+            losses.append(trainer.step()["loss"])
+        trainer.save()
+        trainer.free()
+    if smaller != MPI.COMM_NULL:
+        smaller.Free()
+    whole = Run(tiny(configure(data_path, "whole", **{"train.steps": 4, **LAYOUTS[comm.size]})), comm)
+    expected = [whole.step()["loss"] for _ in range(4)]
+    whole.free()
+    assert_all(np.allclose(losses, expected[:len(losses)], rtol=1e-10, atol=0), f"{losses} {expected}", comm)
 
 
 MACHINE = Machine("made up", "a test", (Level("node", 64, 1e-6, 1e-9),), ((32, 1e9), (128, 2e9)), 1e9, 1e10, 1e-5)

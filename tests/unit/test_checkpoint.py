@@ -154,6 +154,9 @@ def test_a_step_that_is_saved_again_is_there_at_every_moment(path, monkeypatch):
     assert not path.exists() and step_of(kept) == Checkpoint(folder).step == 3
     assert Checkpoint(folder).read("norm.weight").tobytes() == values("norm.weight", "weight").numpy().tobytes()
     assert write(folder) == path and os.listdir(folder) == [path.name]
+    shutil.copytree(path, folder / "step-00000003.replaced")  # as a kill after giving the name leaves it
+    write(folder, 4)
+    assert sorted(os.listdir(folder)) == [path.name, "step-00000004"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ RANK = {
 @pytest.fixture
 def ranks():
     """Two nodes of two ranks, each bound to a core of its own."""
-    return [{**copy.deepcopy(RANK), "rank": rank, "node": f"n{1 + rank // 2}", "cores": [rank % 2]} for rank in range(4)]
+    return [{**copy.deepcopy(RANK), "rank": rank, "node": f"n{1 + rank // 2}", "cores": [rank % 2]}
+            for rank in range(4)]
 
 
 def test_a_sound_launch(ranks):
@@ -38,7 +39,8 @@ def test_a_sound_launch(ranks):
 @pytest.mark.parametrize("changes, fault, remedy", [
     ({3: {"threads": 2}}, "node n2: 2 ranks with 3 threads together share 2 cores", "OMP_NUM_THREADS"),
     ({3: {"threads": 2, "threads_set_by_user": False}}, "share 2 cores; OMP_NUM_THREADS is not set", "OMP_NUM_THREADS"),
-    ({0: {"cores": [1]}, 2: {"node": "n1", "cores": [2, 3]}}, "several ranks are bound to core 1 alone", "--cpu-bind=cores"),
+    ({0: {"cores": [1]}, 2: {"node": "n1", "cores": [2, 3]}}, "several ranks are bound to core 1 alone",
+     "--cpu-bind=cores"),
     ({2: {"shm_free_bytes": 1 << 20}}, "node n2: /dev/shm has 1 MiB free", "--shm-size"),
     ({3: {"shares_folder": False}}, r"ranks \[3\] do not see the folder", "file system that all nodes share"),
     ({rank: {"shares_folder": None} for rank in range(4)}, "rank 0 cannot write", "file system"),
@@ -48,7 +50,8 @@ def test_a_sound_launch(ranks):
      "MPI4PY_LIBMPI"),
     ({rank: {"mpi_versions": {**RANK["mpi_versions"], "standard": [3, 1]}} for rank in range(4)},
      "compiled for mpich, MPI 4.1, and runs on MPICH Version: 5.0.2, MPI 3.1", "--no-binary mpi4py"),
-    ({2: {"cuda_aware": False}, 1: {"cuda_aware": True}}, r"ranks \[2\]: the MPI library says", "MPICH_GPU_SUPPORT_ENABLED"),
+    ({2: {"cuda_aware": False}, 1: {"cuda_aware": True}}, r"ranks \[2\]: the MPI library says",
+     "MPICH_GPU_SUPPORT_ENABLED"),
     ({0: {"thread_level": "funneled"}}, "thread level funneled", "MPI_THREAD_SERIALIZED"),
 ])
 def test_a_fault_is_found_and_has_a_remedy(ranks, changes, fault, remedy):

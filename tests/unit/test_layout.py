@@ -349,6 +349,17 @@ def test_plans_for_a_job_that_comes_back_smaller(tmp_path):
         Plan.load(output, 1).check(1, 1)
 
 
+def test_a_count_of_ranks_without_a_plan_is_told_and_the_others_are_written(tmp_path):
+    path, output = tmp_path / "small.toml", tmp_path / "plan.json"
+    path.write_text(SMALL.with_values({"layout.pipeline": 2}).to_toml())
+    words = [str(path), "--machine", "cpu-node", "--ranks", "4", "-o", str(output), "--tolerate", "3"]
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 0 and "s a step" in done.output
+    assert [count for count in (1, 3) if f"no plan for {count} ranks: " in done.output] == [1, 3]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["plan.2-ranks.json", "plan.json", "small.toml"]
+    assert Plan.load(output, 2).num_ranks == 2
+
+
 def test_unequal_ranks_get_unequal_work():
     machine = replace(MACHINE, speeds=(1.0, 0.5), num_ranks=2)
     by_data = make_plan(SMALL.with_values({"layout.data": 2}), machine, 2)

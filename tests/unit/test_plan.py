@@ -1,6 +1,7 @@
 """Plans: what a table answers at, below and between its limits; the file; what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,21 @@ def test_the_file(tmp_path):
     for ranks, nodes in ((2, 2), (4, 1)):
         with pytest.raises(ConfigError, match=f"4 ranks on 2 nodes, this launch has {ranks} on {nodes}"):
             plan.check(ranks, nodes)
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    Plan(4, 2).save(path)
+    write = Path.write_text
+
+    def full(self, text, **options):
+        write(self, text[:20], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        Plan(2, 1).save(path)
+    assert Plan.load(path) == Plan(4, 2)
 
 
 @pytest.mark.parametrize("row", [
