@@ -118,7 +118,7 @@ P
 }
 
 pull_the_cable() { # VENV RUN: whether all ranks end by themselves once the hosts have lost each other
-    across "$1" "$2" --train.steps 1000000 --train.hang_limit_s 5 --train.numerics fast &
+    across "$1" "$2" --train.steps 1000000 --train.hang_limit_s 15 --train.numerics fast &
     local job=$!
     for _ in $(seq 400); do
         [ "$(cat "$2/metrics.jsonl" 2>/dev/null | wc -l)" -lt 20 ] || break

@@ -76,10 +76,6 @@ def explanation(plan):
         saved = one["price_s_per_unit"] * one["limit"] * 0.01
         lines.append(f"  {one['what']:22} {one['limit']:10.4g}   {saved / predicted['step_s']:7.2%} of the step"
                      + (f" ({one['value'] / one['limit']:.0%} used)" if one["what"] == "memory_bytes" else ""))
-    if not isinstance(plan.layout["recompute"], str):
-        memory = next(one for one in plan.binding if one["what"] == "memory_bytes")
-        lines.append(f"  layers recompute each in its own way, to fit: a GB more a rank is worth "
-                     f"{memory['price_s_per_unit'] * 1e9:.4g} s a step")
     lines += ["", "next best:"]
     for other in plan.alternatives:
         lines.append(f"  {other['step_s']:10.4g} s (+{other['step_s'] / predicted['step_s'] - 1:.1%}) "
