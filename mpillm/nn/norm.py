@@ -39,22 +39,24 @@ class _RMSNorm(torch.autograd.Function):
         x, inverse = ctx.saved_tensors
         split, weight = ctx.norm.split, ctx.norm.weight.detach().to(inverse.dtype)
         blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, inverse)))
-        dxs, dws = zip(*(_gradients(*block, weight) for block in blocks))
+        dxs, dws = zip(*(_gradients(*block, weight, split.is_exact) for block in blocks))
         split.weight_gradients.add(later(_accumulate, ctx.norm.weight, dws))
         return (dxs[0] if len(dxs) == 1 else torch.cat(dxs)), None, None, None
 
 
-def _gradients(dy, x, inverse, weight):
+def _gradients(dy, x, inverse, weight, is_exact):
     """Return the gradients of input and weight; the weight's is None without tokens.
 
     The kernel of LayerNorm, told that the mean is zero, reads all once. It takes off the mean of ``dy * weight`` as well,
-    which is put back.
+    which is put back. Its sum over tokens depends on the number of threads: not for ``is_exact``.
     """
     if not len(x):
         return torch.empty_like(x), None
-    dy_wide, shape = dy.to(weight.dtype), weight.shape
+    dy_wide, x_wide = dy.to(weight.dtype), x.to(weight.dtype)
     dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-        dy_wide, x.to(weight.dtype), shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False])
+        dy_wide, x_wide, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, not is_exact, False])
+    if is_exact:
+        dw = (x_wide * inverse).mul_(dy_wide).sum(0)
     dx += inverse * (dy_wide @ weight).div_(len(weight))[:, None]
     return dx.to(x.dtype), dw
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
@@ -57,7 +58,7 @@ class Run:
     """
 
     def __init__(self, config, comm=None, resume="auto", plan=None, stop=None):
-        self.comm = comm_world() if comm is None else comm
+        self.comm = as_group(comm_world() if comm is None else comm).comm
         num_nodes = len(set(nodes_of(self.comm)))
         self.plan = Plan(self.comm.size, num_nodes) if plan is None else plan
         self.plan.check(self.comm.size, num_nodes)

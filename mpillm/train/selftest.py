@@ -82,7 +82,7 @@ def _products(x, weights):
 
 def _norm(x, block, eps):
     """Yield a norm's output of some rows among all and alone, and the gradients of a block here and elsewhere."""
-    norm = RMSNorm("self-test", TensorSplit(Group(SingleComm()), dtype=x.dtype), x.shape[1], eps)
+    norm = RMSNorm("self-test", TensorSplit(Group(SingleComm()), dtype=x.dtype, blocks=1), x.shape[1], eps)
     torch.nn.init.ones_(norm.weight)
 
     def gradients(block):

@@ -1,7 +1,10 @@
 """The self-test of exact numerics, on kernels that keep the promise and on some that were made to break it."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from helpers import run_mpi
 from tiny import tiny
 
 from mpillm.errors import USAGE, ConfigError
@@ -43,6 +46,14 @@ def refused(config, operation, remedy):
 def test_kernels_that_keep_the_promise_pass():
     check_exact(tiny(EXACT, 1))
     assert torch.get_num_threads() == 2
+
+
+def test_so_do_this_machine_s_with_threads():
+    """A rank that has two cores for itself takes both, in exact numerics as well."""
+    program = ("import sys, torch, tiny\nsys.path.append('unit')\nimport test_selftest\nfrom mpillm.train.selftest import check_exact\n"
+               "check_exact(tiny.tiny(test_selftest.EXACT, 1))\nprint(torch.get_num_threads())")
+    job = run_mpi(0, ["-c", program], cwd=Path(__file__).parents[1], env={"OMP_NUM_THREADS": "2"})
+    assert job.stdout.strip() == "2", job.stderr
 
 
 def is_moved(x):
