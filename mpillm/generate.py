@@ -192,7 +192,8 @@ def _open(path, overrides, ranks):
     unknown = sorted(set(overrides) - set(OVERRIDES))
     if unknown:
         raise ConfigError(f"--{unknown[0]}: generation takes only --{', --'.join(OVERRIDES)}")
-    config = replace(Config.load(path / "config.toml"), model=source.model(), layout=Layout(data=1))
+    model = source.model()
+    config = replace(Config.load(path / "config.toml"), model=model, layout=Layout(data=1))
     config = config.with_values({**overrides, "train.microbatch": 1})  # one row of tokens
     layout, train = config.layout, config.train
     if layout.data != 1:

@@ -14,4 +14,4 @@ BY_PIECES = {  # each library, told not to read the sender's memory: then both s
 @pytest.mark.launches
 def test_who_waits_in_shared_memory_goes_on_sending():
     job = run_mpi(4, [Path(__file__).parents[1] / "waiting.py"], timeout=60, env=BY_PIECES)
-    assert job.stdout.split() == 4 * ["done"], job.stdout + job.stderr
+    assert job.stdout.count("done") == 4, job.stdout + job.stderr
