@@ -81,9 +81,9 @@ def test_a_repaired_choice_is_run_and_gives_the_same_numbers(comm, algorithm, dt
     lengths = []
     start = Schedules.start
 
-    def noting(self, schedule, carries, sizes, *args):
+    def noting(self, schedule, carries, sizes, *args, **options):
         lengths.append(sum(sizes))
-        return start(self, schedule, carries, sizes, *args)
+        return start(self, schedule, carries, sizes, *args, **options)
 
     monkeypatch.setattr(Schedules, "start", noting)
     items = 64 // dtype.itemsize
