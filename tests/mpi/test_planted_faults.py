@@ -306,8 +306,8 @@ def the_gradient_of_one_product_goes_to_two(patch, config):
 @fault(SEQUENCE, "gradient of norm.weight")
 def the_gradient_of_a_norm_misses_its_first_token(patch, config):
     right = norm._gradients
-    patch.setattr(norm, "_gradients", lambda dy, x, inverse, weight: (
-        right(dy, x, inverse, weight)[0], right(dy[1:], x[1:], inverse[1:], weight)[1]))
+    patch.setattr(norm, "_gradients", lambda dy, x, inverse, *others: (
+        right(dy, x, inverse, *others)[0], right(dy[1:], x[1:], inverse[1:], *others)[1]))
 
 
 @fault(TENSOR, "loss")
