@@ -16,7 +16,7 @@ pytestmark = pytest.mark.mpi
 
 LR = 6e-4  # by which a norm weight, 1 at first, comes less than half way to the next bfloat16, also in three steps
 BFLOAT16 = {"train.dtype": "bfloat16", "train.lr": LR, "train.lr_schedule": "constant", "train.warmup_steps": 0,
-            "train.seq_len": 6, "train.global_batch": 8, "model.num_layers": 2, "model.vocab_size": 31}
+            "train.seq_len": 6, "train.global_batch": 8, "model.num_layers": 3, "model.vocab_size": 31}
 
 
 class Adam:
