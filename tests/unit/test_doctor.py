@@ -95,6 +95,7 @@ def test_the_report_of_one_rank(monkeypatch, tmp_path):
 
 
 @pytest.mark.launches
+@pytest.mark.slow
 def test_a_sound_launch():
     job = run_mpi(0, ["-m", "mpillm", "doctor", "--json"])
     found = json.loads(job.stdout)
@@ -105,6 +106,7 @@ def test_a_sound_launch():
 
 
 @pytest.mark.launches
+@pytest.mark.slow
 def test_a_faulty_launch():
     job = run_mpi(2, ["-m", "mpillm", "doctor", "--json"], env={"OMP_NUM_THREADS": "9999"})
     found = json.loads(job.stdout)

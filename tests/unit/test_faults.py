@@ -16,7 +16,7 @@ from mpillm.train.checkpoint import complete_checkpoints
 
 pytestmark = [pytest.mark.launches, pytest.mark.slow]  # under Open MPI in tests/soak.sh
 
-RANKS, LIMIT_S = 3, 15.0
+RANKS, LIMIT_S = 3, 10.0
 TRAIN = {"steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "checkpoint_every": 2,
          "hang_limit_s": LIMIT_S}  # of what is new, as all is in a run of six short steps
 WHOLE_S = {}  # what an unbroken run takes
@@ -82,7 +82,7 @@ def test_a_rank_that_calls_something_else_is_named_with_the_call(folder, kind, s
 
 
 @pytest.mark.parametrize("phase, rank, step", [
-    ("middle", 1, 2), ("written", 2, 2), ("manifest", 0, 2), ("renamed", 0, 4),
+    ("middle", 1, 2), ("manifest", 0, 2),  # and at any moment: kills.py
 ])
 def test_a_rank_killed_while_saving_leaves_a_whole_checkpoint(folder, phase, rank, step):
     name = f"save-{phase}"

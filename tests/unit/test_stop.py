@@ -16,6 +16,7 @@ FAULTY = Path(__file__).parents[1] / "faulty.py"
 
 
 @pytest.mark.launches
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_leads_to_85_at_any_moment(tmp_path):
     write_token_file(tmp_path / "tokens.h5")
     config = {"model": MODEL, "data": {"path": "tokens.h5"}, "train": TRAIN, "layout": {"data": 2}}

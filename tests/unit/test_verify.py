@@ -8,7 +8,7 @@ from tiny import MODEL, TRAIN, tiny, write_token_file
 from mpillm.errors import ConfigError
 from mpillm.train.compare import all_layouts
 
-pytestmark = pytest.mark.launches
+pytestmark = [pytest.mark.launches, pytest.mark.slow]
 
 LEARNS_TOO_FAST = """
 from mpillm import __main__
