@@ -89,10 +89,11 @@ class DecisionTable:
 
 
 # Without a measured one: small messages by the library, others through shared memory where ranks share a node. The
-# limit is where shared memory began to win for two ranks under MPICH 5.0.2.
+# limits are where shared memory began to win for two ranks under MPICH 5.0.2.
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall", "scatter", "gather")
+_BY_LIBRARY_BYTES = dict.fromkeys(OPERATIONS, 1 << 18) | dict.fromkeys(OPERATIONS[:3], 1 << 13)
 DEFAULT_TABLE = DecisionTable(tuple(
-    row for op in OPERATIONS for row in ((op, ANY, ANY, 1 << 18, LIBRARY), (op, ANY, ANY, None, WINDOW))
+    row for op in OPERATIONS for row in ((op, ANY, ANY, _BY_LIBRARY_BYTES[op], LIBRARY), (op, ANY, ANY, None, WINDOW))
 ))
 
 
