@@ -29,6 +29,7 @@ SWITCH = "MPILLM_SHARED_WINDOWS"  # set to 0, everything goes by messages
 SLOT_BYTES = 1 << 20
 NUM_SLOTS = 8  # two are enough to be right; with more a slot has left the readers' caches when it is written again
 PIECE_BYTES = 1 << 18
+WHOLE_BYTES = 1 << 20  # a block of up to here is not cut: code that is not in the cache costs more than memory does
 AT_ONCE_BYTES = 1 << 18  # of all other ranks: up to here every rank combines everything, one meeting in place of two
 TURNS_ALONE = 200  # of waiting, before every further one lets MPI work: that costs what a short wait takes
 _LINE_BYTES = 64
@@ -351,9 +352,10 @@ def _room_bytes():
 
 
 def _pieces(blocks):
-    """Cut blocks, equally long, into pieces that fit a cache; return those at one place together."""
-    step = PIECE_BYTES // blocks[0].element_size()
-    return zip(*(block.split(step) for block in blocks)) if len(blocks[0]) > step else [blocks]
+    """Cut long blocks, equally long, into pieces that fit a cache; return those at one place together."""
+    if blocks[0].nbytes <= WHOLE_BYTES:
+        return [blocks]
+    return zip(*(block.split(PIECE_BYTES // block.element_size()) for block in blocks))
 
 
 def _light(rounds, *tensors):

@@ -228,6 +228,7 @@ def test_the_library_reduces_a_large_buffer_of_uneven_blocks_where_it_lies(comm)
 def test_tensors_in_a_window_are_combined_where_they_lie(comm, dtype, monkeypatch):
     """And give the bits that messages in the fixed order give."""
     node = with_windows(comm).node if comm.size > 1 else None
+    monkeypatch.setattr(shared, "WHOLE_BYTES", 128)
     monkeypatch.setattr(shared, "PIECE_BYTES", 64)
     tree = groups(comm)[-1]
     for size in SIZES + [1001] if node else []:
