@@ -6,6 +6,7 @@ draw any range of any parameter by itself.
 """
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,11 +32,12 @@ def initial_values(name, seed, start, stop, std):
 
 
 def initialise(parameter, seed):
-    """Fill a sharded parameter with its part of the initial values. Local."""
-    shard = parameter.shard
-    values = initial_values(shard.name, seed, shard.start, shard.stop, shard.std)
-    with torch.no_grad():
-        parameter.copy_(torch.from_numpy(values).view(parameter.shape))
+    """Fill a sharded parameter with its part of the initial values, tile by tile. Local."""
+    shard, flat = parameter.shard, parameter.detach().view(-1)
+    ends = range(shard.start // TILE * TILE + TILE, shard.stop, TILE)
+    for low, high in pairwise([shard.start, *ends, shard.stop]):
+        values = initial_values(shard.name, seed, low, high, shard.std)
+        flat[low - shard.start:high - shard.start] = torch.from_numpy(values)
 
 
 def parameter_table(model):

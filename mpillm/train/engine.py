@@ -184,14 +184,12 @@ class Engine:
             split = TensorSplit(mesh.group("tensor"), layout.sequence_parallel,
                                 config.train.exact_blocks if self.is_exact else None, self.dtype, self.device)
             module = TransformerStage(model, split, cuts[index], cuts[index + 1], layout.recompute)
-            for parameter in module.parameters():
-                initialise(parameter, config.train.seed)
             stages.append(Stage(index, self.num_stages, module))
         return stages
 
     def _make_storage(self):
-        """Move weights and gradients to flat storage: the buckets of each stage, last to first as backward completes
-        them, and one for a matrix that two stages share."""
+        """Make flat storage for weights and gradients: the buckets of each stage, last to first as backward completes
+        them, and one for a matrix that two stages share. Initial weights are drawn right into it."""
         mesh, zero = self.mesh, self.config.layout.zero == 1
         # Data ranks that share a node reduce in its memory, on the cores that backward runs on; exact sums trees of
         # microbatches.
@@ -211,6 +209,8 @@ class Engine:
             self.stage_buckets[stage.index] = own
         self.all_buckets = [bucket for own in reversed(self.stage_buckets.values()) for bucket in own]
         self.buckets = [bucket for bucket in self.all_buckets if bucket.tied_to is None]
+        for bucket in self.buckets:
+            bucket.fill(lambda parameter: initialise(parameter, self.config.train.seed))
         self.gradients = GradientSync(mesh, self.config.model, self.all_buckets, tied, self.is_exact, self.overlaps,
                                       self.trace)
         if self.overlaps:

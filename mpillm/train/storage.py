@@ -56,7 +56,8 @@ class Bucket:
     Parameters
     ----------
     parameters : list of Parameter
-        With ``.shard``. Their data move into the buffer; ``main_grad`` becomes a view of the gradient buffer.
+        With ``.shard``. Their data become a view of the buffer, to be set by :meth:`fill`; ``main_grad`` one of the
+        gradient buffer.
     mesh : Mesh
     is_sharded : bool
         Whether each data rank updates only its shard (``zero = 1``) or all (``zero = 0``).
@@ -95,18 +96,21 @@ class Bucket:
             self.grad = memory.empty(self.size, wide).zero_()
         else:
             self.grad = torch.zeros(self.size, dtype=wide, device=first.device)
-        if not tied_to and not (self.is_one_copy and self.group.rank > 0):
-            for p, offset in zip(self.parameters, self.offsets):
-                self.data[offset:offset + p.numel()] = p.detach().reshape(-1)
         for x in (self.data, self.grad):
             if x.nbytes <= KEPT_BYTES:
                 keep(x)
         self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
         self.is_sharded = is_sharded
-        if self.is_one_copy:
-            node.barrier()
         self.master = None  # what the optimiser updates: a view of the data, or float32 masters of it
+
+    def fill(self, function):
+        """Let ``function`` set every parameter; of one copy the data ranks set some each. Collective over the data axis."""
+        first, step = (self.group.rank, self.group.size) if self.is_one_copy else (0, 1)
+        for p in self.parameters[first::step]:
+            function(p)
+        if self.is_one_copy:
+            self.group.node.barrier()
         self.load_master()
 
     def _make_views(self):
