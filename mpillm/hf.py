@@ -19,7 +19,7 @@ from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Train
 from mpillm.errors import ConfigError, DataError, MpillmError
 from mpillm.nn.init import parameter_table
-from mpillm.train import checkpoint
+from mpillm.train import checkpoint, saving
 from mpillm.train.text import load_tokenizer
 
 FILE_ELEMENTS = 1 << 28  # of the weights in one safetensors file
@@ -124,7 +124,7 @@ def from_hf(run, folder):
         train = Train(run_dir=str(run), seq_len=min(Train.seq_len, model.max_seq_len), dtype=dtype)
         manifest = {"model": asdict(model), "optimizer": "none", "seed": train.seed,
                     "data": {"sha256": None, "samples_seen": 0}}
-        checkpoint.save(run / "checkpoints", 0, _shards(tensors, table), manifest, SingleComm())
+        saving.save(run / "checkpoints", 0, _shards(tensors, table), manifest, SingleComm())
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, run / TOKENIZER)
         (run / "config.toml").write_text(Config(model=model, train=train).to_toml(), encoding="utf-8")

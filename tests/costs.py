@@ -15,7 +15,7 @@ from statistics import median
 from mpillm.comm.recorder import Checker, Recorder
 from mpillm.comm.world import comm_world
 from mpillm.config import Config
-from mpillm.train import checkpoint
+from mpillm.train import saving
 from mpillm.train.run import Run
 from mpillm.train.watchdog import Watchdog
 
@@ -112,7 +112,7 @@ def turn_trace_to(file, run, is_on):
 
 def save_in_background(run):
     """Print what saving costs the steps beside it."""
-    write, written_s = checkpoint._write_file, []
+    write, written_s = saving._write_file, []
 
     def timed_write(*arguments):
         start = time.perf_counter()
@@ -120,7 +120,7 @@ def save_in_background(run):
         written_s.append(time.perf_counter() - start)
         return entries
 
-    checkpoint._write_file = timed_write
+    saving._write_file = timed_write
     for _ in range(SAVES):
         step_s = median(timed(run) for _ in range(5))
         start, steps = time.perf_counter(), 0
@@ -133,7 +133,7 @@ def save_in_background(run):
         stall_s = time.perf_counter() - start - steps * step_s
         say(run, f"saving in the background: writing {written_s[-1]:.2f} s, beside {steps} steps of {step_s:.3f} s; "
                  f"keeps training {stall_s:.2f} s ({copied_s:.2f} s of it to copy): {stall_s / written_s[-1]:.1%}")
-    checkpoint._write_file = write
+    saving._write_file = write
 
 
 def timed(run):

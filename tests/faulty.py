@@ -20,7 +20,7 @@ import torch
 from mpillm import __main__
 from mpillm.comm import collectives, world
 from mpillm.pipeline import stage
-from mpillm.train import checkpoint, engine, run
+from mpillm.train import engine, run, saving
 
 
 def ask():
@@ -110,7 +110,7 @@ def plant_in_save(phase, step, die):
         setattr(where, name, spoilt)
 
     if phase == "middle":
-        create = checkpoint.h5py.Group.create_dataset
+        create = saving.h5py.Group.create_dataset
 
         def spoilt(self, *arguments, **options):
             found = create(self, *arguments, **options)
@@ -118,13 +118,13 @@ def plant_in_save(phase, step, die):
                 die()
             return found
 
-        checkpoint.h5py.Group.create_dataset = spoilt
+        saving.h5py.Group.create_dataset = spoilt
     elif phase == "written":
-        after("_write_file", checkpoint)
+        after("_write_file", saving)
     elif phase == "manifest":
-        after("_write_manifest", checkpoint)
+        after("_write_manifest", saving)
     elif phase == "renamed":
-        after("rename", checkpoint.os)
+        after("rename", saving.os)
     else:
         raise ValueError(phase)
 

@@ -16,7 +16,7 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
 from mpillm.errors import CheckpointError, CollectiveError, ConfigError, DataError, NumbersError, on_rank_0, together
 from mpillm.plan import Plan
-from mpillm.train import checkpoint
+from mpillm.train import checkpoint, saving
 from mpillm.train.data import TokenFile, file_digest, training_order, with_vocabulary
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
@@ -199,7 +199,7 @@ class Run:
                         "data": {"sha256": self.data_digest, "samples_seen": self.samples_seen,
                                  "seq_len": self.config.train.seq_len},
                         "skipped": self.skipped, "seed": self.config.train.seed}
-            self._saving = checkpoint.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
+            self._saving = saving.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
                                              self.config.train.checkpoint_keep, self.config.train.checkpoint_background)
         if not self.config.train.checkpoint_background:
             self.finish_save()

@@ -17,7 +17,7 @@ from mpillm import comm as mpi
 from mpillm.comm.group import Group
 from mpillm.errors import CollectiveError, DataError, MpillmError, NumbersError
 from mpillm.pipeline import stage
-from mpillm.train import checkpoint, stragglers
+from mpillm.train import checkpoint, saving, stragglers
 from mpillm.train.run import Run
 
 pytestmark = pytest.mark.mpi
@@ -146,7 +146,7 @@ def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
         elif damage == "keys":  # though its digest matches
             manifest = json.loads((newest / "manifest.json").read_text())
             del manifest["data"], manifest["sha256"]
-            checkpoint._write_manifest(newest, manifest)
+            saving._write_manifest(newest, manifest)
         else:
             (newest / "manifest.json").write_text("{}")
     comm.Barrier()
@@ -173,14 +173,14 @@ def test_a_full_disk_is_an_error_of_all_and_costs_no_checkpoint(comm, data_path,
     trainer.step()
     kept = trainer.save()
     trainer.step()
-    write = checkpoint._write_file
+    write = saving._write_file
 
     def full(path, shards):
         if comm.rank == comm.size - 1:
             raise OSError(28, "No space left on device")
         return write(path, shards)
 
-    monkeypatch.setattr(checkpoint, "_write_file", full)
+    monkeypatch.setattr(saving, "_write_file", full)
     with pytest.raises(MpillmError, match="No space left") as caught:
         trainer.save()
     assert_all(caught.value.exit_code == 74, caught.value, comm)
@@ -238,7 +238,7 @@ def test_a_save_that_failed_is_told_once_and_the_next_is_not_disturbed(comm, dat
     trainer.step()
     with monkeypatch.context() as patch:
         if comm.rank == comm.size - 1:
-            patch.setattr(checkpoint, "_write_file", Mock(side_effect=error))
+            patch.setattr(saving, "_write_file", Mock(side_effect=error))
         trainer.save()
         trainer._saving._thread.join()
     with pytest.raises(MpillmError, match=f"{type(error).__name__}.*{error.args[-1]}") as caught:

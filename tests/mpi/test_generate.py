@@ -15,7 +15,7 @@ from mpillm.errors import CheckpointError, ConfigError, DataError
 from mpillm.generate import Generator, choose
 from mpillm.nn.attention import KeyValueCache
 from mpillm.nn.init import initial_values, parameter_table
-from mpillm.train import checkpoint
+from mpillm.train import checkpoint, saving
 from mpillm.train.reference import Reference
 from mpillm.train.text import ByteTokenizer
 
@@ -39,7 +39,7 @@ def make_run(path, model, **train):
     values = {name: initial_values(name, 3, 0, int(np.prod(shape)), std and 20 * std)
               for name, (shape, std) in parameter_table(model).items()}
     shards = [(name, parameter_table(model)[name][0], 0, {"weight": flat}) for name, flat in values.items()]
-    checkpoint.save(path / "checkpoints", 1, shards, {"model": asdict(model)}, SingleComm())
+    saving.save(path / "checkpoints", 1, shards, {"model": asdict(model)}, SingleComm())
     config = {"model": asdict(model), "train": {"run_dir": str(path), "seq_len": 16, "dtype": "float64", **train}}
     (path / "config.toml").write_text(Config.from_dict(config).to_toml(), encoding="utf-8")
     (path / "tokenizer.json").write_text(ByteTokenizer().to_json(), encoding="utf-8")

@@ -20,8 +20,9 @@ from mpillm.comm.single import SingleComm
 from mpillm.config import Model
 from mpillm.errors import INPUT_OUTPUT, CheckpointError, DataError
 from mpillm.nn.init import parameter_table
-from mpillm.train import checkpoint
-from mpillm.train.checkpoint import Checkpoint, Saving, complete_checkpoints, interrupted_saves, save, step_of
+from mpillm.train import checkpoint, saving
+from mpillm.train.checkpoint import Checkpoint, complete_checkpoints, interrupted_saves, step_of
+from mpillm.train.saving import Saving, save
 
 SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
 MUTATIONS = int(os.environ.get("MPILLM_MUTATIONS", "100"))
@@ -71,7 +72,7 @@ def test_any_range_is_joined_from_the_shards(path):
 
 
 def test_who_reads_a_part_has_little_more_than_that_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_ELEMENTS", 10)
+    monkeypatch.setattr(saving, "SHARD_ELEMENTS", 10)
     found, whole = Checkpoint(write(tmp_path / "checkpoints")), values("embedding.weight", "weight").numpy()
     read_shard, seen = Checkpoint._read_shard, []
 
@@ -456,7 +457,7 @@ import resource, sys
 import torch
 from mpillm.comm.single import SingleComm
 from mpillm.errors import DataError
-from mpillm.train.checkpoint import save
+from mpillm.train.saving import save
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:

@@ -20,7 +20,7 @@ from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initial_values, parameter_table
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
-from mpillm.train import checkpoint
+from mpillm.train import checkpoint, saving
 from mpillm.train.reference import Reference
 from mpillm.train.text import END_OF_DOCUMENT, ByteTokenizer, train_bpe
 
@@ -48,7 +48,7 @@ def make_run(folder, model, dtype="float32", tokenizer=None):
     for name, (shape, std) in parameter_table(model).items():
         flat = initial_values(name, 1, 0, int(np.prod(shape)), std and 8 * std).astype(dtype)
         shards += [(name, shape, 0, {"weight": flat[:7]}), (name, shape, 7, {"weight": flat[7:]})]
-    checkpoint.save(folder / "checkpoints", 3, shards, {"model": asdict(model)}, SingleComm())
+    saving.save(folder / "checkpoints", 3, shards, {"model": asdict(model)}, SingleComm())
     (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     if tokenizer:
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")

@@ -1,0 +1,219 @@
+"""Writing of checkpoints (:mod:`mpillm.train.checkpoint`): every rank its file, announced by one rename."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+import warnings
+
+import h5py
+import numpy as np
+import torch
+
+from mpillm.errors import DataError, on_rank_0, together
+from mpillm.train.checkpoint import VERSION, complete_checkpoints, digest_of
+
+SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
+
+
+def save(folder, step, shards, manifest, comm, keep=3):
+    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``.
+
+    Collective over ``comm``. Parameters and errors are those of :class:`Saving`.
+
+    Returns
+    -------
+    Path
+        Of the checkpoint.
+    """
+    return Saving(folder, step, shards, manifest, comm, keep).finish()
+
+
+class Saving:
+    """A checkpoint that is being written.
+
+    Collective over ``comm``, as are all methods. Nothing is announced before :meth:`finish`.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's ``checkpoints``.
+    step : int
+    shards : iterable of (name, shape, start, {kind: Tensor})
+        What this rank writes: flat tensors that begin at element ``start`` of the whole parameter ``name``.
+    manifest : dict
+        What else to keep; equal on all ranks.
+    comm : Comm
+    keep : int
+        How many of the newest stay.
+    in_background : bool
+        Copy the tensors now, and let a thread write them. MPI is left to the calling thread.
+
+    Raises
+    ------
+    CollectiveError
+        On every rank if any could not write; nothing is announced then, and older checkpoints stay.
+    """
+
+    def __init__(self, folder, step, shards, manifest, comm, keep=3, in_background=False):
+        self.step, self._comm, self._keep, self._manifest = step, comm, keep, manifest
+        self._final, self._temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
+        self._action, self._error, self._entries, self._thread = f"save {self._final}", None, None, None
+        on_rank_0(comm, self._clear, self._action)
+        if in_background:
+            shards = [(*where, {kind: tensor.detach().clone() for kind, tensor in tensors.items()})
+                      for *where, tensors in shards]
+            self._thread = threading.Thread(target=self._write, args=(shards,), daemon=True)
+            self._thread.start()
+        else:
+            self._write(shards)
+
+    def _write(self, shards):
+        try:
+            self._entries = _write_file(self._temporary / f"rank-{self._comm.rank:05d}.h5", shards)
+        except Exception as error:  # the thread has nobody to raise it to
+            self._error = error
+
+    def is_written(self):
+        """Return, equal on all ranks, whether all have written their files. Collective; waits for no file."""
+        return all(self._comm.allgather(self._thread is None or not self._thread.is_alive()))
+
+    def finish(self):
+        """Wait for all ranks' files, announce the checkpoint and drop old ones.
+
+        Collective over the ranks that save.
+
+        Returns
+        -------
+        Path
+            Of the checkpoint.
+
+        Raises
+        ------
+        CollectiveError
+            On every rank if any could not write.
+        """
+        if self._thread:
+            self._thread.join()
+
+        def written():
+            if self._error:
+                what = f"{type(self._error).__name__}: {self._error}"
+                raise DataError(f"{self._action}: {what}: free some space, or choose another train.run_dir"
+                                ) from self._error
+            return self._entries
+
+        gathered = self._comm.gather(together(self._comm, written, self._action))
+        on_rank_0(self._comm, lambda: self._publish(gathered), self._action)
+        return self._final
+
+    def _publish(self, gathered):
+        tensors = {}
+        for kind, name, shape, dtype, shard in (entry for part in gathered for entry in part):
+            known = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "dtype": dtype, "shards": []})
+            known["shards"].append(shard)
+        _write_manifest(self._temporary, {"version": VERSION, "step": self.step, **self._manifest, "tensors": tensors})
+        folder, replaced = self._final.parent, self._final.with_suffix(".replaced")
+        if self._final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(self._final, replaced)  # which stands for it until the next line is done
+        os.rename(self._temporary, self._final)
+        _sync_folder(folder)
+        try:
+            replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
+            for old in (*replaced, *complete_checkpoints(folder)[:-self._keep]):
+                _retire(old)
+            for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
+                shutil.rmtree(retired)
+        except OSError as error:  # such as a file that somebody reads over NFS
+            warnings.warn(f"{folder}: an old checkpoint cannot be removed ({error}); the next save tries again",
+                          stacklevel=2)
+
+    def _clear(self):
+        """Make an empty temporary folder; remove those of saves that were interrupted."""
+        for left in self._final.parent.glob("step-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+
+
+def _write_file(path, shards):
+    """Write this rank's shards, sync, and return their manifest entries."""
+    entries = []
+    with _KeepsItsError(path, "w") as raw:
+        with h5py.File(raw, "w") as file:
+            for kind, name, shape, start, tensor in _cut(shards):
+                values, where = _as_numpy(tensor), f"{kind}/{name}/{start}"
+                file.create_dataset(where, data=values)
+                shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
+                         "sha256": hashlib.sha256(values).hexdigest()}
+                entries.append((kind, name, list(shape), values.dtype.name, shard))
+        if raw.error:
+            raise raw.error
+        os.fsync(raw.fileno())
+    return entries
+
+
+def _cut(shards):
+    """Yield ``(kind, name, shape, start, tensor)`` of no more than :data:`SHARD_ELEMENTS` each."""
+    for name, shape, start, tensors in shards:
+        for kind, tensor in tensors.items():
+            for low in range(0, len(tensor), SHARD_ELEMENTS):
+                yield kind, name, shape, start + low, tensor[low:low + SHARD_ELEMENTS]
+
+
+class _KeepsItsError(io.FileIO):
+    """A file for HDF5 that never fails to write but keeps the first error, to be raised once HDF5 has closed it.
+
+    HDF5 cannot close what it could not write, and ends the process with a segmentation fault when it leaves. Writing
+    also lets other threads run, which HDF5's own writing does not.
+    """
+
+    error = None
+
+    def write(self, data):
+        """Write all of ``data``, or keep the error."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while len(left) and not self.error:
+                left = left[super().write(left):]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size=None):
+        """Set the size, or keep the error."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+
+def _as_numpy(tensor):
+    return np.ascontiguousarray(tensor.detach().cpu().numpy() if torch.is_tensor(tensor) else tensor)
+
+
+def _write_manifest(folder, manifest):
+    with open(folder / "manifest.json", "w", encoding="utf-8") as file:
+        json.dump({**manifest, "sha256": digest_of(manifest)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _retire(path):
+    """Take its name from a checkpoint by one rename: removed file by file it would look complete to the last."""
+    retired = path.with_suffix(".old")
+    shutil.rmtree(retired, ignore_errors=True)
+    path.rename(retired)
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
