@@ -19,7 +19,7 @@ import torch
 
 from mpillm.comm.buffers import flat, host_empty, staged, unstaged
 from mpillm.comm.group import as_group
-from mpillm.comm.library import finish
+from mpillm.comm.progress import finish
 from mpillm.comm.scheduled import Scheduled
 from mpillm.errors import ShapeError
 from mpillm.schedules.blocks import all_bounds, bounds, counts

@@ -6,11 +6,10 @@ from itertools import pairwise
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES, as_bytes
-from mpillm.comm.library import finish
+from mpillm.comm.progress import advance, finish, under_way
 from mpillm.comm.sums import COMBINE
 
 SEGMENT_BYTES = 1 << 20
-_under_way = []  # of this process: while one is waited for all progress, as nonblocking operations of MPI do
 
 
 class Executor:
@@ -64,7 +63,7 @@ class Executor:
     def start(self):
         """Begin, with what the inputs hold now. Collective. Not before what was started last has finished."""
         self._progress = self._run()
-        _under_way.append(self)
+        under_way.append(self)
         self.Test()
 
     def Test(self):
@@ -76,8 +75,7 @@ class Executor:
         -------
         bool
         """
-        for executor in list(_under_way):
-            executor._advance()
+        advance()
         return self._progress is None
 
     def wait(self):
@@ -92,12 +90,12 @@ class Executor:
                     request.Free()
         self._rounds = []
 
-    def _advance(self):
-        """Go on until there is nothing to do but wait, or to the end."""
+    def advance(self):
+        """Go on until there is nothing to do but wait, or to the end. Local."""
         if next(self._progress, self) is not self:
             return
         self._progress = None
-        _under_way.remove(self)
+        under_way.remove(self)
         for chunk, out in self.outputs.items():
             if out.data_ptr() != self._slots[chunk].data_ptr():
                 out.copy_(self._slots[chunk])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mpillm.comm.buffers import as_bytes, flat, host_empty
-from mpillm.comm.library import finish
+from mpillm.comm.progress import finish
 from mpillm.comm.shared import make_node
 from mpillm.schedules.blocks import align
 

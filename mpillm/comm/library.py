@@ -5,11 +5,10 @@ Every method starts an operation and returns its request, or None where it is do
 every rank's block.
 """
 
-import os
-
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES, as_array, as_bytes
+from mpillm.comm.progress import finish
 from mpillm.comm.sums import combine_tree
 from mpillm.schedules.blocks import all_bounds
 
@@ -90,12 +89,6 @@ class Library:
 
     def _is_direct(self, x):
         return self._has_fixed_order or x.dtype in HALF_TYPES
-
-
-def finish(request):
-    """Wait for a request, leaving the core to others meanwhile: ranks may outnumber cores."""
-    while request is not None and not request.Test():
-        os.sched_yield()
 
 
 def _layout(cuts, x):

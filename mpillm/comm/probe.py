@@ -13,7 +13,7 @@ from torch.nn import functional
 from mpillm import plan
 from mpillm.comm import collectives
 from mpillm.comm.group import Group
-from mpillm.comm.library import finish
+from mpillm.comm.progress import finish
 from mpillm.machine import EVERYWHERE, Level, Machine
 from mpillm.plan import ANY, DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds

@@ -1,7 +1,7 @@
 """Collectives as a repaired table wants them: by two others, as if longer, or in pieces; see
 :mod:`mpillm.schedules.repair`."""
 
-from mpillm.comm.library import finish
+from mpillm.comm.progress import finish
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.repair import COMPOSED, PADDED, as_if
 

@@ -20,6 +20,7 @@ import os
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES
+from mpillm.comm.progress import advance
 from mpillm.comm.sums import combine_tree
 from mpillm.errors import LaunchError
 from mpillm.schedules.blocks import all_bounds
@@ -127,8 +128,9 @@ class Node:
             while other[0] < count:
                 leave()
                 turns += 1
-                if turns > TURNS_ALONE:  # who is late may be waiting for what this rank has begun to send
+                if turns > TURNS_ALONE:  # who is late may be waiting for what this rank has begun
                     self.comm.Iprobe()
+                    advance()
         self.fence()
 
     def free(self):

@@ -1,0 +1,18 @@
+"""What this process has under way without MPI's knowledge, and waiting that lets all of it go on, as MPI's own would."""
+
+import os
+
+under_way = []  # objects whose ``advance()`` does what can be done now, and leaves the list at the end
+
+
+def advance():
+    """Let all that is under way go on. Local."""
+    for one in list(under_way):
+        one.advance()
+
+
+def finish(request):
+    """Wait for a request, or None, leaving the core to others meanwhile: ranks may outnumber cores."""
+    while request is not None and not request.Test():
+        advance()
+        os.sched_yield()
