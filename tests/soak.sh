@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The long test, for a night: every layout of 1 to 4 ranks on the odd sizes, where tests/run.sh compares a choice; random
 # kills, changed checkpoints, all faults under Open MPI too, all job templates on a Slurm, two hosts; every layout of three
-# models beside its prediction, and of one over links of three rates.
+# models beside its prediction, and of one over links of three rates; what a plan for unequal ranks wins.
 #   bash tests/soak.sh [BIN [OPENMPI_BIN]]
 # BIN and OPENMPI_BIN hold the python and mpiexec to use: what tests/run.sh made, if not given.
 set -eu
@@ -30,5 +30,6 @@ for n in 2 4; do
         "$bin/mpiexec" -n "$n" "$bin/python" "$root/tests/layouts.py" "$model" || echo "layouts: $model on $n ranks falls short"
     done
 done
+"$bin/mpiexec" -n 2 "$bin/python" "$root/tests/slow_rank.py" || echo "slow_rank: falls short"
 bash "$root/tests/hosts.sh" --links 1 "100mbit 1gbit none" "${bin%/bin}"
 bash "$root/tests/hosts.sh" --links 2 "100mbit 1gbit none" "${bin%/bin}"

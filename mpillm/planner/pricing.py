@@ -188,12 +188,14 @@ class Pricer:
         layers, first, last, (kept_bytes, falling_bytes), head_bytes = self._of(layout)
         p, v, m = layout.pipeline, layout.chunks, self.num_microbatches(layout)
         busy = self._fullest(layout, m) * max(sum(first), sum(last))
-        if layout.schedule in SCHEDULES:
+        if p == 1:
+            pipeline_s = busy
+        elif layout.schedule in SCHEDULES:
             f, i, w = map(max, first, last)
             ramp = {"zb-h1": f + i - w, "zb-h2": f + i - 2 * w}.get(layout.schedule, (f + i + w) / v)
             # A message holds up the ramp there and back, and the steady part once more each way for every round of
             # ranks.
-            waits = (2 * (p - 1) * v + 2 * m / p) * self._message_s(layout) if p > 1 else 0.0
+            waits = (2 * (p - 1) * v + 2 * m / p) * self._message_s(layout)
             pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), (m + p - 1) * (f + i) / v) + waits
         else:
             pipeline_s = self.timeline(layout).total_s

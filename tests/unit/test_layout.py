@@ -368,6 +368,10 @@ def test_unequal_ranks_get_unequal_work():
     assert "shares" not in even.layout and even.predicted["step_s"] > by_data.predicted["step_s"]
     cuts = make_plan(SMALL.with_values({"layout.pipeline": 2, "layout.chunks": 1}), machine, 2).layout["stage_cuts"]
     assert cuts == [4]
+    by_data, even = (make_plan(SMALL.with_values({"layout.data": 2, "train.microbatch": 1, **shares}),
+                               replace(machine, speeds=(2.0, 1.0)), 2).predicted["pipeline_s"]
+                     for shares in ({}, {"layout.shares": [4, 4]}))
+    assert by_data == pytest.approx(even * 3 / 4)
 
 
 def test_the_bound_holds_for_ranks_that_are_faster_than_the_rate(monkeypatch):
