@@ -200,18 +200,18 @@ class Run:
                                  "seq_len": self.config.train.seq_len},
                         "skipped": self.skipped, "seed": self.config.train.seed}
             self._saving = saving.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
-                                             self.config.train.checkpoint_keep, self.config.train.checkpoint_background)
+                                         self.config.train.checkpoint_keep, self.config.train.checkpoint_background)
         if not self.config.train.checkpoint_background:
             self.finish_save()
         return self.folder / "checkpoints" / f"step-{self.step_number:08d}"
 
     def finish_save(self):
         """Wait for what is being written, and announce it. Where that fails it is given up."""
-        saving, self._saving = self._saving, None
-        if saving:
+        under_way, self._saving = self._saving, None
+        if under_way:
             with self.engine.trace.span("save", "announce"):
-                saving.finish()
-            self.saved_step = saving.step
+                under_way.finish()
+            self.saved_step = under_way.step
 
     def free(self):
         """Finish what is being saved; release communicators and files."""

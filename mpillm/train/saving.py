@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from mpillm.errors import DataError, on_rank_0, together
-from mpillm.train.checkpoint import VERSION, complete_checkpoints, digest_of
+from mpillm.train.checkpoint import VERSION, complete_checkpoints, digest_of, step_of
 
 SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
 
 
 def save(folder, step, shards, manifest, comm, keep=3):
-    """Write the checkpoint of ``step`` below ``folder`` and drop all but the newest ``keep``.
+    """Write the checkpoint of ``step`` below ``folder``; of those up to it keep the newest ``keep``.
 
     Collective over ``comm``. Parameters and errors are those of :class:`Saving`.
 
@@ -47,7 +47,7 @@ class Saving:
         What else to keep; equal on all ranks.
     comm : Comm
     keep : int
-        How many of the newest stay.
+        How many stay, the newest of those up to this step.
     in_background : bool
         Copy the tensors now, and let a thread write them. MPI is left to the calling thread.
 
@@ -123,7 +123,9 @@ class Saving:
         _sync_folder(folder)
         try:
             replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
-            for old in (*replaced, *complete_checkpoints(folder)[:-self._keep]):
+            # newer ones are there where they turned out to be damaged: they must not push out what is whole
+            up_to_this = [path for path in complete_checkpoints(folder) if step_of(path) <= self.step]
+            for old in (*replaced, *up_to_this[:-self._keep]):
                 _retire(old)
             for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
                 shutil.rmtree(retired)

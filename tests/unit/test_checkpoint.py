@@ -114,6 +114,16 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000011"]
 
 
+def test_a_newer_one_that_is_damaged_does_not_push_out_what_is_whole(tmp_path):
+    for step in (4, 9):
+        write(tmp_path, step, keep=1)
+    for path in (tmp_path / "step-00000009").glob("rank-*.h5"):
+        path.unlink()
+    for step in (6, 7):  # as a run does that went back behind it
+        write(tmp_path, step, keep=1)
+        assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [step, 9]
+
+
 def test_unfinished_and_foreign_folders_are_ignored(tmp_path, path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(path, folder / "step-00000009.tmp")
