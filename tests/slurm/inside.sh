@@ -155,6 +155,7 @@ walltime() {
     export CONFIG
     sed 's/^steps = .*/steps = 8000/' train.toml >"$CONFIG"
     id=$(submit walltime cpu.sbatch --time=00:02:00 --signal=B:USR1@30) # Slurm may send it up to a minute earlier
+    verdict "trains" until_start "$id" 0 walltime
     for _ in $(seq 150); do waits "$id" && break; sleep 1; done
     verdict "stopped before the walltime, with a checkpoint" grep -q "stopped by .* after step [1-9]" "$(log "$id")"
     verdict "requeued, trained to the end" until_done "$id" 600
