@@ -52,15 +52,17 @@ train() {
 
 # Start again from the checkpoint, unless MAX_STALLS starts in a row brought no new one.
 requeue() {
-    local newest stalls=0 last=
+    local newest stalls=0 last= job=$SLURM_JOB_ID
+    # The last element of an array has the number of the whole array, and would put back all.
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n 1) || true
     read -r last stalls 2>/dev/null <"$RUN_DIR/starts" || true
     [ "${newest:=none}" = "$last" ] && stalls=$((stalls + 1)) || stalls=0
     mkdir -p "$RUN_DIR" && echo "$newest $stalls" >"$RUN_DIR/starts"
     if [ "$stalls" -ge "${MAX_STALLS:-3}" ]; then
         echo "$stalls starts in a row without a new checkpoint: not started again"
-    elif [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %t)" = R ]; then
-        scontrol requeue "$SLURM_JOB_ID" || echo "not put back into the queue"
+    elif [ "$(squeue --noheader --jobs "$job" --format %t)" = R ]; then
+        scontrol requeue "$job" || echo "not put back into the queue"
     else  # Slurm ends it: a preempted job comes back by itself, a cancelled one must not
         echo "not put back into the queue: Slurm has ended it"
     fi

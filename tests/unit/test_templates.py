@@ -20,7 +20,11 @@ case $2:$MODE in
     train:exit-*) exit "${MODE#exit-}" ;;
 esac
 """
-SQUEUE = '#!/bin/bash\necho "${STATE:-R}"\n'
+# The number of an array stands for all its elements, which have a line each.
+SQUEUE = """#!/bin/bash
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || [[ "$*" = *_"$SLURM_ARRAY_TASK_ID"* ]] || echo R
+echo "${STATE:-R}"
+"""
 SCONTROL = '#!/bin/bash\necho "$@" >>log\nexit ${SCONTROL_CODE:-0}\n'
 
 
@@ -84,3 +88,9 @@ def test_starts_without_a_new_checkpoint_end_and_those_with_one_do_not(tmp_path)
 def test_a_job_that_slurm_ends_leaves_as_asked_and_is_not_put_back(tmp_path, how):
     code, log, out = run(tmp_path, "exit-85", **how)
     assert code == 85 and "not put back" in out and ("requeue 7" in log) == ("STATE" not in how)
+
+
+def test_an_element_of_an_array_goes_back_by_itself(tmp_path):
+    (tmp_path / "sweep.txt").write_text("--train.lr 1e-3\n--train.lr 2e-3\n")
+    code, log, _ = run(tmp_path, "exit-85", template="sweep.sbatch", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
+    assert (code, log) == (85, ["doctor begins", "train begins", "requeue 7_1"])
