@@ -14,8 +14,8 @@ from mpillm.planner.pricing import describe_recompute
 from mpillm.schedules.pipeline import SCHEDULES
 from mpillm.train.data import TokenFile, training_order
 from mpillm.train.engine import Engine
-from mpillm.train.optimizers import decays, learning_rate, make_optimizer
-from mpillm.train.reference import Reference
+from mpillm.train.optimizers import decays, learning_rate
+from mpillm.train.reference import Reference, make_optimizer
 
 TOLERANCE = 1e-10  # of max|a - b| / max|b|, per tensor
 

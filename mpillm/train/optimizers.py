@@ -3,6 +3,11 @@
 import math
 
 import torch
+from torch.optim.adagrad import adagrad
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.rmsprop import rmsprop
+from torch.optim.sgd import sgd
 
 
 def learning_rate(train, step):
@@ -19,19 +24,46 @@ def learning_rate(train, step):
     return train.min_lr + (train.lr - train.min_lr) * shape
 
 
-def make_optimizer(train, groups):
-    """Return the PyTorch optimiser of the ``[train]`` section over parameter groups."""
-    adam = {"betas": train.betas, "eps": train.eps, "fused": True}
+def state_kinds(train):
+    """Return the names of the tensors that the optimiser keeps beside each weight: those of PyTorch's state."""
     kinds = {
-        "adamw": (torch.optim.AdamW, adam),
-        "adam": (torch.optim.Adam, adam),
-        "sgd": (torch.optim.SGD, {"momentum": train.momentum, "fused": True}),
-        "rmsprop": (torch.optim.RMSprop, {"alpha": train.betas[1], "eps": train.eps, "momentum": train.momentum,
-                                          "foreach": True}),
-        "adagrad": (torch.optim.Adagrad, {"eps": train.eps, "fused": True}),
-    }
-    kind, options = kinds[train.optimizer]
-    return kind(groups, lr=train.lr, **options)
+        "adamw": ["exp_avg", "exp_avg_sq"],
+        "adam": ["exp_avg", "exp_avg_sq"],
+        "sgd": ["momentum_buffer"],
+        "rmsprop": ["square_avg", "momentum_buffer"],
+        "adagrad": ["sum"],
+    }[train.optimizer]
+    return kinds if train.momentum else [kind for kind in kinds if kind != "momentum_buffer"]
+
+
+def update(train, lr, weight_decay, weights, gradients, state, steps):
+    """Update weights and state in place by PyTorch's function of the ``[train]`` section's optimiser.
+
+    Local. Its functions, not its classes: a class imports the compiler, which costs every rank a second and 70 MiB.
+
+    Parameters
+    ----------
+    train : mpillm.config.Train
+    lr, weight_decay : float
+    weights, gradients : list of torch.Tensor
+    state : dict of str to list of torch.Tensor
+        By :func:`state_kinds`; zeros before the first step.
+    steps : list of torch.Tensor
+        One float32 scalar a weight on its device: the steps taken.
+    """
+    common = {"lr": lr, "weight_decay": weight_decay, "maximize": False}
+    if train.optimizer in ("adamw", "adam"):
+        function = adamw if train.optimizer == "adamw" else adam
+        function(weights, gradients, state["exp_avg"], state["exp_avg_sq"], [], steps, fused=True, amsgrad=False,
+                 beta1=train.betas[0], beta2=train.betas[1], eps=train.eps, **common)
+    elif train.optimizer == "sgd":
+        sgd(weights, gradients, state.get("momentum_buffer", [None] * len(weights)), fused=True,
+            momentum=train.momentum, dampening=0.0, nesterov=False, **common)
+    elif train.optimizer == "rmsprop":
+        rmsprop(weights, gradients, state["square_avg"], [], state.get("momentum_buffer", []), steps, foreach=True,
+                alpha=train.betas[1], eps=train.eps, momentum=train.momentum, centered=False, **common)
+    else:
+        adagrad(weights, gradients, state["sum"], steps, fused=True, lr_decay=0.0, eps=train.eps, **common)
 
 
 def decays(shape):
@@ -53,54 +85,37 @@ class ShardedOptimizer:
     def __init__(self, train, buckets):
         self.train = train
         self.entries = [(bucket, piece) for bucket in buckets for piece in bucket.pieces()]
-        self._parameters = [torch.nn.Parameter(bucket.master[piece.low:piece.high]) for bucket, piece in self.entries]
-        groups = {True: [], False: []}
-        for p, (_, piece) in zip(self._parameters, self.entries):
-            groups[decays(piece.shape)].append(p)
-        self._optimizer = make_optimizer(train, [
-            {"params": members, "weight_decay": train.weight_decay if is_decayed else 0.0}
-            for is_decayed, members in groups.items() if members
-        ])
+        self._tensors = []  # one {kind: tensor} a piece, with its padding
+        for bucket, piece in self.entries:
+            weight = bucket.master[piece.low:piece.high]
+            self._tensors.append({"weight": weight, **{kind: torch.zeros_like(weight) for kind in state_kinds(train)}})
+        self._steps = [torch.zeros((), device=bucket.master.device) for bucket, _ in self.entries]
+        self._groups = {}  # weight decay to the numbers of its pieces
+        for index, (_, piece) in enumerate(self.entries):
+            self._groups.setdefault(train.weight_decay if decays(piece.shape) else 0.0, []).append(index)
 
     def step(self, gradients, lr):
         """Update from the reduced gradients, one a bucket as its range holds them."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        for p, (bucket, piece) in zip(self._parameters, self.entries):
-            p.grad = gradients[bucket][piece.low:piece.high]
-        self._optimizer.step()
-        for p in self._parameters:
-            p.grad = None
+        for weight_decay, members in self._groups.items():
+            state = {kind: [self._tensors[index][kind] for index in members] for kind in state_kinds(self.train)}
+            parts = [gradients[bucket][piece.low:piece.high] for bucket, piece in (self.entries[i] for i in members)]
+            update(self.train, lr, weight_decay, [self._tensors[index]["weight"] for index in members], parts, state,
+                   [self._steps[index] for index in members])
 
     def state(self):
         """Yield ``(piece, {kind: tensor})`` for every piece, the weights among them; views without padding."""
-        for p, (_, piece) in zip(self._parameters, self.entries):
-            count = piece.stop - piece.start
-            tensors = {kind: value for kind, value in self._optimizer.state[p].items()
-                       if torch.is_tensor(value) and value.shape == p.shape}
-            yield piece, {kind: value[:count] for kind, value in {"weight": p.detach(), **tensors}.items()}
+        for (_, piece), tensors in zip(self.entries, self._tensors):
+            yield piece, {kind: tensor[:piece.stop - piece.start] for kind, tensor in tensors.items()}
 
     def restore(self, read, step):
         """Set weights and state of every piece from ``read(kind, piece)`` (numpy), as after ``step`` steps."""
-        self._make_state()
         for piece, tensors in self.state():
             for kind, tensor in tensors.items():
                 tensor.copy_(torch.from_numpy(read(kind, piece)))
-        for p in self._parameters:
-            if "step" in self._optimizer.state[p]:
-                self._optimizer.state[p]["step"].fill_(step)
+        for count in self._steps:
+            count.fill_(step)
 
     def restore_weights(self, read):
         """Set the weights alone from ``read("weight", piece)``."""
         for piece, tensors in self.state():
             tensors["weight"].copy_(torch.from_numpy(read("weight", piece)))
-
-    def _make_state(self):
-        """Let PyTorch create its state, by a step that changes no weight."""
-        kept = [p.detach().clone() for p in self._parameters]
-        for p in self._parameters:
-            p.grad = torch.zeros_like(p)
-        self._optimizer.step()
-        for p, old in zip(self._parameters, kept):
-            p.grad = None
-            p.detach().copy_(old)

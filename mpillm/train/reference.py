@@ -62,3 +62,17 @@ class Reference:
         turn = torch.polar(torch.ones_like(angles), angles)
         turned = torch.complex(x_BHSN[..., :half].double(), x_BHSN[..., half:].double()) * turn
         return torch.cat((turned.real, turned.imag), -1).to(x_BHSN.dtype)
+
+
+def make_optimizer(train, groups):
+    """Return PyTorch's optimiser of the ``[train]`` section over parameter groups."""
+    adam = {"betas": train.betas, "eps": train.eps, "fused": True}
+    kind, options = {
+        "adamw": (torch.optim.AdamW, adam),
+        "adam": (torch.optim.Adam, adam),
+        "sgd": (torch.optim.SGD, {"momentum": train.momentum, "fused": True}),
+        "rmsprop": (torch.optim.RMSprop, {"alpha": train.betas[1], "eps": train.eps, "momentum": train.momentum,
+                                          "foreach": True}),
+        "adagrad": (torch.optim.Adagrad, {"eps": train.eps, "fused": True}),
+    }[train.optimizer]
+    return kind(groups, lr=train.lr, **options)

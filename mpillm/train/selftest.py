@@ -12,7 +12,7 @@ from mpillm.comm.single import SingleComm
 from mpillm.errors import ConfigError
 from mpillm.nn.norm import RMSNorm
 from mpillm.nn.split import TensorSplit
-from mpillm.train.optimizers import make_optimizer
+from mpillm.train.optimizers import state_kinds, update
 from mpillm.train.storage import ALIGNMENT
 
 
@@ -99,13 +99,11 @@ def _optimizer(train, gradient):
     """Return the weights after two steps on a whole and on its halves."""
 
     def updated(parts):
-        weights = [torch.nn.Parameter(torch.ones_like(part)) for part in parts]
-        optimizer = make_optimizer(train, weights)
+        weights, steps = [torch.ones_like(part) for part in parts], [torch.zeros(()) for _ in parts]
+        state = {kind: [torch.zeros_like(part) for part in parts] for kind in state_kinds(train)}
         for _ in range(2):
-            for weight, part in zip(weights, parts):
-                weight.grad = part.clone()
-            optimizer.step()
-        return torch.cat([weight.detach() for weight in weights])
+            update(train, train.lr, train.weight_decay, weights, parts, state, steps)
+        return torch.cat(weights)
 
     return updated([gradient]), updated(list(gradient.chunk(2)))
 

@@ -316,7 +316,7 @@ def test_a_rank_that_holds_up_the_others_is_named_with_its_work(comm, data_path,
 
     def sleeping(self, *work):  # balanced because all do little else
         is_slow = comm.rank == comm.size - 1 and trainer.step_number >= slow_from
-        time.sleep(0.12 if is_slow else 0.02)
+        time.sleep(0.2 if is_slow else 0.05)
         return forward(self, *work)
 
     monkeypatch.setattr(stage.Stage, "forward", sleeping)

@@ -1,6 +1,7 @@
 """The floor plan, held by reading the source: imports run downward, and the planning wing is pure."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_the_planning_wing_imports_neither_mpi_nor_torch():
 def loaded_by(statement):
     """Which of the heavy libraries a fresh Python has loaded after a statement, and whether MPI was started."""
     code = (f"import sys\n{statement}\n"
-            "print(*sorted({'torch', 'mpi4py', 'mpi4py.MPI', 'h5py'} & set(sys.modules)))")
+            "print(*sorted({'torch', 'torch._dynamo', 'mpi4py', 'mpi4py.MPI', 'h5py'} & set(sys.modules)))")
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
 
@@ -106,6 +107,18 @@ def test_importing_the_planning_wing_loads_no_torch():
 
 def test_only_starting_a_world_starts_mpi():
     assert loaded_by("import mpillm; mpillm.Config; mpillm.Run; mpillm.Mesh; mpillm.launch") == ["h5py", "torch"]
+
+
+def test_training_loads_no_compiler(tmp_path, monkeypatch):
+    """Which every rank would pay with a second at the start and 70 MiB."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    found = loaded_by(f"""
+import pathlib, mpillm, tiny
+path = pathlib.Path({str(tmp_path)!r})
+tiny.write_token_file(path / "tokens.h5")
+assert len(list(mpillm.Run(tiny.tiny(tiny.configure(path, "run"))))) == 6
+""")
+    assert "torch" in found and "torch._dynamo" not in found
 
 
 def test_no_public_name_is_that_of_a_submodule():

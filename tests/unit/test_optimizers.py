@@ -7,7 +7,8 @@ import torch
 from tiny import tiny
 
 from mpillm.schedules.blocks import align, bounds
-from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate, make_optimizer
+from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate
+from mpillm.train.reference import make_optimizer
 from mpillm.train.storage import ALIGNMENT, Piece
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "adagrad"]

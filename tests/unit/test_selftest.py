@@ -9,7 +9,7 @@ from tiny import tiny
 
 from mpillm.errors import USAGE, ConfigError
 from mpillm.train import selftest
-from mpillm.train.optimizers import make_optimizer
+from mpillm.train.optimizers import update
 from mpillm.train.selftest import check_exact
 
 EXACT = {"train.numerics": "exact", "train.dtype": "float32", "train.exact_blocks": 4}
@@ -78,8 +78,8 @@ def test_a_kernel_that_differs_with_threads_is_named(monkeypatch, kernel, operat
 
 
 def test_an_optimiser_that_treats_shards_otherwise_is_named(monkeypatch):
-    def optimizer(train, weights):
-        return make_optimizer(train, [{"params": weights, "weight_decay": float(len(weights))}])
+    def by_number(train, lr, weight_decay, weights, *rest):
+        update(train, lr, float(len(weights)), weights, *rest)
 
-    monkeypatch.setattr(selftest, "make_optimizer", optimizer)
+    monkeypatch.setattr(selftest, "update", by_number)
     refused(tiny(EXACT, 1), "the optimiser on a shard", "use train.numerics = fast")
