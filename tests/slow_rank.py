@@ -72,10 +72,10 @@ def planned_and_equal(axis, config, machine, ranks):
     """Return the plan for unequal ranks, and its layout as equal ones would share the work, priced on the unequal."""
     planned = make_plan(config, machine, ranks, top=0)
     changed = {"shares": [config.train.global_batch // ranks] * ranks} if axis == "data" else {"stage_cuts": "auto"}
-    layout = Plan(ranks, 0, layout={**planned.layout, **changed})
+    equal = Plan(ranks, 0, layout={**planned.layout, **changed})
     if axis == "pipeline":
-        layout = make_plan(layout.applied_to(config), replace(machine, speeds=()), ranks, top=0)
-    return planned, price_layout(Plan(ranks, 0, layout=layout.layout).applied_to(config), machine, ranks)
+        equal = make_plan(equal.applied_to(config), replace(machine, speeds=()), ranks, top=0)
+    return planned, price_layout(Plan(ranks, 0, layout=equal.layout).applied_to(config), machine, ranks)
 
 
 if __name__ == "__main__":

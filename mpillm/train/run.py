@@ -1,8 +1,6 @@
 """A run: an engine with its data, metrics, checkpoints and folder."""
 
-import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -14,13 +12,15 @@ from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
-from mpillm.errors import CheckpointError, CollectiveError, ConfigError, DataError, NumbersError, on_rank_0, together
+from mpillm.errors import CheckpointError, CollectiveError, NumbersError, on_rank_0, together
 from mpillm.plan import Plan
 from mpillm.train import checkpoint, saving
 from mpillm.train.data import TokenFile, file_digest, training_order, with_vocabulary
 from mpillm.train.engine import Engine
+from mpillm.train.metrics import Metrics
 from mpillm.train.optimizers import learning_rate
 from mpillm.train.selftest import check_exact
+from mpillm.train.start import check_model, check_same, find_start, newest
 from mpillm.train.stragglers import Stragglers
 from mpillm.train.text import copy_tokenizer
 from mpillm.train.watchdog import Watchdog
@@ -66,7 +66,7 @@ class Run:
         self.config = together(self.comm, lambda: self._open_data(config), "data")
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
-        start = on_rank_0(self.comm, lambda: self._find_start(resume), "resume")  # not all may see the same files
+        start = on_rank_0(self.comm, lambda: find_start(self.folder, resume), "resume")  # not all may see the same files
         writing = f"train.run_dir = {self.folder} cannot be written, choose another"
         on_rank_0(self.comm, lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True), writing)
         self.threads = set_threads(self.comm)
@@ -79,7 +79,7 @@ class Run:
         self.skipped, self.skipped_in_a_row, self._saving = 0, 0, None
         self.stop, self.stopped_by = stop, None
         self._restore(start, resume)
-        self._metrics_file = None
+        self._metrics = None  # kept by rank 0
         on_rank_0(self.comm, self._open_metrics, writing)
         on_rank_0(self.comm, self._describe, writing)
 
@@ -93,7 +93,8 @@ class Run:
             is_last = self.step_number == train.steps
             if self._evaluates_now():
                 metrics.update(self.evaluate())
-            self._record(metrics)  # before a checkpoint says that the step is done
+            if self._metrics:
+                self._metrics.add(metrics)  # before a checkpoint says that the step is done
             if is_last or (train.checkpoint_every and self.step_number % train.checkpoint_every == 0):
                 self.save()
             yield metrics
@@ -170,10 +171,11 @@ class Run:
     def _finish_evaluation(self):
         """Make up for the evaluation that the run was stopped in, before it goes on; collective."""
         if self.step_number and self._evaluates_now():
-            lacking = on_rank_0(self.comm, self._last_without_evaluation, str(self.folder))
-            found = self.evaluate() if lacking else {}
-            if found:
-                self._record({**lacking, **found}, instead=True)
+            last = on_rank_0(self.comm, lambda: self._metrics.last, str(self.folder))
+            is_lacking = last.get("step") == self.step_number and "validation_loss" not in last
+            found = self.evaluate() if is_lacking else {}
+            if found and self._metrics:
+                self._metrics.add({**last, **found}, instead_of_last=True)
 
     def _must_stop(self):
         """Return whether to stop; collective, and only asked until the answer is yes."""
@@ -219,8 +221,8 @@ class Run:
         if self.watchdog:
             self.watchdog.stop()
         self.engine.free()
-        if self._metrics_file:
-            self._metrics_file.close()
+        if self._metrics:
+            self._metrics.close()
 
     def _open_data(self, config):
         """Open both splits and set what the data decide; local, the same on every rank."""
@@ -241,45 +243,6 @@ class Run:
 
         return samples
 
-    def _find_start(self, resume):
-        """Return the checkpoint to go on from, or None. On rank 0."""
-        folder = self.folder / "checkpoints"
-        own = checkpoint.complete_checkpoints(folder)
-        if resume == "never" and (own or (self.folder / "metrics.jsonl").exists()):
-            raise ConfigError(
-                f"--resume never: {self.folder} holds a run already: choose another train.run_dir, or --resume auto"
-            )
-        if resume in ("auto", "never"):
-            return self._newest(folder)
-        start = _of_a_run(resume)
-        newer = [path.name for path in own if checkpoint.step_of(path) > start.step]
-        if newer:  # they would count as the newest, and push out those of this run
-            raise ConfigError(
-                f"--resume {resume}: is of step {start.step}, and {folder} holds newer ones ({', '.join(newer)}): "
-                "choose another train.run_dir, or move them away"
-            )
-        return start
-
-    def _newest(self, folder, before=None):
-        """Return the newest complete checkpoint of a step below ``before`` that can be opened, or None if there are
-        none; raise if there are some, and none can. On rank 0."""
-        found = checkpoint.complete_checkpoints(folder)
-        left = checkpoint.interrupted_saves(folder)
-        if left and before is None:
-            warnings.warn(f"{folder}: {', '.join(left)} is of a save that was interrupted; the next save removes it",
-                          stacklevel=2)
-        refusal = None
-        for path in reversed(found):
-            if before is None or checkpoint.step_of(path) < before:
-                try:
-                    return _of_a_run(path)
-                except CheckpointError as error:
-                    refusal = error
-                    warnings.warn(f"{error}: looking for an older one", stacklevel=2)
-        if refusal:
-            raise refusal
-        return None
-
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
         self.data_digest = on_rank_0(self.comm, lambda: file_digest(self.config.data.path), "data")
@@ -295,38 +258,17 @@ class Run:
     def _load_or_older(self, start, resume):
         """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""
         action, older = f"resume from {start.path}", None
-        together(self.comm, lambda: self._check_same(start), action)
+        together(self.comm, lambda: check_same(start, self.config, self.data_digest), action)
         try:
             return together(self.comm, lambda: self._load(start), action)
         except (CheckpointError, CollectiveError) as error:
             if resume == "auto":
-                older = on_rank_0(self.comm, lambda: self._newest(self.folder / "checkpoints", start.step), action)
+                older = on_rank_0(self.comm, lambda: newest(self.folder, start.step), action)
             if older is None:
                 raise
             if self.comm.rank == 0:
                 warnings.warn(f"{error}: going on from {older.path} instead", stacklevel=2)
         return self._load_or_older(older, resume)
-
-    def _check_same(self, start):
-        """Refuse a checkpoint of another model, optimiser, order or length of samples, or other data."""
-        self._check_model(start)
-        saved, train = start.manifest, self.config.train
-        if saved["optimizer"] != train.optimizer:
-            raise CheckpointError(
-                f"checkpoint {start.path}: holds the state of {saved['optimizer']}, this run asks for "
-                f"train.optimizer = {train.optimizer}: change it, or start anew with train.init_from"
-            )
-        if saved["data"]["sha256"] != self.data_digest:
-            raise DataError(
-                f"data.path = {self.config.data.path}: not the tokens that checkpoint {start.path} was trained on "
-                "(their SHA-256 differ): give the same file, or start anew with train.init_from"
-            )
-        for key, value in (("seed", saved["seed"]), ("seq_len", saved["data"].get("seq_len", train.seq_len))):
-            if value != getattr(train, key):  # its place in the data would be another
-                raise CheckpointError(
-                    f"checkpoint {start.path}: of train.{key} = {value}, this run has {getattr(train, key)}: set it "
-                    "back, or start anew with train.init_from"
-                )
 
     def _load(self, start):
         """Take up weights, optimiser state, step and data cursor of a checkpoint."""
@@ -342,20 +284,9 @@ class Run:
         path = self.config.train.init_from
         action = f"train.init_from = {path}"
         source = on_rank_0(self.comm, lambda: checkpoint.Checkpoint(path), action)
-        self._check_model(source)
+        check_model(source, self.config.model)
         together(self.comm, lambda: self.engine.optimizer.restore_weights(
             lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape)), action)
-
-    def _check_model(self, source):
-        saved, wanted = source.manifest.get("model"), asdict(self.config.model)
-        saved = saved if isinstance(saved, dict) else {}
-        differing = [f"{key} = {saved.get(key)} (this run: {value})" for key, value in wanted.items()
-                     if saved.get(key) != value]
-        if differing:
-            raise CheckpointError(
-                f"checkpoint {source.path}: of another model: {', '.join(differing)}: use the configuration "
-                "of that run, or another train.run_dir"
-            )
 
     def _watch(self):
         """Return what ends the job if it hangs, or None. Records of an earlier hang are put away first."""
@@ -374,50 +305,4 @@ class Run:
         copy_tokenizer(self.config.data.path, self.folder)
 
     def _open_metrics(self):
-        """Open the metrics for appending, without the lines of steps that will be done again."""
-        path = self.folder / "metrics.jsonl"
-        kept = []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
-            try:  # a line without an end was being written when its run died
-                if line.endswith(b"\n") and json.loads(line)["step"] <= self.step_number:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: not the metrics of a step ({error!r}): mend or remove it, or "
-                                "choose another train.run_dir") from None
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
-        self._metrics_file = open(path, "a", encoding="utf-8")
-
-    def _last_without_evaluation(self):
-        """Return the last metrics if they are of this step and hold no evaluation, else None. On rank 0."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        last = json.loads(lines[-1]) if lines else {}
-        return last if last.get("step") == self.step_number and "validation_loss" not in last else None
-
-    def _record(self, metrics, instead=False):
-        """Append metrics to the file, or put them ``instead`` of the last."""
-        if not self._metrics_file:
-            return
-        try:
-            if instead:
-                lines = (self.folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-                self._metrics_file.truncate(sum(map(len, lines[:-1])))
-            self._metrics_file.write(json.dumps(metrics) + "\n")
-            self._metrics_file.flush()
-        except OSError as error:
-            raise DataError(f"write {self.folder / 'metrics.jsonl'}: {error}: free some space, or choose another "
-                            "train.run_dir") from error
-
-
-def _of_a_run(path):
-    """Open a checkpoint and see that its manifest says what a run needs."""
-    found = checkpoint.Checkpoint(path)
-    saved = {"skipped": 0, **found.manifest}
-    data = saved.get("data")
-    counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]
-    if not (all(type(count) is int and 0 <= count < 1 << 60 for count in counts) and saved["skipped"] <= found.step
-            and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str) and "sha256" in data):
-        raise CheckpointError(f"checkpoint {found.path}: manifest.json does not say what a run needs: model, "
-                              "optimizer, seed and place in the data")
-    return found
+        self._metrics = Metrics(self.folder / "metrics.jsonl", self.step_number)

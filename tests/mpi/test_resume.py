@@ -160,14 +160,13 @@ def test_metrics_are_there_before_the_checkpoint_of_their_step(comm, data_path, 
     assert_all(comm.rank > 0 or lines == [2, 4, 6], lines, comm)
 
 
-def test_metrics_that_cannot_be_written_are_an_error_of_files(comm, data_path):
+def test_metrics_that_cannot_be_written_are_an_error_of_files(comm, data_path, monkeypatch):
     trainer = Run(tiny(configure(data_path, "run", **LAYOUTS[comm.size])), comm)
     if comm.rank == 0:
-        trainer._metrics_file.close()
-        trainer._metrics_file = open("/dev/full", "a")
+        monkeypatch.setattr(trainer._metrics, "_file", open("/dev/full", "ab"))
         with pytest.raises(DataError, match="metrics.jsonl.*No space left"):
-            trainer._record({"step": 1})
-        trainer._metrics_file = None
+            trainer._metrics.add({"step": 1})
+        monkeypatch.undo()
     trainer.free()
 
 

@@ -1,0 +1,114 @@
+"""The checkpoint that a run goes on from: which one, and whether it may."""
+
+import warnings
+from dataclasses import asdict
+
+from mpillm.errors import CheckpointError, ConfigError, DataError
+from mpillm.train import checkpoint
+
+
+def find_start(folder, resume):
+    """Return the checkpoint to go on from, or None. Local.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of the run.
+    resume : str
+        As :class:`mpillm.train.run.Run` takes it.
+
+    Raises
+    ------
+    ConfigError
+        Where ``resume`` contradicts what the folder holds.
+    CheckpointError
+        If there are complete checkpoints and none can be opened.
+    """
+    own = checkpoint.complete_checkpoints(folder / "checkpoints")
+    if resume == "never" and (own or (folder / "metrics.jsonl").exists()):
+        raise ConfigError(
+            f"--resume never: {folder} holds a run already: choose another train.run_dir, or --resume auto"
+        )
+    if resume in ("auto", "never"):
+        left = checkpoint.interrupted_saves(folder / "checkpoints")
+        if left:
+            warnings.warn(f"{folder / 'checkpoints'}: {', '.join(left)} is of a save that was interrupted; the next "
+                          "save removes it", stacklevel=2)
+        return newest(folder)
+    start = _of_a_run(resume)
+    newer = [path.name for path in own if checkpoint.step_of(path) > start.step]
+    if newer:  # they would count as the newest, and push out those of this run
+        raise ConfigError(
+            f"--resume {resume}: is of step {start.step}, and {folder / 'checkpoints'} holds newer ones "
+            f"({', '.join(newer)}): choose another train.run_dir, or move them away"
+        )
+    return start
+
+
+def newest(folder, before=None):
+    """Return the run's newest complete checkpoint of a step below ``before`` that can be opened, or None. Local.
+
+    Raises
+    ------
+    CheckpointError
+        If there are some, and none can be opened.
+    """
+    refusal = None
+    for path in reversed(checkpoint.complete_checkpoints(folder / "checkpoints")):
+        if before is None or checkpoint.step_of(path) < before:
+            try:
+                return _of_a_run(path)
+            except CheckpointError as error:
+                refusal = error
+                warnings.warn(f"{error}: looking for an older one", stacklevel=2)
+    if refusal:
+        raise refusal
+    return None
+
+
+def check_same(start, config, data_digest):
+    """Refuse a checkpoint of another model, optimiser, order or length of samples, or other data. Local."""
+    check_model(start, config.model)
+    saved, train = start.manifest, config.train
+    if saved["optimizer"] != train.optimizer:
+        raise CheckpointError(
+            f"checkpoint {start.path}: holds the state of {saved['optimizer']}, this run asks for "
+            f"train.optimizer = {train.optimizer}: change it, or start anew with train.init_from"
+        )
+    if saved["data"]["sha256"] != data_digest:
+        raise DataError(
+            f"data.path = {config.data.path}: not the tokens that checkpoint {start.path} was trained on "
+            "(their SHA-256 differ): give the same file, or start anew with train.init_from"
+        )
+    for key, value in (("seed", saved["seed"]), ("seq_len", saved["data"].get("seq_len", train.seq_len))):
+        if value != getattr(train, key):  # its place in the data would be another
+            raise CheckpointError(
+                f"checkpoint {start.path}: of train.{key} = {value}, this run has {getattr(train, key)}: set it "
+                "back, or start anew with train.init_from"
+            )
+
+
+def check_model(source, model):
+    """Refuse a checkpoint of another model than this ``[model]`` section. Local."""
+    saved = source.manifest.get("model")
+    saved = saved if isinstance(saved, dict) else {}
+    differing = [f"{key} = {saved.get(key)} (this run: {value})" for key, value in asdict(model).items()
+                 if saved.get(key) != value]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {source.path}: of another model: {', '.join(differing)}: use the configuration "
+            "of that run, or another train.run_dir"
+        )
+
+
+def _of_a_run(path):
+    """Open a checkpoint and see that its manifest says what a run needs."""
+    found = checkpoint.Checkpoint(path)
+    saved = {"skipped": 0, **found.manifest}
+    data = saved.get("data")
+    counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]
+    if not (all(type(count) is int and 0 <= count < 1 << 60 for count in counts) and saved["skipped"] <= found.step
+            and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str) and "sha256" in data):
+        raise CheckpointError(f"checkpoint {found.path}: manifest.json does not say what a run needs: model, "
+                              "optimizer, seed and place in the data")
+    return found
