@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from mpillm.errors import ConfigError
 
 
@@ -19,12 +21,33 @@ class Level:
         Ranks in one group of this level; the last level holds all.
     alpha_s, beta_s_per_byte : float
         Time of a message: ``alpha_s + n beta_s_per_byte``, for each rank while all ranks talk.
+    gamma_s_per_byte : float
+        What it takes on top of that to add a byte that arrived to one's own.
+    points : tuple of (float, float)
+        Measured messages: bytes, ascending, and seconds, not falling. Empty where the two figures say it all.
     """
 
     name: str
     size: int
     alpha_s: float
     beta_s_per_byte: float
+    gamma_s_per_byte: float = 0.0
+    points: tuple = ()
+
+    def message_s(self, n_bytes):
+        """Return the seconds of a message, of an array of them for an array of bytes. Local.
+
+        Linear between the measured points, constant before the first; beyond the last it grows by the level's rate.
+        """
+        if not self.points:
+            return self.alpha_s + n_bytes * self.beta_s_per_byte
+        sizes, times = zip(*self.points)
+        return np.interp(n_bytes, sizes, times) + np.maximum(n_bytes - sizes[-1], 0.0) * self.beta_s_per_byte
+
+    def faster(self, factor):
+        """Return the level with so many times the bandwidth and the same latency. Local."""
+        points = tuple((n, self.alpha_s + (time_s - self.alpha_s) / factor) for n, time_s in self.points)
+        return replace(self, beta_s_per_byte=self.beta_s_per_byte / factor, points=points)
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,14 @@ class Machine:
 
     def __post_init__(self):
         rates = [rate for _, rate in self.matmul] + [self.memory_bytes, self.memory_bytes_per_s]
-        times = [value for level in self.levels for value in (level.alpha_s, level.beta_s_per_byte)] + [self.call_s]
+        times = [self.call_s]
+        for level in self.levels:
+            times += [level.alpha_s, level.beta_s_per_byte, level.gamma_s_per_byte]
+            sizes, measured_s = [n for n, _ in level.points], [time_s for _, time_s in level.points]
+            times += measured_s
+            if sizes != sorted(set(sizes)) or measured_s != sorted(measured_s):
+                raise ConfigError(f"machine {self.name}: points {level.points} of level {level.name}: their bytes must "
+                                  "ascend, and their seconds must not fall")
         if not self.levels or not self.matmul or not all(0 < rate < math.inf for rate in rates) or not all(
                 0 <= time < math.inf for time in times):
             raise ConfigError(f"machine {self.name}: it needs levels and matrix rates; rates must be positive "
@@ -145,9 +175,8 @@ class Machine:
             return replace(self, matmul=tuple((width, rate * factor) for width, rate in self.matmul))
         if what in ("memory_bytes", "memory_bytes_per_s", "elementwise_bytes_per_s", "attention_flops_per_s"):
             return replace(self, **{what: getattr(self, what) * factor})
-        return replace(self, levels=tuple(
-            replace(level, beta_s_per_byte=level.beta_s_per_byte / factor) if level.name == what else level
-            for level in self.levels))
+        return replace(self, levels=tuple(level.faster(factor) if level.name == what else level
+                                          for level in self.levels))
 
     def save(self, path):
         """Write the machine as JSON."""
@@ -166,7 +195,8 @@ class Machine:
             return PRESETS[name]
         try:
             found = json.loads(Path(name).read_text(encoding="utf-8"))
-            found["levels"] = tuple(Level(**level) for level in found["levels"])
+            found["levels"] = tuple(Level(**{**level, "points": tuple(map(tuple, level.get("points", ())))})
+                                    for level in found["levels"])
             found["matmul"] = tuple((int(width), float(rate)) for width, rate in found["matmul"])
             found["table"] = tuple(tuple(row) for row in found.get("table", ()))
             found["wave"] = tuple(int(size) for size in found.get("wave", ()))

@@ -25,7 +25,8 @@ OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 _ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels that a layer's forward starts
-_COPY_BYTES, _SMALL_BYTES, _LARGE_BYTES = 1 << 26, 1 << 6, 1 << 23
+_COPY_BYTES = 1 << 26
+_LEVEL_BYTES = (1 << 6, 1 << 12, 1 << 16, 1 << 20, 1 << 23)  # of the allreduces that a level is known by
 _COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
 _SUSTAINED_S = 0.5
 _SLOW_S = 0.02  # over a slow network the largest messages would take minutes; whoever wins here goes on to win
@@ -108,9 +109,9 @@ def measure_machine(group, table):
     """Measure what every rank can do while all others do the same.
 
     Collective over ``group``; all ranks return the same. Products of 512 rows for several widths, copies of 64 MiB,
-    a gated activation and an attention there and back, the start of a kernel; an allreduce of 4 KiB and 8 MiB inside
-    nodes and between them, from which the ring's two figures follow. Every figure is the median of its repetitions on
-    the slowest rank.
+    a gated activation and an attention there and back, the start of a kernel; allreduces of 64 bytes to 8 MiB and their
+    halves inside nodes and between them, told as the messages of a ring. Every figure is the median of its repetitions
+    on the slowest rank.
 
     Parameters
     ----------
@@ -152,7 +153,7 @@ def measure_machine(group, table):
         levels.append(_level("network", group.comm, lane, len(set(nodes)), table, median_s))
     if not levels:
         levels = [Level("node", 1, 0.0, 0.0)]
-    levels[-1] = Level(levels[-1].name, EVERYWHERE if len(levels) > 1 else inside, *_times(levels[-1]))
+    levels[-1] = replace(levels[-1], size=EVERYWHERE if len(levels) > 1 else inside)
     return Machine(
         f"{group.size} ranks on {len(set(nodes))} nodes", "mpillm probe", tuple(levels), _rising(matmul),
         _free_bytes(group.comm, inside), 2 * _COPY_BYTES / copy_s, kernel_s,
@@ -200,20 +201,20 @@ def _level(name, comm, colour, size, table, median_s):
     libraries leave a network half idle in an allreduce, and gradients take the halves."""
     part = comm.Split(colour, comm.rank)
     member = Group(part, name, table=table)
-    times = []
-    for n_bytes in (_SMALL_BYTES, _LARGE_BYTES):
+    sizes, times, adding_s = np.array(_LEVEL_BYTES), [], 0.0
+    for n_bytes in _LEVEL_BYTES:
         x = torch.zeros(n_bytes // 4)
-        whole, *halves = (median_s(f"{name} {op} {n_bytes}", make_call(op, x, member))
-                          for op in ("allreduce", "reduce_scatter", "allgather"))
-        times.append(min(whole, sum(halves)))
+        whole, scattered, gathered = (median_s(f"{name} {op} {n_bytes}", make_call(op, x, member))
+                                      for op in ("allreduce", "reduce_scatter", "allgather"))
+        times.append(min(whole, scattered + gathered))
+        adding_s = min(max(0.0, scattered - gathered), times[-1] / 2)  # the largest counts
     member.free()
-    messages = 2 * (size - 1)
-    beta = max(0.0, times[1] - times[0]) / (_LARGE_BYTES - _SMALL_BYTES) * size / messages
-    return Level(name, size, max(0.0, times[0] / messages - _SMALL_BYTES / size * beta), beta)
-
-
-def _times(level):
-    return level.alpha_s, level.beta_s_per_byte
+    gamma = adding_s / sizes[-1] * size / (size - 1)
+    messages_s = (np.array(times) - gamma * sizes * (size - 1) / size) / (2 * (size - 1))
+    messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0))  # a longer one that is faster is noise, or gives way
+    beta = (messages_s[-1] - messages_s[0]) / (sizes[-1] - sizes[0]) * size
+    return Level(name, size, messages_s[0].item(), beta.item(), gamma,
+                 tuple(zip((sizes / size).tolist(), messages_s.tolist())))
 
 
 def _rising(matmul):

@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, DecisionTable
+from mpillm.planner.workload import ring_s
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 31))
 # Rounds, and bytes that a rank sends as a share of the whole (Thakur et al. 2005; Bruck et al. 1997).
@@ -120,9 +123,28 @@ def decide(machine, ranks):
     return DecisionTable(tuple(rows))
 
 
+def fastest_s(op, level, ranks, n_bytes):
+    """Return the seconds of the fastest algorithm for each number of bytes over one level.
+
+    Local. What the points of a measured level hold is what the fastest took, as if it had been a ring.
+
+    Parameters
+    ----------
+    op : {"allreduce", "reduce_scatter", "allgather"}
+    level : Level
+    ranks : int
+    n_bytes : float or ndarray
+        Of the whole vector.
+    """
+    if ranks == 1 or level.points:
+        return ring_s(level, ranks, n_bytes, op)
+    return np.minimum.reduce([_time_s(formula(ranks), level, n_bytes) for formula in FORMULAS[op].values()])
+
+
 def _time_s(formula, link, n_bytes):
+    """Return the seconds of an algorithm; what adding takes is left out, which is about the same for all."""
     rounds, share = formula
-    return rounds * link.alpha_s + share * n_bytes * link.beta_s_per_byte
+    return rounds * link.message_s(share * n_bytes / rounds)
 
 
 def _log(p):

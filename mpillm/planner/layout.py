@@ -169,12 +169,23 @@ def make_plan(config, machine, ranks, top=5):
                    "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s,
                    "stages": {"forward_s": forward_s, "input_s": input_s, "weight_s": weight_s, "message_s": message_s,
                               "microbatches": pricer.num_microbatches(best.layout)},
+                   "buckets": _buckets(pricer, best, chosen.table),
                    "volume": step_volume(chosen.applied_to(config).resolve(ranks),
                                          pricer.reduction.keeps_one_copy(best.layout))},
         binding=_binding(pricer, best, _ranked(pricer, priced, MORE * limit)[0]),
         alternatives=[{"layout": to_config(price, pricer), "step_s": price.step_s,
                        "memory_bytes_per_rank": price.memory_bytes} for price in sorted(fitting[1:top + 1], key=_rank)],
     )
+
+
+def _buckets(pricer, best, table):
+    """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many."""
+    if best.layout.data == 1:
+        return []
+    sizes = pricer.stage_sizes(best.layout)
+    dtype = "float64" if pricer.config.train.dtype == "float64" else "float32"
+    return [{"n_bytes": n_bytes, "algorithm": table.choose("reduce_scatter", "data", dtype, n_bytes)}
+            for n_bytes in pricer.reduction.bucket_bytes(best.layout, sizes, best.bucket_cuts or ())]
 
 
 def _priced(pricer, limit_bytes):

@@ -34,7 +34,7 @@ def play_collective(schedule, machine, n_bytes):
     Local. A message takes the latency and the rate of the innermost level that holds both ranks, which follow each
     other level by level (Hockney 1994). The messages of a round that leave a rank share its way out, those that come
     share its way in: each takes as long as the longer of all that leaves its source and all that comes to its target.
-    The rates of a machine are those of allreduces, so that adding is in them.
+    What is added when it arrives takes the level's ``gamma_s_per_byte`` longer.
 
     Parameters
     ----------
@@ -101,7 +101,9 @@ class _Play:
             self.posted[rank].append((*pair, self.numbers[pair, is_send]))
             self.numbers[pair, is_send] += 1
             n_bytes = sum(self.sizes[chunk] for chunk in step.chunks)
-            busy_s = n_bytes * self.machine.level_between(*pair).beta_s_per_byte
+            level = self.machine.level_between(*pair)
+            busy_s = level.message_s(n_bytes) - level.alpha_s
+            busy_s += n_bytes * level.gamma_s_per_byte if step.kind == "reduce" else 0.0
             if is_send:
                 self.out_s[rank] += busy_s
                 self.carried[pair] += n_bytes

@@ -158,7 +158,7 @@ class Pricer:
         reach = stride * layout.pipeline
         level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
         n_bytes = layout.microbatch * self.config.train.seq_len * self.config.model.hidden_size * self.item
-        return level.alpha_s + n_bytes / (layout.tensor if layout.sequence_parallel else 1) * level.beta_s_per_byte
+        return level.message_s(n_bytes / (layout.tensor if layout.sequence_parallel else 1))
 
     def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
         """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,

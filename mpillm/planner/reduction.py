@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from mpillm.planner.buckets import arrival_s, bucket_cuts
-from mpillm.planner.workload import ITEM_BYTES, layer_parameters, ring_s
+from mpillm.planner.hierarchy import fastest_s
+from mpillm.planner.workload import ITEM_BYTES, layer_parameters
 
 
 class Reduction:
@@ -40,7 +41,7 @@ class Reduction:
             return 0.0
         one_way_s, n_bytes = self._one_way_s(layout), parameters * self._wide
         there_s = one_way_s(n_bytes)
-        back_s = 0.0 if self.keeps_one_copy(layout) else there_s
+        back_s = 0.0 if self.keeps_one_copy(layout) else self._one_way_s(layout, "allgather")(n_bytes)
         if self._overlaps(layout) and self._given != ():
             model = self.config.model
             count = most_layers if layout.pipeline == 1 and not model.tie_embeddings else most_layers - 1
@@ -58,9 +59,17 @@ class Reduction:
         """
         if not self._overlaps(layout):
             return self._given or (), None
-        back_s = self._one_way_s(layout)(parameters * self._wide)
+        back_s = self._one_way_s(layout, "allgather")(parameters * self._wide)
         cuts, arrived_s = self._play_buckets(layout, sizes, ends_s)
         return cuts, arrived_s - max(ends_s) + back_s
+
+    def bucket_bytes(self, layout, sizes, cuts):
+        """Return the bytes of the buckets that ``cuts`` make, stage by stage and each in the order of backward. Local."""
+        found = []
+        for start, stop in pairwise(np.cumsum([0, *sizes]).tolist()):
+            places, _, n_bytes = self._gradients(layout, start, stop, 0.0)
+            found += [sum(n_bytes[low:high]) for low, high in pairwise((0, *_begins(places, cuts), len(places)))]
+        return found
 
     def _inside(self, layout):
         """Return the data ranks that share a node."""
@@ -71,13 +80,14 @@ class Reduction:
         have to do it."""
         return self._inside(layout) == 1 < layout.data and self.config.train.numerics != "exact"
 
-    def _one_way_s(self, layout):
-        """Return the function from bytes to seconds of half an allreduce over the data axis."""
+    def _one_way_s(self, layout, op="reduce_scatter"):
+        """Return the function from bytes to seconds of a half of an allreduce over the data axis: for each number of
+        bytes by the algorithm that is best for so many."""
         machine, inside = self.machine, self._inside(layout)
         level = machine.level_for(layout.stride("data") * layout.data)
         outside = math.ceil(layout.data / inside)
-        return lambda n_bytes: (ring_s(machine.levels[0], inside, n_bytes, 1)
-                                + ring_s(level, outside, n_bytes / inside, 1))
+        return lambda n_bytes: (fastest_s(op, machine.levels[0], inside, n_bytes)
+                                + fastest_s(op, level, outside, n_bytes / inside))
 
     def _completes_s(self, work, layout):
         """Return the seconds from one gradient to the next in the action that completes them."""
@@ -95,8 +105,7 @@ class Reduction:
                 own, end_s = bucket_cuts(ready_s, n_bytes, time_s, free)
                 cuts |= {places[i - 1] for i in own}
             else:
-                own = [i for i in range(1, len(places)) if places[i - 1] in self._given]
-                end_s = arrival_s(own, ready_s, n_bytes, time_s, free)
+                end_s = arrival_s(_begins(places, self._given), ready_s, n_bytes, time_s, free)
             free_s[stage % layout.pipeline] = end_s
         return tuple(sorted(cuts)) if self._given is None else self._given, max(free_s.values())
 
@@ -113,3 +122,8 @@ class Reduction:
             found, after = found + [(-1, None, table)], np.append(after, after[-1])
         places, _, counts = zip(*found)
         return places, end_s - after[-1] + after, [count / layout.tensor * self._wide for count in counts]
+
+
+def _begins(places, cuts):
+    """Return at which of the gradients of these layers another bucket begins."""
+    return [i for i in range(1, len(places)) if places[i - 1] in cuts]

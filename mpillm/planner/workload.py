@@ -92,7 +92,7 @@ class Work(NamedTuple):
     kept_bytes: float
 
 
-def ring_s(level, size, n_bytes, passes=2):
+def ring_s(level, size, n_bytes, op="allreduce"):
     """Return how long a ring takes.
 
     Local.
@@ -103,17 +103,18 @@ def ring_s(level, size, n_bytes, passes=2):
         The link between neighbours.
     size : int
         Ranks of the ring.
-    n_bytes : float
+    n_bytes : float or ndarray
         Of the whole vector.
-    passes : int
-        2 for an allreduce, 1 for a half of it: a reduce_scatter or an allgather.
+    op : {"allreduce", "reduce_scatter", "allgather"}
 
     Returns
     -------
-    float
+    float or ndarray
         Seconds.
     """
-    return passes * (size - 1) * (level.alpha_s + n_bytes / size * level.beta_s_per_byte)
+    passes, sums = {"allreduce": (2, 1), "reduce_scatter": (1, 1), "allgather": (1, 0)}[op]
+    part = n_bytes / size
+    return (size - 1) * (passes * level.message_s(part) + sums * part * level.gamma_s_per_byte)
 
 
 def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):

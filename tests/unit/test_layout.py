@@ -172,7 +172,7 @@ def test_the_outermost_axis_crosses_nodes(order, inside):
     n_bytes = 4 * (layers * 64 * (4 * 64 + 3 * 128) + 64 * 64)
     bare = replace(SMALL, layout=replace(SMALL.layout, bucket_cuts=()))
     found = Pricer(bare, MACHINE, 8).price(layout).gradients_s
-    assert found == pytest.approx(2 * (data - 1) * (alpha + n_bytes / data * beta))
+    assert found == pytest.approx(2 * (math.log2(data) * alpha + n_bytes * (data - 1) / data * beta))  # by halves
 
 
 def test_the_order_of_axes_over_nodes_is_searched():
@@ -481,7 +481,7 @@ def test_buckets_are_planned_where_gradients_cross_nodes(keys):
                 now, waiting = now + duration, waiting + n_bytes
                 if place in cuts or (place, n_bytes, duration) == layers[-1]:
                     d = keys["layout.data"]
-                    free, waiting = max(now, free) + (d - 1) * (1e-5 + waiting / d * 1e-8), 0
+                    free, waiting = max(now, free) + math.log2(d) * 1e-5 + waiting * (d - 1) / d * 1e-8, 0
             arrived = max(arrived, free)
         return arrived
 
@@ -500,10 +500,26 @@ def pass_s(plan):
     d, p = plan.layout["data"], plan.layout["pipeline"]
     layers = [stop - start for start, stop in zip([0, *plan.layout["stage_cuts"]], [*plan.layout["stage_cuts"], 6])]
     n_bytes = 4 * (max(layers) * 64 * (4 * 64 + 3 * 128) + (2 if p == 1 else 1) * 64 * 64)
-    return (d - 1) * (1e-5 + n_bytes / d * 1e-8)
+    return math.log2(d) * 1e-5 + n_bytes * (d - 1) / d * 1e-8
 
 
 def test_inside_a_node_a_stage_has_one_bucket():
     assert make_plan(SMALL.with_values({"layout.data": 4}), MACHINE, 4).layout["bucket_cuts"] == []
     exact = SMALL.with_values({"layout.data": 4, "train.numerics": "exact", "train.microbatch": 1})
     assert make_plan(exact, NETWORK, 4).layout["bucket_cuts"] == []
+
+
+def test_every_bucket_has_its_bytes_and_the_algorithm_that_the_table_has_for_them():
+    config = SMALL.with_values({"layout.data": 4, "layout.pipeline": 2, "layout.tensor": 1, "layout.zero": 1,
+                                "layout.stage_cuts": [3], "layout.bucket_cuts": [1, 5]})
+    rows = (("reduce_scatter", "*", "*", 400_000, "recursive_halving"), ("reduce_scatter", "*", "*", None, "ring"))
+    buckets = price_layout(config, replace(NETWORK, table=rows), 8).predicted["buckets"]
+    layer, table = 4 * 64 * (4 * 64 + 3 * 128), 4 * 64 * 64
+    wanted = [2 * layer, layer + table, table + layer, 2 * layer]  # of the first stage, then of the second
+    assert [one["n_bytes"] for one in buckets] == wanted and layer == 163_840
+    assert [one["algorithm"] for one in buckets] == ["recursive_halving"] * 4
+    rows = (("reduce_scatter", "*", "*", 200_000, "recursive_halving"), ("reduce_scatter", "*", "*", None, "ring"))
+    buckets = price_layout(config, replace(NETWORK, table=rows), 8).predicted["buckets"]
+    assert [one["algorithm"] for one in buckets] == ["ring", "recursive_halving", "recursive_halving", "ring"]
+    alone = config.with_values({"layout.data": 1, "layout.bucket_cuts": []})
+    assert price_layout(alone, NETWORK, 2).predicted["buckets"] == []
