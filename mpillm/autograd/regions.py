@@ -23,7 +23,8 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group
-from mpillm.schedules.blocks import bounds
+from mpillm.errors import ShapeError
+from mpillm.schedules.blocks import bounds, counts
 
 
 def copy_to(x, comm):
@@ -212,5 +213,13 @@ def _reduce_scatter(dim):
 
 
 def _whole_size(x, group, dim, size):
-    """Return the whole size of ``dim``, asking the other ranks where it was not given."""
-    return sum(group.comm.allgather(x.shape[dim])) if size is None else size
+    """Return the whole size of ``dim``, asking the other ranks where it was not given; blocks that are not those of
+    scatter are refused on all of them."""
+    if size is not None:
+        return size
+    lengths = group.comm.allgather(x.shape[dim])
+    wanted = counts(sum(lengths), group.size)
+    if lengths != list(wanted):
+        raise ShapeError(f"allgather: dim {dim} of the ranks' blocks has {lengths} items, the blocks of "
+                         f"{sum(lengths)} over {group.size} ranks are {list(wanted)}: pass the blocks that scatter gives")
+    return sum(lengths)

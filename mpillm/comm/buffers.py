@@ -1,16 +1,16 @@
 """Tensors as MPI buffers, without a copy where the tensor already is contiguous host memory."""
 
-import numpy as np
 import torch
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def staged(x):
     """Return ``x`` as a contiguous tensor in host memory: itself if it is one, else a copy (pinned for CUDA)."""
     if x.is_cuda:
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        return host.copy_(x)
+        return host.copy_(x.detach())
     return x.detach().contiguous() if x.requires_grad or not x.is_contiguous() else x
 
 
@@ -22,19 +22,20 @@ def host_empty(shape, like):
 def as_array(x):
     """View a contiguous host tensor as a flat numpy array of its own type, for MPI to compute with.
 
-    bfloat16 has no numpy type: it is only ever moved (:func:`as_bytes`), never handed to MPI for a sum.
+    bfloat16 has no numpy type: it is only ever moved (:func:`as_words`), never handed to MPI for a sum.
     """
     return flat(x).numpy()
 
 
-def as_bytes(x):
-    """View a contiguous host tensor as a flat array of bytes, for MPI to move."""
-    return flat(x).view(torch.uint8).numpy() if x.numel() else np.empty(0, np.uint8)
+def as_words(x):
+    """View a contiguous host tensor as a flat array of integers as long as its items, for MPI to move: of any type, and
+    with counts that reach further than bytes (some libraries take no more than 31 bits)."""
+    return flat(x).view(_WORDS[x.element_size()]).numpy()
 
 
 def flat(x):
     """View contiguous ``x`` as one dimension, without the odd strides that dimensions of size one may have."""
-    return x if x.dim() == 1 else x.as_strided((x.numel(),), (1,))
+    return x if x.dim() == 1 and x.stride(0) == 1 else x.as_strided((x.numel(),), (1,))
 
 
 def unstaged(host, like):

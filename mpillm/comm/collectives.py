@@ -1,8 +1,9 @@
 """Collective operations on tensors over any communicator.
 
 Every function takes an mpi4py communicator or a :class:`~mpillm.comm.group.Group`, any contiguous or strided CPU or
-CUDA tensor (CUDA is staged through pinned host memory), of float64, float32, bfloat16, float16 or an integer type, and
-returns a new tensor; inputs are never changed. Half types travel as two bytes and are summed in float32, rounded once.
+CUDA tensor (CUDA is staged through pinned host memory), of float64, float32, bfloat16, float16 or a signed integer
+type, and returns a new tensor; inputs are never changed. Half types travel as two bytes and are summed in float32,
+rounded once.
 Blocks of a dimension are those of :mod:`mpillm.schedules.blocks`: sizes need not divide, and may be zero.
 
 Here tensors become flat host memory and back; what carries them the group's decision table says: the MPI library
@@ -358,8 +359,10 @@ class Pending:
         if self._request is not None:
             finish(self._request)
             self._request = None
+        if self._finish is not None:
+            self._result, self._finish = self._finish(), None
         self._keep = ()
-        return self._result if self._finish is None else self._finish()
+        return self._result
 
 
 def _described(x):

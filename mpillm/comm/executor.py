@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from mpillm.comm.buffers import HALF_TYPES, as_bytes
+from mpillm.comm.buffers import HALF_TYPES, as_words
 from mpillm.comm.progress import advance, finish, under_way
 from mpillm.comm.sums import COMBINE
 
@@ -126,7 +126,7 @@ class Executor:
             pieces = list(wire.split(max(1, SEGMENT_BYTES // wire_type.itemsize))) if len(wire) else []
             make = self.comm.Send_init if step.kind == "send" else self.comm.Recv_init
             message = _Message(step.kind, set(step.chunks), slots, wire, pieces,
-                               [make(as_bytes(piece), step.peer, self._tag) for piece in pieces])
+                               [make(as_words(piece), step.peer, self._tag) for piece in pieces])
             (bound.sends if step.kind == "send" else bound.receives).append(message)
         return bound
 

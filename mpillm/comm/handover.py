@@ -15,9 +15,9 @@ from collections import deque
 import numpy as np
 import torch
 
-from mpillm.comm.buffers import as_bytes, flat, host_empty
+from mpillm.comm.buffers import as_words, flat, host_empty
 from mpillm.comm.progress import finish
-from mpillm.comm.shared import make_node
+from mpillm.comm.shared import if_room, make_node, set_aside
 from mpillm.schedules.blocks import align
 
 LEAST_BYTES = 1 << 20  # of a message that gains by it, measured between two ranks under MPICH 5.0.2
@@ -31,7 +31,7 @@ class Handover:
     ----------
     comm : Comm
     slot_bytes, num_slots : int
-        Of every rank. Pages of slots that are never used cost nothing: the lowest free one is taken.
+        Of every rank. Slots that are never used cost nothing: the lowest free one is taken.
     """
 
     def __init__(self, comm, slot_bytes, num_slots):
@@ -41,11 +41,11 @@ class Handover:
         self._inside = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._node, self._neighbours, self._left = make_node(self._inside), {}, deque()
         self._numbers = np.arange(-1, num_slots)  # what is sent: it must not change before it has left
-        n_bytes = num_slots * self.slot_bytes
-        if self._node is None or not self._node.has_room(self._inside.size * n_bytes):
+        self._num_ready = 0  # slots that have memory; the lowest free one is taken, so that these are the first
+        made = if_room(lambda: self._allocate(num_slots)) if self._node else None
+        if made is None:
             return
-        slots = self._node.empty(n_bytes, torch.uint8, is_set_aside=False)
-        flags = self._node.empty(num_slots, torch.int64)
+        slots, flags = made
         flags.zero_()
         parts = [(memory.numpy(), memoryview(taken.numpy())) for memory, taken in
                  zip(self._node.views(slots), self._node.views(flags))]
@@ -61,6 +61,8 @@ class Handover:
         """Hand over contiguous ``x``; return a request: until it is done ``x`` must not change."""
         self._give_back()
         slot = next((i for i, taken in enumerate(self._taken) if not taken), -1)
+        if slot == self._num_ready and not self._make_ready(slot):
+            slot = -1
         if slot >= 0:
             self._taken[slot] = 1
             self._node.fence()
@@ -68,7 +70,7 @@ class Handover:
             place.copy_(flat(x))
             self._node.fence()
         told = self.comm.Isend(self._numbers[slot + 1:slot + 2], to, tag)
-        return told if slot >= 0 else _Both(told, self.comm.Isend(as_bytes(x), to, tag))
+        return told if slot >= 0 else _Both(told, self.comm.Isend(as_words(x), to, tag))
 
     def irecv(self, shape, like, source, tag):
         """Return a request, and what gives the tensor once that is done."""
@@ -84,11 +86,23 @@ class Handover:
             self._node.free()
         self._inside.Free()
 
+    def _allocate(self, num_slots):
+        """Return this rank's slots, and the flags that tell which are taken."""
+        slots = self._node.empty(num_slots * self.slot_bytes, torch.uint8, is_set_aside=False)
+        return slots, self._node.empty(num_slots, torch.int64)
+
+    def _make_ready(self, slot):
+        """Set a slot's memory aside before it is used for the first time; tell whether there was room."""
+        low = slot * self.slot_bytes
+        is_ready = set_aside(torch.from_numpy(self._memory[low:low + self.slot_bytes]))
+        self._num_ready += is_ready
+        return is_ready
+
     def _take(self, slot, shape, like, source, tag):
         """Return the tensor in a slot of ``source``, or the one that follows as a message."""
         if slot < 0:
             out = host_empty(shape, like)
-            finish(self.comm.Irecv(as_bytes(out), source, tag))
+            finish(self.comm.Irecv(as_words(out), source, tag))
             return out
         self._node.fence()
         memory, taken = self._neighbours[source]

@@ -7,7 +7,7 @@ every rank's block.
 
 import torch
 
-from mpillm.comm.buffers import HALF_TYPES, as_array, as_bytes
+from mpillm.comm.buffers import HALF_TYPES, as_array, as_words
 from mpillm.comm.progress import finish
 from mpillm.comm.sums import combine_tree
 from mpillm.schedules.blocks import all_bounds
@@ -62,26 +62,26 @@ class Library:
     def allgather(self, x, out, cuts):
         """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         is_in_place = out[slice(*cuts[self.rank])].data_ptr() == x.data_ptr()
-        source = self._in_place if is_in_place else as_bytes(x)
-        return self._call("Allgatherv", source, [as_bytes(out), _layout(cuts, x)])
+        source = self._in_place if is_in_place else as_words(x)
+        return self._call("Allgatherv", source, [as_words(out), _layout(cuts)])
 
     def bcast(self, x, root):
         """Give every rank the ``x`` of ``root``."""
-        return self._call("Bcast", as_bytes(x), root)
+        return self._call("Bcast", as_words(x), root)
 
     def alltoall(self, x, out, sends, receives):
         """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``."""
-        return self._call("Alltoallv", [as_bytes(x), _layout(sends, x)], [as_bytes(out), _layout(receives, x)])
+        return self._call("Alltoallv", [as_words(x), _layout(sends)], [as_words(out), _layout(receives)])
 
     def scatter(self, x, out, cuts, root):
         """Give every rank its block of the root's ``x``."""
-        source = [as_bytes(x), _layout(cuts, x)] if self.rank == root else None
-        return self._call("Scatterv", source, as_bytes(out), root)
+        source = [as_words(x), _layout(cuts)] if self.rank == root else None
+        return self._call("Scatterv", source, as_words(out), root)
 
     def gather(self, x, out, cuts, root):
         """Give the root the blocks ``x`` of all."""
-        target = [as_bytes(out), _layout(cuts, x)] if self.rank == root else None
-        return self._call("Gatherv", as_bytes(x), target, root)
+        target = [as_words(out), _layout(cuts)] if self.rank == root else None
+        return self._call("Gatherv", as_words(x), target, root)
 
     def _call(self, name, *arguments):
         """Call the blocking form, which libraries have faster algorithms for, or start the nonblocking one."""
@@ -91,6 +91,6 @@ class Library:
         return self._has_fixed_order or x.dtype in HALF_TYPES
 
 
-def _layout(cuts, x):
-    """Return sizes and places of blocks in bytes."""
-    return [(high - low) * x.element_size() for low, high in cuts], [low * x.element_size() for low, _ in cuts]
+def _layout(cuts):
+    """Return sizes and places of blocks."""
+    return [high - low for low, high in cuts], [low for low, _ in cuts]

@@ -6,7 +6,7 @@ A message travels without a copy, or is handed over in memory where the group of
 
 import math
 
-from mpillm.comm.buffers import as_bytes, host_empty, staged, unstaged
+from mpillm.comm.buffers import as_words, host_empty, staged, unstaged
 from mpillm.comm.collectives import Pending
 from mpillm.comm.group import as_group
 
@@ -45,7 +45,7 @@ def isend(x, comm, to, tag):
     group.recorder.add(group.name, "send", x.nbytes)
     if group.handover and group.handover.carries(to, x.nbytes):
         return Pending(x, group.handover.isend(source, to, tag), (source,))
-    return Pending(x, group.comm.Isend(as_bytes(source), to, tag), (source,))
+    return Pending(x, group.comm.Isend(as_words(source), to, tag), (source,))
 
 
 def irecv(shape, like, comm, source, tag):
@@ -72,4 +72,4 @@ def irecv(shape, like, comm, source, tag):
         request, take = group.handover.irecv(shape, like, source, tag)
         return Pending(None, request, (), lambda: unstaged(take(), like))
     out = host_empty(shape, like)
-    return Pending(out, group.comm.Irecv(as_bytes(out), source, tag), (), lambda: unstaged(out, like))
+    return Pending(out, group.comm.Irecv(as_words(out), source, tag), (), lambda: unstaged(out, like))

@@ -197,9 +197,14 @@ def release(x):
 
 
 def _kept(x, other):
-    """Return the executors of ``x``, or None if it has none to be kept or ``other`` is no part of it."""
+    """Return the executors of ``x``, or None if it has none to be kept or ``other`` is no part of it.
+
+    A part is always the same one: all of ``x``, or the rank's block.
+    """
     is_in_place = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    return x.__dict__.get("executors") if is_in_place else None
+    start = other.storage_offset() - x.storage_offset()
+    is_part = is_in_place and (not len(other) or 0 <= start <= len(x) - len(other))
+    return x.__dict__.get("executors") if is_part else None
 
 
 @lru_cache(maxsize=256)

@@ -38,7 +38,8 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: since Linux 5.14 an error in place 
 
 
 def make_node(comm):
-    """Return the :class:`Node` of ``comm``, or None if its ranks do not all share one or windows are switched off.
+    """Return the :class:`Node` of ``comm``, or None if its ranks do not all share one with room for it, or windows are
+    switched off.
 
     Collective over ``comm``.
     """
@@ -47,9 +48,17 @@ def make_node(comm):
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    is_whole, has_room = node.size == comm.size, _room_bytes() > NUM_SLOTS * SLOT_BYTES * comm.size
+    is_whole = node.size == comm.size
     node.Free()
-    return Node(comm) if all(comm.allgather(is_whole and has_room)) else None
+    return if_room(lambda: Node(comm)) if all(comm.allgather(is_whole)) else None
+
+
+def if_room(make):
+    """Return what ``make`` makes in shared memory, or None if there is no room: other groups may be taking it."""
+    try:
+        return make()
+    except LaunchError:
+        return None
 
 
 class Node:
@@ -64,23 +73,20 @@ class Node:
         self._peers = [rank for rank in range(comm.size) if rank != comm.rank]
         self.slot_bytes, self.at_once_bytes = SLOT_BYTES, AT_ONCE_BYTES // len(self._peers)
         self._windows, self._together, self._slots, self._turn = [], {}, {}, 0
-        window, counters = self._allocate([_LINE_BYTES] * comm.size)
+        staging_bytes = NUM_SLOTS * SLOT_BYTES
+        window, parts = self._allocate([staging_bytes + _LINE_BYTES] * comm.size)
         self.fence = window.Sync  # between memory and what tells of it
+        self._staging, counters = [part[:staging_bytes] for part in parts], [part[staging_bytes:] for part in parts]
         counters[self.rank].zero_()
         comm.Barrier()
         self._others = [memoryview(part.numpy()).cast("q") for part in counters]
         self._own = self._others.pop(self.rank)
-        _, self._staging = self._allocate([NUM_SLOTS * SLOT_BYTES] * comm.size)
-
-    def has_room(self, n_bytes):
-        """Tell whether the node's shared memory has room for so many bytes more."""
-        return min(self.comm.allgather(_room_bytes())) >= n_bytes
 
     def empty(self, size, dtype, is_set_aside=True):
         """Return an uninitialised flat tensor in a window.
 
         The ranks' tensors of one call belong together: the collectives reduce views at the same place of them where
-        they lie. With ``is_set_aside`` False what is never used costs nothing, and what is used must fit by itself.
+        they lie. With ``is_set_aside`` False what is never used costs nothing, and :func:`set_aside` goes before use.
 
         Raises
         ------
@@ -301,7 +307,7 @@ class Node:
         """Return a new window of ``sizes[rank]`` bytes on every rank, and all ranks' memory in it as bytes."""
         from mpi4py import MPI
 
-        if not self.has_room(sum(sizes)):
+        if min(self.comm.allgather(_room_bytes())) < sum(sizes):
             raise self._no_room(sizes)
         info = MPI.Info.Create()
         info.Set("alloc_shared_noncontig", "true")
@@ -309,7 +315,7 @@ class Node:
         info.Free()
         window.Lock_all(MPI.MODE_NOCHECK)
         parts = [_memory(window, rank, size) for rank, size in enumerate(sizes)]
-        if not all(self.comm.allgather(not is_set_aside or _set_aside(parts[self.rank]))):
+        if not all(self.comm.allgather(not is_set_aside or set_aside(parts[self.rank]))):
             del parts
             _free(window)
             raise self._no_room(sizes)  # others took the room meanwhile
@@ -336,7 +342,7 @@ def _memory(window, rank, size):
     return torch.frombuffer(window.Shared_query(rank)[0], dtype=torch.uint8, count=size)
 
 
-def _set_aside(memory):
+def set_aside(memory):
     """Have the system set memory aside; tell whether it could. Systems that know no such call are believed."""
     if not len(memory):
         return True

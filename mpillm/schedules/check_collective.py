@@ -119,7 +119,7 @@ class _Play:
                     if chunk in slots:
                         self._refuse(rank, step, f"copies chunk {chunk} on top of what its slot holds")
                     slots[chunk] = 1 << rank
-        arriving, sent = Counter(), {c for step in steps if step.kind == "send" for c in step.chunks}
+        arriving, replaced, sent = Counter(), set(), {c for step in steps if step.kind == "send" for c in step.chunks}
         for index, step in enumerate(steps):
             if step.kind == "copy":
                 continue
@@ -135,9 +135,10 @@ class _Play:
                 self.sends[message] = step.chunks, [slots[c] for c in step.chunks], self.ended[rank]
             else:
                 self.receives[message] = step.chunks, step.kind, self.ended[rank]
-                arriving.update({c: 1 if step.kind == "reduce" else 2 for c in step.chunks})
+                arriving.update(step.chunks)
+                replaced.update(step.chunks if step.kind == "recv" else ())
                 for chunk in step.chunks:
-                    if step.kind == "recv" and (chunk in sent or arriving[chunk] > 2):
+                    if chunk in replaced and (chunk in sent or arriving[chunk] > 1):
                         self._refuse(rank, step, f"chunk {chunk} is received in a round that sends or receives it too")
         reduced = sum(self.schedule.shares[c] for s in steps if s.kind == "reduce" for c in s.chunks)
         self.scratch[rank] = max(self.scratch[rank], reduced)

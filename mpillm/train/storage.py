@@ -15,6 +15,7 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.scheduled import keep, release
+from mpillm.comm.shared import if_room
 from mpillm.schedules.blocks import ALIGNMENT, align, bounds
 from mpillm.schedules.tree import TreeAccumulator
 
@@ -84,18 +85,15 @@ class Bucket:
         first = self.parameters[0]
         wide = torch.promote_types(first.dtype, torch.float32)
         node = self.group.node if first.device.type == "cpu" else None
-        self.is_one_copy = node is not None and is_sharded and node.has_room(self.size * first.dtype.itemsize)
-        if tied_to:
-            self.data, self.is_one_copy = tied_to.data, tied_to.is_one_copy
-        elif self.is_one_copy:
-            self.data = node.one_copy(self.size, first.dtype)
-        else:
-            self.data = torch.zeros(self.size, dtype=first.dtype, device=first.device)
         memory = self.group.memory if first.device.type == "cpu" else None
-        if memory is not None and memory.has_room(self.size * wide.itemsize * memory.size):
-            self.grad = memory.empty(self.size, wide).zero_()
+        shared = if_room(lambda: node.one_copy(self.size, first.dtype)) if node and is_sharded and not tied_to else None
+        self.is_one_copy = tied_to.is_one_copy if tied_to else shared is not None
+        if tied_to:
+            self.data = tied_to.data
         else:
-            self.grad = torch.zeros(self.size, dtype=wide, device=first.device)
+            self.data = torch.zeros(self.size, dtype=first.dtype, device=first.device) if shared is None else shared
+        grad = if_room(lambda: memory.empty(self.size, wide)) if memory else None
+        self.grad = torch.zeros(self.size, dtype=wide, device=first.device) if grad is None else grad.zero_()
         for x in (self.data, self.grad):
             if x.nbytes <= KEPT_BYTES:
                 keep(x)

@@ -11,7 +11,7 @@ from mpillm import autograd, check_adjoint
 from mpillm.autograd.adjoint import inner_product
 from mpillm.comm import Group, allreduce
 from mpillm.comm.group import as_group
-from mpillm.errors import CollectiveError, ConfigError
+from mpillm.errors import CollectiveError, ConfigError, ShapeError
 from mpillm.schedules.blocks import bounds
 
 pytestmark = pytest.mark.mpi
@@ -227,3 +227,12 @@ def test_nothing_is_kept_or_tracked_without_gradients(comm):
     with torch.no_grad():
         assert not loss_of(x, comm).requires_grad
     assert not loss_of(x.detach(), comm).requires_grad and x.grad is None
+
+
+def test_blocks_that_are_not_those_of_scatter_are_refused_on_all_ranks(comm):
+    """The larger ones first, as numpy splits; on some ranks both ways come to the same size."""
+    if comm.size == 1:
+        return
+    rows = 2 if comm.rank == 0 else 1
+    with pytest.raises(ShapeError, match="of the ranks' blocks has .* pass the blocks that scatter gives"):
+        autograd.gather_from(torch.ones(rows, 2), comm)

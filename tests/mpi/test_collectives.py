@@ -335,3 +335,18 @@ def test_recorded_bytes(comm):
     wanted = {("axis", name): size for name, size in wanted.items()} if p > 1 else {}
     assert_all(dict(group.recorder.bytes) == wanted, dict(group.recorder.bytes), comm)
     assert set(group.recorder.calls.values()) <= {1}
+
+
+def test_one_item_with_a_stride_of_its_own_is_moved_like_any(comm):
+    """Which torch calls contiguous: of one row of a matrix, or expanded from a sum."""
+    for x in (torch.full((1,), float(comm.rank)).expand(1), torch.full((1, 4), float(comm.rank))[:, 3]):
+        for group in groups(comm):
+            gathered = mpi.allgather(x, group)
+            assert_all(gathered.tolist() == list(range(comm.size)), gathered, comm)
+            everywhere = mpi.bcast(x, group, comm.size - 1)
+            assert_all(everywhere.tolist() == [comm.size - 1], everywhere, comm)
+
+
+def test_waiting_twice_gives_the_same_result(comm):
+    pending = mpi.iallreduce(torch.ones(5), comm)
+    assert_all(torch.equal(pending.wait(), pending.wait()), "another result", comm)

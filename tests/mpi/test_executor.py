@@ -173,6 +173,20 @@ def test_what_is_bound_to_a_buffer_that_recurs_is_started_again(comm):
     release(x)
 
 
+def test_a_result_elsewhere_in_the_same_memory_is_bound_to_nothing(comm):
+    group, memory = as_group(comm).with_table(only("ring")), torch.zeros(2000)
+    x = memory[:1000]
+    keep(x)
+    for out in (memory[1000:], x, memory[1000:]):
+        x.fill_(comm.rank)
+        memory[1000:] = -1
+        mpi.allreduce(x, group, out=out)
+        right = sum(range(comm.size)), (-1 if out is x else sum(range(comm.size)))
+        found = (x if out is x or comm.size == 1 else memory[1000:])[0].item(), memory[1000].item()
+        assert_all(found == right, f"{found} {right}", comm)
+    release(x)
+
+
 def test_waited_for_in_any_order(comm):
     """Even and odd ranks wait in opposite orders, in one group and in two; messages too long to leave unreceived."""
     part = comm.Clone()

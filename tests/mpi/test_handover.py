@@ -65,6 +65,25 @@ def test_any_order_any_type_and_more_messages_than_slots(comm, group):
     group.free()
 
 
+def test_slots_without_memory_are_not_used(comm, group, monkeypatch):
+    """Others have taken what is left of the shared memory: the second slot cannot be set aside."""
+    if group is None:
+        return
+    after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    room = iter([True, False, False])
+    monkeypatch.setattr(handover, "set_aside", lambda memory: next(room))
+    leaving = [mpi.isend(values(comm.rank, tag), group, after, tag) for tag in range(3)]
+    like = torch.empty(0, dtype=torch.float64)
+    arrived = [mpi.irecv(torch.Size([ITEMS]), like, group, before, tag).wait() for tag in range(3)]
+    places = [is_in_slot(group, x, before) for x in arrived]
+    ok = all(torch.equal(x, values(before, tag)) for tag, x in enumerate(arrived)) and places == [True, False, False]
+    for pending in leaving:
+        pending.wait()
+    assert_all(ok, places, comm)
+    del arrived
+    group.free()
+
+
 def test_what_autograd_keeps_is_not_written_over(comm, group):
     """More messages than slots, each sent after the last was dropped, while only a graph refers to the first."""
     if group is None:

@@ -376,6 +376,17 @@ def test_a_cycle_of_rendezvous_sends_is_a_deadlock():
         check_collective(both("send", "recv"))
 
 
+@pytest.mark.parametrize("kinds", [("recv", "reduce"), ("reduce", "recv"), ("recv", "recv")])
+def test_what_replaces_a_chunk_and_what_adds_to_it_share_no_round(kinds):
+    """Ranks 1 and 2 send their own to rank 0 in one round, where the order is nobody's."""
+    receiver = tuple(Step(kind, peer, (0,)) for peer, kind in zip((1, 2), kinds))
+    senders = (((Step("copy", None, (0,)),), (Step("send", 0, (0,)),)),) * 2
+    schedule = CollectiveSchedule("reduce", "by hand", 3, (None,), (0,), (1,),
+                                  (((Step("copy", None, (0,)),), receiver), *senders))
+    with pytest.raises(ScheduleError, match="received in a round that sends or receives it too"):
+        check_collective(schedule)
+
+
 def test_many_ranks_are_checked_soon():
     report = check_collective(make_collective("allreduce", "ring", 64))
     assert report.num_rounds == 126
