@@ -30,6 +30,7 @@ AXES = ("data", "pipeline", "tensor")
 
 Positive = Annotated[int, Strict(), Field(gt=0)]
 Count = Annotated[int, Strict(), Field(ge=0)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=1 << 63)]
 PositiveReal = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 Real = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -108,7 +109,7 @@ class Train:
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     numerics: Literal["fast", "exact"] = "fast"
     exact_blocks: Positive = 8
-    seed: Count = 0
+    seed: Seed = 0
     log_every: Positive = 1
     eval_every: Count = 100
     eval_batches: Count = 20

@@ -103,6 +103,10 @@ class Machine:
     repeatability: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        if len(self.wave) not in (0, 3) or min(self.elementwise_bytes_per_s, self.attention_flops_per_s) < 0:
+            raise ConfigError(f"machine {self.name}: wave {list(self.wave)} must have three sizes or none; "
+                              f"elementwise_bytes_per_s {self.elementwise_bytes_per_s} and attention_flops_per_s "
+                              f"{self.attention_flops_per_s} must not be negative")
         rates = [rate for _, rate in self.matmul] + [self.memory_bytes, self.memory_bytes_per_s]
         times = [self.call_s]
         for level in self.levels:

@@ -161,13 +161,14 @@ class Plan:
                  "train.microbatch": config.train.microbatch}
         planned = {**{f"model.{key}": value for key, value in self.model.items()},
                    **{f"layout.{key}": value for key, value in self.layout.items() if key != "microbatch"},
-                   "train.microbatch": self.layout["microbatch"]}
+                   "train.microbatch": self.layout.get("microbatch")}
         other = [f"{key} = {asked[key]} (the plan: {value})" for key, value in planned.items()
-                 if asked.get(key) not in (None, "auto", value)
+                 if value is not None and asked.get(key) not in (None, "auto", value)
                  and not (isinstance(asked[key], tuple) and list(asked[key]) == value)]
         if other:
             raise ConfigError(f"the plan is for another run: {'; '.join(other)}; make one for this configuration")
-        return config.with_values({key: value for key, value in planned.items() if not key.startswith("model.")})
+        return config.with_values({key: value for key, value in planned.items()
+                                   if value is not None and not key.startswith("model.")})
 
     def save(self, path):
         """Write the plan as JSON."""

@@ -115,8 +115,9 @@ def bench_collectives(peers, output, figure, ops, sizes, dtype, machine, with_ca
             _write_report(output, rows)
         if figure:
             from mpillm.report.collectives import draw_collectives
+            from mpillm.report.figures import save_figure
 
-            draw_collectives(rows).savefig(figure, dpi=200)
+            save_figure(draw_collectives(rows), figure)
 
 
 def collectives_table(rows):

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpillm.comm import collectives
 from mpillm.nn.linear import ColumnParallelLinear, products
-from mpillm.nn.split import gradient_of, later
+from mpillm.nn.split import add_product, gradient_of, later
 from mpillm.schedules.blocks import CHUNK_BYTES, bounds
 from mpillm.schedules.tree import tree_sum
 
@@ -47,7 +47,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, head, targets, scale):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        dw = torch.empty_like(weight) if needs_grad else None
+        dw = torch.empty_like(weight, dtype=wide) if needs_grad else None  # chunks add up in float32 at least
         dx = torch.empty_like(x) if needs_grad else None
         losses = []
         chunks = max(1, -(-len(x) * head.vocab_size * 4 // CHUNK_BYTES))
@@ -59,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
                 dx[low:high] = tree_sum([slope @ _rows(weight, head, block)
                                          for slope, block in zip(slopes, head.blocks)], torch.add)
                 for slope, block in zip(slopes, head.blocks):
-                    _rows(dw, head, block).addmm_(slope.t(), x[low:high], beta=0 if low == 0 else 1)
+                    add_product(_rows(dw, head, block), slope, x[low:high], is_new=low == 0)
         ctx.head, ctx.gradients = head, (dx, dw)
         return torch.stack(losses).sum() * scale
 

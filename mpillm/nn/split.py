@@ -176,10 +176,12 @@ def gradient_of(weight, rows=None):
     return grad if rows is None else grad[slice(*rows)]
 
 
-def add_product(grad, left, right):
-    """Add ``left.T @ right`` to ``grad``, in one pass where the dtypes agree."""
+def add_product(grad, left, right, is_new=False):
+    """Add ``left.T @ right`` to ``grad``, or set it to that if it ``is_new``; in one pass where the dtypes agree."""
     if grad.dtype == left.dtype:
-        grad.addmm_(left.t(), right)
+        grad.addmm_(left.t(), right, beta=0 if is_new else 1)
+    elif is_new:
+        grad.copy_(left.t() @ right)
     else:
         grad.add_(left.t() @ right)
 

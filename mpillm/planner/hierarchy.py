@@ -138,7 +138,8 @@ def fastest_s(op, level, ranks, n_bytes):
     """
     if ranks == 1 or level.points:
         return ring_s(level, ranks, n_bytes, op)
-    return np.minimum.reduce([_time_s(formula(ranks), level, n_bytes) for formula in FORMULAS[op].values()])
+    adding_s = n_bytes * (ranks - 1) / ranks * level.gamma_s_per_byte if op != "allgather" else 0.0
+    return np.minimum.reduce([_time_s(formula(ranks), level, n_bytes) for formula in FORMULAS[op].values()]) + adding_s
 
 
 def _time_s(formula, link, n_bytes):

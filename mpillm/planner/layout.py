@@ -243,7 +243,10 @@ def _mixtures(pricer, priced, limit):
     found = []
     for _, bound, layout in sorted(candidates, key=lambda one: one[0])[:MIXED]:
         if bound < best:
-            price = pricer.mixed(layout, limit)
+            try:
+                price = pricer.mixed(layout, limit)
+            except ConfigError:  # its stages are those of nothing recomputed: the fullest may not fit
+                continue
             if len(set(price.layout.recompute)) > 1:
                 found.append(price)
                 best = min(best, price.step_s)
@@ -253,7 +256,7 @@ def _mixtures(pricer, priced, limit):
 def _table(machine, ranks):
     """Return the measured table; without one, shared memory inside a node, else what the levels make best."""
     if machine.table:
-        return DecisionTable(machine.table)
+        return DecisionTable.from_dict({"rows": machine.table})
     return DEFAULT_TABLE if machine.shares_memory and ranks <= machine.ranks_per_node else decide(machine, ranks)
 
 

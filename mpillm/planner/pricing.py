@@ -90,12 +90,16 @@ class Pricer:
         given = self.config.layout.shares
         if given != "auto":
             return given
-        if not self.machine.speeds or layout.data == 1:
+        if not self.machine.speeds or layout.data == 1 or self.config.train.numerics == "exact":
             return None
         return self._balance(tuple(self._speeds(layout)[0].tolist()))
 
     def _make_balance(self, speeds):
-        return balance(self.config.train.global_batch, 1 / np.array(speeds)).shares
+        """Deal out the batch over data ranks of these speeds: one sequence to each, the others where they are done
+        first."""
+        item_s = 1 / np.array(speeds)
+        more = balance(self.config.train.global_batch - len(speeds), item_s, start_s=item_s).shares
+        return tuple(1 + share for share in more)
 
     def _speeds(self, layout):
         """Return the speeds of data ranks and of pipeline ranks, each that of its slowest rank.

@@ -8,7 +8,7 @@ can tell apart.
 import functools
 from itertools import accumulate, pairwise
 
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, DataError
 from mpillm.report.records import bubble, step_shares, window
 from mpillm.schedules.pipeline import KINDS as ACTIONS
 from mpillm.schedules.pipeline import Action
@@ -23,6 +23,22 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "axes.linewid
          "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False}
 WIDTH_IN, ROW_IN, POINTS_PER_IN = 5.0, 0.3, 72
 LINE, LIGHT_LINE, POINT, GREY, LIGHT_GREY = "#0072B2", "#9CC7E2", "#D55E00", "#777777", "#AAAAAA"
+
+
+def save_figure(figure, path):
+    """Write a figure; the ending of ``path`` names the format.
+
+    Local.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder or format.
+    """
+    try:
+        figure.savefig(path, dpi=200, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be drawn ({error}): choose another name") from error
 
 
 def _styled(draw):

@@ -3,7 +3,7 @@
 import statistics
 from collections import Counter
 
-from mpillm.report.figures import as_time, draw_timeline
+from mpillm.report.figures import as_time, draw_timeline, save_figure
 from mpillm.report.records import Launch, Span, bubble, window
 
 
@@ -40,7 +40,7 @@ def draw_predicted(timeline, predicted, path):
 
     Local.
     """
-    draw_timeline(planned_launch(timeline, predicted), "predicted").savefig(path, dpi=200, bbox_inches="tight")
+    save_figure(draw_timeline(planned_launch(timeline, predicted), "predicted"), path)
 
 
 def planned_spans(timeline, predicted, coords):

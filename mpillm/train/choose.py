@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mpillm.comm.probe import as_of_now, measure_machine, measure_table
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
 from mpillm.errors import MpillmError, on_rank_0, together
-from mpillm.machine import Machine
+from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE, Plan
 from mpillm.planner.layout import make_plan, price_layout
 from mpillm.train.data import with_vocabulary
@@ -85,8 +85,9 @@ def known_machine(comm):
 
         library = MPI.Get_library_version()
     kinds = comm.allgather([_processor(), len(os.sched_getaffinity(0)), threads, library, torch.__version__])
-    digest = hashlib.sha256(json.dumps([kinds, nodes_of(comm)]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm" / f"machine-{digest}.json"
+    figures = [field.name for of in (Machine, Level) for field in fields(of)]  # an earlier version's say less
+    digest = hashlib.sha256(json.dumps([kinds, nodes_of(comm), figures]).encode()).hexdigest()[:16]
+    cache = _cache_folder() / f"machine-{digest}.json"
     machine = on_rank_0(comm, lambda: _remembered(cache), "machine")
     if machine:
         return as_of_now(comm, machine), f"machine as measured before, {cache}; remove it to measure again"
@@ -112,6 +113,14 @@ def _kept_plan(config, num_ranks, num_nodes):
     except MpillmError:
         return None
     return plan if plan.layout else None
+
+
+def _cache_folder():
+    """Return where machines are remembered; without a home directory one that cannot be written."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm"
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def _remembered(path):

@@ -1,6 +1,7 @@
 """Token files: memory-mapped samples in an order that depends only on the seed and the global sample number."""
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -36,12 +37,12 @@ class TokenFile:
             try:
                 dataset, documents = file[split]["tokens"], file[split]["documents"]
                 self.vocab_size, self.bytes = int(file.attrs["vocab_size"]), int(file[split].attrs["bytes"])
-            except KeyError as error:
+                self.documents = documents[:].astype(np.int64)
+                self.tokens = _map(self.path, dataset)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"data.path = {path}: not a token file ({error}): make one with `mpillm data FILES -o {path}`"
                 ) from None
-            self.documents = documents[:].astype(np.int64)
-            self.tokens = _map(self.path, dataset)
         self.num_samples = (len(self.tokens) - 1) // seq_len
         if self.num_samples < 1:
             remedy = ", or set train.eval_every = 0" if split == "validation" else ""
@@ -90,14 +91,13 @@ def training_order(num_samples, seed, first, count):
 
     Local. Epoch ``e`` visits all samples once, in an order drawn from ``(seed, e)``.
     """
-    order, wanted = {}, []
-    for number in range(first, first + count):
-        epoch, place = divmod(number, num_samples)
-        if epoch not in order:
-            generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-            order[epoch] = generator.permutation(num_samples)
-        wanted.append(int(order[epoch][place]))
-    return wanted
+    places = (divmod(number, num_samples) for number in range(first, first + count))
+    return [int(_epoch_order(num_samples, seed, epoch)[place]) for epoch, place in places]
+
+
+@lru_cache(maxsize=2)  # a step may see the end of one epoch and the beginning of the next
+def _epoch_order(num_samples, seed, epoch):
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
 
 
 def file_digest(path):

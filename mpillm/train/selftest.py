@@ -68,7 +68,8 @@ def _trials(config):
     yield "a sum over tokens", block.sum(0), _moved(block).sum(0)
     yield "a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)
     yield "a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)
-    yield "the optimiser on a shard", *_optimizer(train, draw(8 * ALIGNMENT).float())
+    masters = torch.promote_types(dtype, torch.float32)
+    yield "the optimiser on a shard", *_optimizer(train, draw(8 * ALIGNMENT).to(masters))
 
 
 def _products(x, weights):

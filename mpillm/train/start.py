@@ -107,7 +107,7 @@ def _of_a_run(path):
     saved = {"skipped": 0, **found.manifest}
     data = saved.get("data")
     counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]
-    if not (all(type(count) is int and 0 <= count < 1 << 60 for count in counts) and saved["skipped"] <= found.step
+    if not (all(type(count) is int and 0 <= count < 1 << 63 for count in counts) and saved["skipped"] <= found.step
             and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str) and "sha256" in data):
         raise CheckpointError(f"checkpoint {found.path}: manifest.json does not say what a run needs: model, "
                               "optimizer, seed and place in the data")

@@ -143,6 +143,22 @@ def test_head_loss_of_large_logits(comm, split):
     near(head.loss(split.spread(held(x.detach(), split), TOKENS), targets, 1.0), wanted, "loss", comm)
 
 
+def test_the_head_s_gradient_does_not_depend_on_chunks_in_bfloat16(comm, monkeypatch):
+    """Many chunks that each add little to the same row, which a sum in bfloat16 would lose."""
+    vocab_size, width, tokens = 9, 2, 1024
+    found = []
+    for rows in (tokens, 1):
+        monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * vocab_size * rows)
+        head = VocabularyHead("head", TensorSplit(Group(as_group(comm).comm), dtype=torch.bfloat16), vocab_size, width)
+        initialise(head.weight, 1)
+        head.weight.main_grad = torch.zeros(head.weight.shape)
+        x = torch.ones(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        head.loss(x, torch.zeros(tokens, dtype=torch.int64), 1.0).backward()
+        found.append(head.weight.main_grad)
+    ok = torch.allclose(*found, rtol=0.02, atol=0.02 * float(found[0].abs().max()))
+    assert_all(ok, found, comm)
+
+
 class Largest(TorchDispatchMode):
     """Notes the most elements that any operation returned."""
 

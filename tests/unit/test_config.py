@@ -197,3 +197,9 @@ def test_microbatches_cover_the_batch_in_order_on_every_layout(batch, microbatch
 def test_shares_are_kept():
     config = tiny({"layout.data": 2, "layout.shares": [6, 3]}, 2)
     assert config.microbatch_bounds() == [[(0, 2), (2, 4), (4, 6)], [(6, 8), (8, 9)]]
+
+
+def test_seeds_have_63_bits():
+    assert tiny({"train.seed": (1 << 63) - 1}).train.seed == (1 << 63) - 1
+    with pytest.raises(ConfigError, match="seed"):
+        tiny({"train.seed": 1 << 63})

@@ -381,7 +381,7 @@ def test_the_bound_holds_for_ranks_that_are_faster_than_the_rate(monkeypatch):
     predicted = make_plan(config, machine, 2).predicted
     assert 0 < predicted["lower_bound_s"] <= predicted["step_s"] < 1.5 * predicted["lower_bound_s"]
     asked = []
-    monkeypatch.setattr(pricing, "balance", lambda items, item_s: asked.append(1) or balance(items, item_s))
+    monkeypatch.setattr(pricing, "balance", lambda *what, **more: asked.append(1) or balance(*what, **more))
     make_plan(config, machine, 2)
     assert len(asked) == 3  # one program for the ranks, however many layouts, and one for a faster one of each
 
@@ -523,3 +523,36 @@ def test_every_bucket_has_its_bytes_and_the_algorithm_that_the_table_has_for_the
     assert [one["algorithm"] for one in buckets] == ["ring", "recursive_halving", "recursive_halving", "ring"]
     alone = config.with_values({"layout.data": 1, "layout.bucket_cuts": []})
     assert price_layout(alone, NETWORK, 2).predicted["buckets"] == []
+
+
+UNEQUAL = replace(MACHINE, speeds=(1.0, 1.0, 1.0, 0.2), num_ranks=4)
+
+
+def test_no_data_rank_is_left_without_a_sequence():
+    config = SMALL.with_values({"train.global_batch": 4, "layout.data": 4})
+    assert make_plan(config, UNEQUAL, 4).layout.get("shares", [1, 1, 1, 1]) == [1, 1, 1, 1]
+    larger = SMALL.with_values({"train.global_batch": 16, "layout.data": 4})
+    assert make_plan(larger, UNEQUAL, 4).layout["shares"] == [5, 5, 5, 1]
+
+
+def test_exact_numerics_share_alike_whatever_the_ranks_sustain():
+    config = SMALL.with_values({"train.global_batch": 16, "layout.data": 4, "train.numerics": "exact", "train.microbatch": 1})
+    plan = make_plan(config, UNEQUAL, 4)
+    assert "shares" not in plan.layout
+    even = make_plan(config, replace(UNEQUAL, speeds=(0.2,) * 4), 4)
+    assert plan.predicted["pipeline_s"] == pytest.approx(even.predicted["pipeline_s"])  # the slowest decides
+
+
+def test_where_no_mixture_fits_the_search_goes_on(monkeypatch):
+    """Its stages are those of nothing recomputed, whose fullest may not fit whatever is."""
+    config = SMALL.with_values({"layout.data": 1, "layout.pipeline": 1, "layout.tensor": 1, "train.microbatch": 4})
+    prices = [make_plan(config.with_values({"layout.recompute": mode}), MACHINE, 1, top=0).predicted
+              for mode in ("none", "full")]
+    tight = replace(MACHINE, memory_bytes=sum(price["memory_bytes_per_rank"] for price in prices) / 2)
+    assert isinstance(make_plan(config, tight, 1).layout["recompute"], list)
+
+    def refuse(self, layout, limit_bytes):
+        raise ConfigError("layers keep more than the limit")
+
+    monkeypatch.setattr(Pricer, "mixed", refuse)
+    assert isinstance(make_plan(config, tight, 1).layout["recompute"], str)

@@ -20,6 +20,7 @@ from mpillm.schedules.generators import make_collective
                  for name, size in (("node", 8), ("network", 4))]}, r"\[8, 4\].*ascend"),
     ({"matmul": [[256, 1e12], [64, 1e11]]}, r"\[256, 64\].*ascend"),
     ({"matmul": [[64, 1e11], [64, 1e12]]}, "ascend"), ({"matmul": [[0, 1e11]]}, "positive"),
+    ({"wave": [1]}, "three sizes or none"), ({"elementwise_bytes_per_s": -1.0}, "must not be negative"),
     ({"speeds": [1.0], "num_ranks": 2}, "each of its 2 ranks"), ({"fans": 3}, "fans"),
     ({"levels": [{"name": "node", "size": 8, "alpha_s": 0, "beta_s_per_byte": 0, "gamma_s_per_byte": -1}]}, "at least zero"),
     ({"levels": [{"name": "node", "size": 8, "alpha_s": 0, "beta_s_per_byte": 0, "points": [[9, 2.0], [3, 3.0]]}]},
