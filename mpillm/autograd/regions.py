@@ -219,7 +219,9 @@ def _whole_size(x, group, dim, size):
         return size
     lengths = group.comm.allgather(x.shape[dim])
     wanted = counts(sum(lengths), group.size)
-    if lengths != list(wanted):
-        raise ShapeError(f"allgather: dim {dim} of the ranks' blocks has {lengths} items, the blocks of "
-                         f"{sum(lengths)} over {group.size} ranks are {list(wanted)}: pass the blocks that scatter gives")
+    if lengths != wanted:
+        raise ShapeError(
+            f"allgather: dim {dim} of the ranks' blocks has {lengths} items, the blocks of {sum(lengths)} over "
+            f"{group.size} ranks are {wanted}: pass the blocks that scatter gives"
+        )
     return sum(lengths)

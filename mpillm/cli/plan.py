@@ -74,7 +74,8 @@ def explanation(plan):
         lines.append(f"  {name:22} {predicted[part]:10.4g} s {predicted[part] / predicted['step_s']:7.1%}")
     buckets = Counter((one["n_bytes"], one["algorithm"]) for one in predicted["buckets"])
     lines += ["", "gradients are summed in:"] * bool(buckets)
-    lines += [f"  {count:4} x {n_bytes / 1e6:10.4g} MB by {algorithm}" for (n_bytes, algorithm), count in buckets.items()]
+    lines += [f"  {count:4} x {n_bytes / 1e6:10.4g} MB by {algorithm}"
+              for (n_bytes, algorithm), count in buckets.items()]
     lines += ["", "what limits it, and what one per cent more of it would save:"]
     for one in plan.binding:
         saved = one["price_s_per_unit"] * one["limit"] * 0.01

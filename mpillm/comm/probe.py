@@ -211,7 +211,7 @@ def _level(name, comm, colour, size, table, median_s):
     member.free()
     gamma = adding_s / sizes[-1] * size / (size - 1)
     messages_s = (np.array(times) - gamma * sizes * (size - 1) / size) / (2 * (size - 1))
-    messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0))  # a longer one that is faster is noise, or gives way
+    messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0))  # a longer one that is faster is noise
     beta = (messages_s[-1] - messages_s[0]) / (sizes[-1] - sizes[0]) * size
     return Level(name, size, messages_s[0].item(), beta.item(), gamma,
                  tuple(zip((sizes / size).tolist(), messages_s.tolist())))

@@ -64,7 +64,7 @@ class Reduction:
         return cuts, arrived_s - max(ends_s) + back_s
 
     def bucket_bytes(self, layout, sizes, cuts):
-        """Return the bytes of the buckets that ``cuts`` make, stage by stage and each in the order of backward. Local."""
+        """Return the bytes of the buckets that ``cuts`` make, by stage, each in the order of backward. Local."""
         found = []
         for start, stop in pairwise(np.cumsum([0, *sizes]).tolist()):
             places, _, n_bytes = self._gradients(layout, start, stop, 0.0)
