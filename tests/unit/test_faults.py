@@ -58,7 +58,7 @@ def test_a_fault_in_a_step_ends_the_job_and_says_where(folder, kind, within_s):
     assert job.returncode not in (0, 85)
     assert time.monotonic() - start < WHOLE_S["took"] + within_s
     if kind == "kill":  # the others are ended before they could say anything: the launcher names it, as it can
-        named = r"PID \d+ RUNNING AT \S+\s+=\s+EXIT CODE: 9|rank 1 with PID \d+ on node \S+ exited on signal 9"
+        named = r"PID \d+ RUNNING AT \S+\s+=\s+EXIT CODE: 9|rank 1 with PID \d+ on node \S+\s+exited\s+on\s+signal 9"
         assert re.search(named, job.stdout + job.stderr), job.stdout + job.stderr
     if kind == "raise":
         assert re.search(r"\[rank 1/3 [^]]+\] step 5, in \d[BI]\d: Traceback", job.stderr), job.stderr
