@@ -31,9 +31,9 @@ class Metrics:
         kept = []
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
             try:  # a line without an end was being written when its run died
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                if line.endswith(b"\n") and (metrics := json.loads(line))["step"] <= step:
                     kept.append(line)
-                    self.last = json.loads(line)
+                    self.last = metrics
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}, line {number}: not the metrics of a step ({error!r}): mend or remove it, or "
                                 "choose another train.run_dir") from None

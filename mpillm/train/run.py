@@ -66,7 +66,7 @@ class Run:
         self.config = together(self.comm, lambda: self._open_data(config), "data")
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
-        start = on_rank_0(self.comm, lambda: find_start(self.folder, resume), "resume")  # not all may see the same files
+        start = on_rank_0(self.comm, lambda: find_start(self.folder, resume), "resume")  # not all may see the files
         writing = f"train.run_dir = {self.folder} cannot be written, choose another"
         on_rank_0(self.comm, lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True), writing)
         self.threads = set_threads(self.comm)

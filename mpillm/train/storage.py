@@ -85,13 +85,13 @@ class Bucket:
         first = self.parameters[0]
         wide = torch.promote_types(first.dtype, torch.float32)
         node = self.group.node if first.device.type == "cpu" else None
-        memory = self.group.memory if first.device.type == "cpu" else None
-        shared = if_room(lambda: node.one_copy(self.size, first.dtype)) if node and is_sharded and not tied_to else None
-        self.is_one_copy = tied_to.is_one_copy if tied_to else shared is not None
         if tied_to:
-            self.data = tied_to.data
+            self.data, self.is_one_copy = tied_to.data, tied_to.is_one_copy
         else:
+            shared = if_room(lambda: node.one_copy(self.size, first.dtype)) if node and is_sharded else None
+            self.is_one_copy = shared is not None
             self.data = torch.zeros(self.size, dtype=first.dtype, device=first.device) if shared is None else shared
+        memory = self.group.memory if first.device.type == "cpu" else None
         grad = if_room(lambda: memory.empty(self.size, wide)) if memory else None
         self.grad = torch.zeros(self.size, dtype=wide, device=first.device) if grad is None else grad.zero_()
         for x in (self.data, self.grad):
