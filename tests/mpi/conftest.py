@@ -46,13 +46,18 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-# Every launch tests its whole world, one of four ranks or more also a part of it, while the others idle.
-SIZES = [WORLD.size] if WORLD.size < 4 else [2, WORLD.size]
+def pytest_generate_tests(metafunc):
+    """Run a test that names no sizes on the whole world; what is about messages also on a part, while others idle."""
+    named = any("comm" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "comm" in metafunc.fixturenames and not named:
+        is_of_training = metafunc.definition.get_closest_marker("slow")
+        sizes = [WORLD.size] if WORLD.size < 4 or is_of_training else [2, WORLD.size]
+        metafunc.parametrize("comm", sizes, ids="{}-ranks".format, indirect=True)
 
 
-@pytest.fixture(params=SIZES, ids="{}-ranks".format)
+@pytest.fixture
 def comm(request):
-    """Return a communicator of each size in turn; ranks outside it skip the test and wait."""
+    """Return a communicator of the asked size; ranks outside it skip the test and wait."""
     if request.param > WORLD.size:
         pytest.skip(f"needs {request.param} ranks, this launch has {WORLD.size}")
     part = WORLD.Split(0 if WORLD.rank < request.param else MPI.UNDEFINED)

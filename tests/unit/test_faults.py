@@ -76,7 +76,8 @@ def test_a_fault_in_a_step_ends_the_job_and_says_where(folder, kind, within_s):
     ("other-op", r"axis world, call \d+: .* rank 0 allreduce, rank 1 bcast, rank 2 allreduce"),
 ])
 def test_a_rank_that_calls_something_else_is_named_with_the_call(folder, kind, said):
-    job = train(folder, kind, kind, 1, 5, options=["--layout.data", RANKS, "--layout.pipeline", 1, "--layout.zero", 0])
+    job = train(folder, kind, kind, 1, 5, options=["--layout.data", RANKS, "--layout.pipeline", 1, "--layout.zero", 0,
+                                                   "--train.hang_limit_s", LIMIT_S / 2])
     assert job.returncode not in (0, 85)
     assert re.search(said, job.stderr), job.stderr
 
