@@ -47,12 +47,11 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_generate_tests(metafunc):
-    """Run a test that names no sizes on the whole world; what is about messages also on a part, while others idle."""
+    """Run a test that names no sizes on the whole world, one marked ``parts`` also on two ranks of a larger one."""
     named = any("comm" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "comm" in metafunc.fixturenames and not named:
-        is_of_training = metafunc.definition.get_closest_marker("slow")
-        sizes = [WORLD.size] if WORLD.size < 4 or is_of_training else [2, WORLD.size]
-        metafunc.parametrize("comm", sizes, ids="{}-ranks".format, indirect=True)
+        parts = [2] if WORLD.size > 3 and metafunc.definition.get_closest_marker("parts") else []
+        metafunc.parametrize("comm", [*parts, WORLD.size], ids="{}-ranks".format, indirect=True)
 
 
 @pytest.fixture

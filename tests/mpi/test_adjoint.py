@@ -14,7 +14,7 @@ from mpillm.comm.group import as_group
 from mpillm.errors import CollectiveError, ConfigError, ShapeError
 from mpillm.schedules.blocks import bounds
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 PAIRS = {  # placements before and after; "{}" stands for the dimension
     "copy_to": ("replicated", "varying"),

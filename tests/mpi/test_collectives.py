@@ -16,7 +16,7 @@ from mpillm.plan import OPERATIONS, DecisionTable
 from mpillm.schedules.blocks import bounds, counts
 from mpillm.schedules.tree import tree_sum
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.int64]

@@ -17,7 +17,7 @@ from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import ALGORITHMS
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 SIZES = [0, 1, 7, 1000, 65537]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]

@@ -11,7 +11,7 @@ from mpillm.comm.group import Group
 from mpillm.schedules.pipeline import SCHEDULES
 from mpillm.train.engine import Engine
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 SLOTS, ITEMS = 3, 33
 
 

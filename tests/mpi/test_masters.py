@@ -12,7 +12,7 @@ from mpillm.train.checkpoint import Checkpoint
 from mpillm.train.engine import Engine
 from mpillm.train.run import Run
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 LR = 6e-4  # by which a norm weight, 1 at first, comes less than half way to the next bfloat16, also in three steps
 BFLOAT16 = {"train.dtype": "bfloat16", "train.lr": LR, "train.lr_schedule": "constant", "train.warmup_steps": 0,

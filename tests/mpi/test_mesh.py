@@ -14,7 +14,7 @@ from mpillm.comm.mesh import AXES
 from mpillm.comm.single import SingleComm
 from mpillm.errors import USAGE, ConfigError
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 
 def degrees(ranks):

@@ -14,7 +14,7 @@ from mpillm.errors import MpillmError
 from mpillm.train.reference import Reference
 from mpillm.train.run import Run
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 
 def start(comm, path, name="run", resume="auto", **more):

@@ -19,7 +19,7 @@ from mpillm.plan import OPERATIONS, DecisionTable
 from mpillm.train import compare
 from mpillm.train.engine import Engine
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 
 def test_nobody_passes_a_barrier_before_all_are_there(comm):
