@@ -52,7 +52,7 @@ train() {
 
 # Start again from the checkpoint, unless MAX_STALLS starts in a row brought no new one.
 requeue() {
-    local newest stalls=0 last= job=$SLURM_JOB_ID
+    local newest stalls=0 last=none job=$SLURM_JOB_ID
     # The last element of an array has the number of the whole array, and would put back all.
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n 1) || true

@@ -11,11 +11,9 @@ from mpillm.cli.options import write_json
 from mpillm.errors import DataError
 from mpillm.plan import Plan
 from mpillm.report.chrome import trace_events
-from mpillm.report.figures import draw_loss, draw_step_time, draw_timeline
+from mpillm.report.figures import draw_loss, draw_step_time, draw_timeline, save_figure
 from mpillm.report.planned import compare_volume, compare_with_plan, draw_both, planned_spans
 from mpillm.report.records import read_metrics, read_trace, step_shares
-
-DOTS_PER_IN = 240
 
 
 @click.command("report")
@@ -36,6 +34,10 @@ def command(run, output, step):
     output = output or run / "figures"
     metrics, launches = read_metrics(_metrics_path(run)), read_trace(run / "trace")
     launch, number = _choose(launches, step, run / "trace")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error}): choose another -o") from error
     rows = loss_rows(metrics)
     _save(output / "loss", draw_loss(rows, find_restarts(metrics, launches)), rows)
     plan = Plan.load(run / "plan.json") if (run / "plan.json").is_file() else None
@@ -154,12 +156,8 @@ def _choose(launches, step, folder):
 
 def _save(path, figure, rows):
     """Write a figure as PNG and SVG and its data as CSV, and say so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".svg"):
-            figure.savefig(path.with_suffix(suffix), dpi=DOTS_PER_IN)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}): choose another -o") from error
+    for suffix in (".png", ".svg"):
+        save_figure(figure, path.with_suffix(suffix))
     _write_csv(path.with_suffix(".csv"), rows)
     click.echo(f"{path}.png, .svg, .csv")
 

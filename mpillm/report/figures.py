@@ -21,7 +21,7 @@ KINDS = {  # kind: colour, legend
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "axes.linewidth": 0.6,
          "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.4, "xtick.labelsize": 8,
          "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False}
-WIDTH_IN, ROW_IN, POINTS_PER_IN = 5.0, 0.3, 72
+WIDTH_IN, ROW_IN, POINTS_PER_IN, DOTS_PER_IN = 5.0, 0.3, 72, 240
 LINE, LIGHT_LINE, POINT, GREY, LIGHT_GREY = "#0072B2", "#9CC7E2", "#D55E00", "#777777", "#AAAAAA"
 
 
@@ -36,9 +36,9 @@ def save_figure(figure, path):
         If there is no such folder or format.
     """
     try:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
+        figure.savefig(path, dpi=DOTS_PER_IN)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be drawn ({error}): choose another name") from error
+        raise DataError(f"{path}: cannot be drawn ({error}): choose another place or name") from error
 
 
 def _styled(draw):

@@ -183,10 +183,23 @@ def step_shares(steps):
     total_s = sum(end - begin for begin, end in map(window, steps))
     shares = []
     for own in zip(*steps):
-        spans = [span for step in own for span in step]
-        row = {kind: _seconds(s for s in spans if s.kind == kind) / total_s for kind in KINDS}
+        seconds = _seconds_by_kind([span for step in own for span in step if span.kind in KINDS])
+        row = {kind: seconds[kind] / total_s for kind in KINDS}
         shares.append(row | {"other": max(0.0, 1 - sum(row.values()))})
     return shares, total_s / len(steps)
+
+
+def _seconds_by_kind(spans):
+    """Add up one rank's time in each kind; a span stands still while one within it lasts, as a reduction in ``B``."""
+    seconds, around = Counter(), []
+    for span in sorted(spans, key=lambda span: (span.start_s, -span.stop_s)):
+        while around and around[-1].stop_s <= span.start_s:
+            around.pop()
+        seconds[span.kind] += span.stop_s - span.start_s
+        if around:
+            seconds[around[-1].kind] -= span.stop_s - span.start_s
+        around.append(span)
+    return seconds
 
 
 def _seconds(spans):

@@ -16,12 +16,12 @@ from mpillm.comm.group import as_group
 from mpillm.comm.probe import as_of_now, measure_machine, measure_table
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
-from mpillm.errors import MpillmError, on_rank_0, together
+from mpillm.errors import ConfigError, MpillmError, on_rank_0, together
 from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE, Plan
 from mpillm.planner.layout import make_plan, price_layout
 from mpillm.train.data import with_vocabulary
-from mpillm.train.engine import Engine
+from mpillm.train.engine import Engine, pick_device
 
 TRIED_STEPS = 5
 
@@ -53,13 +53,19 @@ def choose_plan(config, comm, probe_top=1):
     Raises
     ------
     MpillmError
-        On every rank, if no layout is left or none fits the memory, or the data cannot be read.
+        On every rank, if no layout is left or none fits the memory, the data cannot be read, or a rank would train on
+        a GPU, of which the probe knows nothing.
     """
     config = together(comm, partial(with_vocabulary, config), "data")
     num_nodes = len(set(nodes_of(comm)))
     kept = on_rank_0(comm, lambda: _kept_plan(config, comm.size, num_nodes), "plan")
     if kept:
         return kept, f"plan of {config.train.run_dir}"
+    if any(comm.allgather(pick_device(config.train.device, comm).type == "cuda")):
+        raise ConfigError(
+            f"[layout] is open and train.device = {config.train.device} takes GPUs: the probe measures CPUs only. Give "
+            "data, pipeline and tensor, or a --plan made for a machine that describes the GPUs (mpillm plan "
+            "CONFIG --machine FILE|PRESET), or set train.device = cpu")
     machine, origin = known_machine(comm)
 
     def plan():

@@ -211,8 +211,7 @@ class Engine:
         self.buckets = [bucket for bucket in self.all_buckets if bucket.tied_to is None]
         for bucket in self.buckets:
             bucket.fill(lambda parameter: initialise(parameter, self.config.train.seed))
-        self.gradients = GradientSync(mesh, self.config.model, self.all_buckets, tied, self.is_exact, self.overlaps,
-                                      self.trace)
+        self.gradients = GradientSync(mesh, self.config.model, self.all_buckets, tied, self.is_exact, self.trace)
         if self.overlaps:
             self._watch_gradients()
         self.optimizer = ShardedOptimizer(self.config.train, self.buckets)

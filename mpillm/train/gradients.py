@@ -24,15 +24,13 @@ class GradientSync:
         Embedding and head where they are one matrix: the buckets of it on this rank.
     is_exact : bool
         Compute the norm from whole rows in a fixed order.
-    overlaps : bool
-        Reduce every bucket as soon as it is :meth:`ready`, beside backward. The same on all ranks.
     trace : Trace
     """
 
-    def __init__(self, mesh, model, buckets, tied, is_exact, overlaps, trace):
+    def __init__(self, mesh, model, buckets, tied, is_exact, trace):
         self.mesh, self.model, self.tied, self.is_exact = mesh, model, tied, is_exact
         self.order, self.buckets = buckets, [bucket for bucket in buckets if bucket.tied_to is None]
-        self._overlaps, self._trace, self._under_way = overlaps, trace, {}
+        self._trace, self._under_way = trace, {}
 
     def begin(self, microbatches):
         """Expect the gradients of so many microbatches."""
@@ -58,11 +56,9 @@ class GradientSync:
 
         Collective over the mesh. The gradients of a tied matrix accumulate apart and are added once, here.
         """
-        while self._overlaps and self._waiting:  # what a rank without microbatches was never told of
-            self._start(self._waiting.popleft())
         while self.progress():
             os.sched_yield()
-        for bucket in self._waiting:
+        for bucket in self._waiting:  # all of them, or none where ready() was told
             if not self.is_exact:  # exact has done this for each microbatch
                 bucket.sum_partial()
         reduced = {bucket: bucket.reduce(is_whole=self.is_exact) for bucket in self.order}

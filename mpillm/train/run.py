@@ -45,6 +45,23 @@ class Run:
         Asked before every step and between batches of an evaluation. Once a rank has been told to stop, all save a
         checkpoint and the iteration ends; :attr:`stopped_by` then names the signal.
 
+    Attributes
+    ----------
+    config : Config
+        Resolved: nothing is ``"auto"`` any more.
+    plan : Plan
+    comm : Comm
+    folder : Path
+        The run directory.
+    threads : int
+        Of this rank.
+    engine : Engine
+        Holds this rank's part of the model; its ``mesh`` has the groups of ranks.
+    step_number, saved_step, samples_seen, skipped : int
+        The last step trained and the last announced checkpoint; samples trained on; steps that changed nothing.
+    stopped_by : str or None
+        The signal on which iteration ended.
+
     Raises
     ------
     MpillmError

@@ -18,10 +18,8 @@ from mpillm.comm.probe import only
 from mpillm.machine import Machine
 from mpillm.planner.layout import price_layout
 from mpillm.schedules.blocks import align
-from mpillm.train import compare
 from mpillm.train.compare import compare_layout, describe
 from mpillm.train.engine import Engine
-from mpillm.train.reference import Reference
 from mpillm.train.run import Run
 from mpillm.train.storage import Bucket
 
@@ -108,27 +106,6 @@ def test_the_first_bucket_starts_before_backward_has_come_to_the_others(comm, st
     engine.free()
     wanted = [[later > i for later in range(6)] for i in range(6)]
     assert_all([bucket for bucket, _ in starts] == own and zeros[:5] == wanted[:5], zeros, comm)
-
-
-@pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
-def test_a_rank_without_microbatches_takes_part(comm):
-    config = tiny({**FOUR, "layout.data": 2, "layout.shares": [4, 5], "layout.bucket_cuts": [2]}, 2)
-    engine = Engine(config, comm)
-    if comm.rank == 1:
-        engine.microbatches = []
-        engine.schedule = replace(engine.schedule, actions=((),))
-    train(engine, 1)
-    (inputs, targets, _), = compare.batches(config, 1)
-    reference = Reference(config.model, config.train.seed)
-    (reference.loss(torch.as_tensor(inputs[:4]), torch.as_tensor(targets[:4]), None) * 4 / 9).backward()
-    norm = torch.stack([p.grad.norm() for p in reference.parameters.values()]).norm()
-    scale = min(1.0, config.train.grad_clip / (norm + 1e-6))
-    for name, ranges in engine.gradient_ranges().items():
-        wanted = reference.parameters[name].grad.reshape(-1) * scale
-        for start, values in ranges:
-            ok = torch.allclose(values, wanted[start:start + len(values)], rtol=1e-9, atol=1e-13)
-            assert ok, name
-    engine.free()
 
 
 @two_and_four

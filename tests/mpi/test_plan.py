@@ -237,6 +237,15 @@ def test_a_machine_measured_beside_a_slow_rank_is_not_remembered(comm, comm_path
     assert_all(choose.known_machine(comm)[0] == MACHINE, "not measured again", comm)
 
 
+def test_an_open_layout_on_gpus_is_refused(comm, data_path, monkeypatch):
+    """On every rank, also where only one has a GPU: what is measured would be the CPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(comm.rank == comm.size - 1))
+    monkeypatch.setattr(choose, "known_machine", None)
+    config = tiny(configure(data_path, "run", **{"layout.data": "auto"}))
+    with pytest.raises(ConfigError, match=r"train.device = auto takes GPUs: the probe measures CPUs only"):
+        choose.choose_plan(config, comm)
+
+
 def test_a_plan_changed_by_hand_changes_messages_and_keeps_their_bytes(comm):
     config = tiny({"model.num_layers": 4, "layout.pipeline": comm.size, "layout.data": 1, "layout.tensor": 1})
     free = replace(config, train=replace(config.train, microbatch=None))

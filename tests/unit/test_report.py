@@ -230,6 +230,14 @@ def test_step_shares_by_hand():
     assert shares[1] == pytest.approx(nothing | {"F": 8 / 40, "wait": 12 / 40, "other": 20 / 40})
 
 
+def test_a_span_within_another_counts_once():
+    own = [Span("B", "0B0", 0, 8), Span("reduce", "start of bucket 0", 2, 3), Span("wait", "w", 2.5, 3),
+           Span("reduce", "start of bucket 1", 3, 4), Span("reduce", "gradients", 8, 10)]
+    [shares], _ = step_shares([[own]])
+    assert {kind: share for kind, share in shares.items() if share} == pytest.approx(
+        {"B": 0.6, "reduce": 0.35, "wait": 0.05})
+
+
 @pytest.mark.parametrize("size, reach", [(1, 0), (1, 3), (9, 0), (9, 1), (9, 3), (50, 7)])
 def test_running_mean_is_the_plain_one(size, reach):
     values = np.random.default_rng(size).normal(size=size)

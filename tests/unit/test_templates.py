@@ -84,6 +84,10 @@ def test_starts_without_a_new_checkpoint_end_and_those_with_one_do_not(tmp_path)
     assert "requeue 7" in run(tmp_path, "exit-85")[1]
 
 
+def test_starts_that_never_made_a_checkpoint_count_from_the_first(tmp_path):
+    assert ["requeue 7" in run(tmp_path, "exit-85")[1] for _ in range(3)] == [True, True, False]
+
+
 @pytest.mark.parametrize("how", [{"STATE": "CG"}, {"SCONTROL_CODE": "1"}])  # cancelled, or requeued by Slurm; a race
 def test_a_job_that_slurm_ends_leaves_as_asked_and_is_not_put_back(tmp_path, how):
     code, log, out = run(tmp_path, "exit-85", **how)
