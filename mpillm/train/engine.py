@@ -70,7 +70,7 @@ class Engine:
         self.schedule = self._schedule(len(self.microbatches))
         self._open_handover()
 
-    def train_step(self, samples, lr):
+    def train_step(self, samples, lr, before_update=None):
         """Update the weights from one global batch.
 
         Parameters
@@ -79,6 +79,8 @@ class Engine:
             ``samples(start, stop)`` returns inputs, targets (int64 ``[n, seq_len]``) and documents (or None) of
             positions of the batch.
         lr : float
+        before_update : callable, optional
+            Called before weights and state change.
 
         Returns
         -------
@@ -112,6 +114,8 @@ class Engine:
             self.reduced = self.gradients.ranges(reduced)
         loss = self._sum_losses(losses, self.first_microbatch, self.num_microbatches)
         self.digests.check()  # first, since a flipped bit may be why they are not finite
+        if before_update:
+            before_update()
         if math.isfinite(loss) and math.isfinite(norm):  # the same on all ranks
             with self.trace.span("update", "weights"):
                 self.optimizer.step(self.reduced, lr)

@@ -134,7 +134,8 @@ class Run:
         self.engine.trace.begin_step(self.step_number + 1)
         order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch)
         lr = learning_rate(train, self.step_number + 1)
-        loss, norm = self.engine.train_step(self._reader(self.train_tokens, order), lr)
+        before_update = self._saving.wait_copied if self._saving else None
+        loss, norm = self.engine.train_step(self._reader(self.train_tokens, order), lr, before_update)
         self.step_number += 1
         self.samples_seen += train.global_batch
         step_s = time.perf_counter() - begin
@@ -206,8 +207,8 @@ class Run:
     def save(self):
         """Write a checkpoint of this step; return its path.
 
-        With ``train.checkpoint_background`` what is held is copied, and written while training goes on; the checkpoint
-        is there once :meth:`finish_save` has been called, as the iteration does.
+        With ``train.checkpoint_background`` what is held is copied beside the next step, up to its update, and written
+        while training goes on; the checkpoint is there once :meth:`finish_save` has been called, as the iteration does.
         """
         self.finish_save()
         self.engine.digests.check()

@@ -49,7 +49,8 @@ class Saving:
     keep : int
         How many stay, the newest of those up to this step.
     in_background : bool
-        Copy the tensors now, and let a thread write them. MPI is left to the calling thread.
+        Let a thread copy the tensors and write them. They must not change before :meth:`wait_copied`. MPI is left to
+        the calling thread.
 
     Raises
     ------
@@ -62,9 +63,8 @@ class Saving:
         self._final, self._temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
         self._action, self._error, self._entries, self._thread = f"save {self._final}", None, None, None
         on_rank_0(comm, self._clear, self._action)
+        self._is_copied = threading.Event()
         if in_background:
-            shards = [(*where, {kind: tensor.detach().clone() for kind, tensor in tensors.items()})
-                      for *where, tensors in shards]
             self._thread = threading.Thread(target=self._write, args=(shards,), daemon=True)
             self._thread.start()
         else:
@@ -72,9 +72,22 @@ class Saving:
 
     def _write(self, shards):
         try:
+            if self._thread:
+                shards = self._copied(shards)
             self._entries = _write_file(self._temporary / f"rank-{self._comm.rank:05d}.h5", shards)
         except Exception as error:  # the thread has nobody to raise it to
             self._error = error
+
+    def _copied(self, shards):
+        try:
+            return [(*where, {kind: tensor.detach().clone() for kind, tensor in tensors.items()})
+                    for *where, tensors in shards]
+        finally:
+            self._is_copied.set()
+
+    def wait_copied(self):
+        """Wait until this rank's tensors may change. Local; of what is saved in the background."""
+        self._is_copied.wait()
 
     def is_written(self):
         """Return, equal on all ranks, whether all have written their files. Collective; waits for no file."""
@@ -127,11 +140,12 @@ class Saving:
             up_to_this = [path for path in complete_checkpoints(folder) if step_of(path) <= self.step]
             for old in (*replaced, *up_to_this[:-self._keep]):
                 _retire(old)
-            for retired in folder.glob("step-*.old"):  # also what an earlier launch did not come to remove
-                shutil.rmtree(retired)
-        except OSError as error:  # such as a file that somebody reads over NFS
-            warnings.warn(f"{folder}: an old checkpoint cannot be removed ({error}); the next save tries again",
-                          stacklevel=2)
+        except OSError as error:
+            _warn(folder, error)
+        remove = threading.Thread(target=_remove_retired, args=(folder,))
+        remove.start()
+        if not self._thread:
+            remove.join()
 
     def _clear(self):
         """Make an empty temporary folder; remove those of saves that were interrupted."""
@@ -211,6 +225,21 @@ def _retire(path):
     retired = path.with_suffix(".old")
     shutil.rmtree(retired, ignore_errors=True)
     path.rename(retired)
+
+
+def _remove_retired(folder):
+    """Remove what lost its name, also what an earlier launch did not come to; a large file takes its time."""
+    for retired in folder.glob("step-*.old"):
+        try:
+            shutil.rmtree(retired)
+        except FileNotFoundError:
+            pass  # the save before is at it
+        except OSError as error:  # such as a file that somebody reads over NFS
+            _warn(folder, error)
+
+
+def _warn(folder, error):
+    warnings.warn(f"{folder}: an old checkpoint cannot be removed ({error}); the next save tries again", stacklevel=3)
 
 
 def _sync_folder(folder):

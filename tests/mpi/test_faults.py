@@ -250,7 +250,10 @@ def test_a_save_that_failed_is_told_once_and_the_next_is_not_disturbed(comm, dat
     assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
 
 
-def test_checkpoints_in_the_background_hold_the_same(comm, data_path):
+def test_checkpoints_in_the_background_hold_the_same(comm, data_path, monkeypatch):
+    """Also where copying takes far longer than a step: the update waits for it."""
+    copied = saving.Saving._copied
+    monkeypatch.setattr(saving.Saving, "_copied", lambda *arguments: (time.sleep(0.2), copied(*arguments))[1])
     runs = {"front": False, "back": True}
     for name, is_background in runs.items():
         more = {"train.checkpoint_every": 2, "train.steps": 6, "train.checkpoint_background": is_background}

@@ -451,6 +451,7 @@ def test_in_the_background_nothing_is_announced_early(tmp_path, monkeypatch):
     monkeypatch.setattr(h5py.Group, "create_dataset", waiting)
     held = list(shards())
     saving = Saving(folder, 7, held, {"seed": 5}, SingleComm(), in_background=True)
+    saving.wait_copied()
     for *_, tensors in held:  # training goes on
         for tensor in tensors.values():
             tensor.zero_()

@@ -14,7 +14,7 @@ LEARNS_TOO_FAST = """
 from mpillm import __main__
 from mpillm.train.engine import Engine
 train_step = Engine.train_step
-Engine.train_step = lambda self, samples, lr: train_step(self, samples, 1.001 * lr)
+Engine.train_step = lambda self, samples, lr, *_: train_step(self, samples, 1.001 * lr)
 __main__.main()
 """
 
