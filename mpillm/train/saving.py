@@ -142,10 +142,10 @@ class Saving:
                 _retire(old)
         except OSError as error:
             _warn(folder, error)
-        remove = threading.Thread(target=_remove_retired, args=(folder,))
-        remove.start()
-        if not self._thread:
-            remove.join()
+        if self._thread:
+            threading.Thread(target=_remove_retired, args=(folder,)).start()
+        else:
+            _remove_retired(folder)
 
     def _clear(self):
         """Make an empty temporary folder; remove those of saves that were interrupted."""

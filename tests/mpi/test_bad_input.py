@@ -7,7 +7,7 @@ import h5py
 import pytest
 import tomli_w
 from helpers import assert_all
-from tiny import MODEL, write_token_file
+from tiny import MODEL
 
 from mpillm.__main__ import cli
 from mpillm.errors import INPUT_OUTPUT, USAGE, MpillmError
@@ -33,19 +33,18 @@ CASES = {
 
 
 @pytest.fixture
-def folder(comm, comm_path, monkeypatch):
+def folder(comm, data_path, monkeypatch):
     """The folder that all ranks work in: a configuration, a token file and such as are none."""
-    monkeypatch.chdir(comm_path)
+    monkeypatch.chdir(data_path)
     if comm.rank == 0:
-        write_token_file("tokens.h5")
-        (comm_path / "empty.h5").write_bytes(b"")
+        (data_path / "empty.h5").write_bytes(b"")
         with h5py.File("foreign.h5", "w") as file:
             file["other"] = [1, 2, 3]
         model = {key: value for key, value in MODEL.items() if key != "vocab_size"}
         config = {"model": model, "data": {"path": "tokens.h5"}, "train": TRAIN, "layout": {"data": comm.size}}
-        (comm_path / "config.toml").write_text(tomli_w.dumps(config))
+        (data_path / "config.toml").write_text(tomli_w.dumps(config))
     comm.Barrier()
-    return comm_path
+    return data_path
 
 
 def train(overrides, *more):
@@ -78,7 +77,7 @@ def test_more_ranks_than_parts(comm, folder):
             "model.num_heads": "2", "model.head_dim": "8", "layout.data": "1", "layout.tensor": str(comm.size)})
     if comm.size > 1:
         few = comm.size - 1
-        check_refusal(comm, folder, USAGE, [f"pipeline={comm.size}", f"{few} layer", f"at most {few} pipeline rank"], {
+        check_refusal(comm, folder, USAGE, [f"pipeline={comm.size}", f"{few} layers", f"at most {few} pipeline ranks"], {
             "model.num_layers": str(few), "layout.data": "1", "layout.pipeline": str(comm.size)})
 
 
