@@ -75,6 +75,8 @@ class Machine:
         Overhead of one layer's forward: launching kernels, the interpreter.
     shares_memory : bool
         Whether ranks of a node share windows, so that replicas keep one copy of the weights.
+    hides_calls : bool
+        Whether ``call_s`` runs beside the kernels before, as on a GPU that was measured; else it comes on top of them.
     num_ranks, num_nodes : int
         Of the launch that was measured; 0 for a preset, which stands for any number.
     table : tuple
@@ -95,6 +97,7 @@ class Machine:
     elementwise_bytes_per_s: float = 0.0
     attention_flops_per_s: float = 0.0
     shares_memory: bool = False
+    hides_calls: bool = False
     wave: tuple = ()
     num_ranks: int = 0
     num_nodes: int = 0
@@ -152,6 +155,10 @@ class Machine:
         made = min(math.ceil(math.ceil(rows / high) * math.ceil(columns / wide) / at_once)
                    for high, wide in ((long, short), (short, long))) * at_once * long * short
         return seconds * made / (rows * columns)
+
+    def with_call(self, kernels_s):
+        """Return the seconds of a layer's kernels with the overhead of starting them. Local."""
+        return max(kernels_s, self.call_s) if self.hides_calls else kernels_s + self.call_s
 
     def level_for(self, reach):
         """Return the level over which ``reach`` neighbouring ranks talk. Local."""

@@ -13,6 +13,7 @@ import statistics
 import sys
 
 import numpy as np
+import torch
 
 from mpillm.comm.group import as_group
 from mpillm.comm.probe import measure_machine, measure_table
@@ -22,7 +23,7 @@ from mpillm.plan import Plan
 from mpillm.planner.layout import layouts, make_plan
 from mpillm.planner.pricing import Pricer, describe, to_config
 from mpillm.train.choose import time_step
-from mpillm.train.engine import Engine
+from mpillm.train.engine import Engine, pick_device
 
 # Bound by products, by gradients and by activations. The one for links has three layers: stages are uneven, so that
 # what a pipeline saves on the wire it pays for in waiting.
@@ -90,7 +91,8 @@ def main(name, path=None):
     comm = comm_world()
     set_threads(comm)
     config, group = Config.from_dict(MODELS[name]), as_group(comm)
-    machine = measure_machine(group, measure_table(group))
+    machine = measure_machine(group, measure_table(group), pick_device(config.train.device, comm),
+                              getattr(torch, config.train.dtype))
     pricer = Pricer(config, machine, comm.size)
 
     def plan_and_price():

@@ -16,7 +16,7 @@ from mpillm.train.optimizers import learning_rate
 MODEL = {"hidden_size": 40, "num_layers": 7, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}
 TRAIN = {
     "steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "lr": 1e-2, "warmup_steps": 2, "grad_clip": 0.5,
-    "dtype": "float64", "eval_every": 0, "checkpoint_every": 0,
+    "dtype": "float64", "device": "cpu", "eval_every": 0, "checkpoint_every": 0,
 }
 LAYOUTS = {1: {}, 2: {"layout.data": 2}, 3: {"layout.pipeline": 3}, 4: {"layout.data": 2, "layout.tensor": 2}}
 # More key/value heads than tensor ranks; fewer; and groups that straddle two ranks' query heads.

@@ -2,26 +2,35 @@
 
 import click
 
+from mpillm.planner.workload import ITEM_BYTES
+
 
 @click.command("probe")
 @click.option("-o", "--output", required=True, type=click.Path(), metavar="FILE", help="write the machine there")
-def command(output):
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
+              help="as train.device")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(list(ITEM_BYTES)),
+              help="as train.dtype: what weights and activations have")
+def command(output, device, dtype):
     """Measure this launch under mpirun or srun, all ranks at once as in a run.
 
     Matrix products, memory, links, and which algorithm is fastest for each collective and size. mpillm plan --machine
     FILE plans with it.
     """
+    import torch
+
     from mpillm.comm.group import as_group
     from mpillm.comm.probe import measure_machine, measure_table
     from mpillm.comm.world import comm_world, set_threads
     from mpillm.errors import on_rank_0
     from mpillm.plan import DEFAULT_TABLE
+    from mpillm.train.engine import pick_device
 
     comm = comm_world()
     set_threads(comm)
     group = as_group(comm)
     table = measure_table(group) if comm.size > 1 else DEFAULT_TABLE
-    machine = measure_machine(group, table)
+    machine = measure_machine(group, table, pick_device(device, comm), getattr(torch, dtype))
     on_rank_0(comm, lambda: machine.save(output), f"-o {output}")
     if comm.rank == 0:
         for width, rate in machine.matmul:

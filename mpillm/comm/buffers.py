@@ -38,6 +38,12 @@ def flat(x):
     return x if x.dim() == 1 and x.stride(0) == 1 else x.as_strided((x.numel(),), (1,))
 
 
+def synchronize(device):
+    """Wait until a device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def unstaged(host, like):
     """Return ``host`` on the device of ``like``."""
     return host.to(like.device, non_blocking=False) if like.is_cuda else host

@@ -218,12 +218,13 @@ def allgather_blocks(x, comm):
     group = as_group(comm)
     if group.size == 1:
         return
-    cuts, host = all_bounds(len(x), group.size), staged(x)
-    own = host[slice(*cuts[group.rank])]
-    group.enter("allgather", (group.size - 1) * len(own) * x.element_size(), x.dtype, x.shape)
+    cuts, is_apart = all_bounds(len(x), group.size), x.is_cuda or not x.is_contiguous()
+    host, mine = host_empty(x.shape, x) if is_apart else x, slice(*cuts[group.rank])
+    own = host[mine].copy_(x[mine]) if is_apart else host[mine]
+    group.enter("allgather", (group.size - 1) * own.nbytes, x.dtype, x.shape)
     transport = group.transport("allgather", x, x.nbytes, True)
     finish(transport.allgather(own, host, cuts))
-    if host.data_ptr() != x.data_ptr():
+    if is_apart:
         x.copy_(host)
 
 

@@ -1,8 +1,10 @@
 """Measures what a launch can do: rates and links of the machine, and the fastest algorithm for each collective."""
 
 import math
+import os
+import platform
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from torch.nn import functional
 
 from mpillm import plan
 from mpillm.comm import collectives
+from mpillm.comm.buffers import synchronize
 from mpillm.comm.group import Group
 from mpillm.comm.progress import finish
+from mpillm.errors import ConfigError
 from mpillm.machine import EVERYWHERE, Level, Machine
 from mpillm.plan import ANY, DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
 from mpillm.schedules.blocks import all_bounds
@@ -24,11 +28,11 @@ from mpillm.schedules.repair import COMPOSED, as_if, repair
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
-_ROWS, _FFN, _SEQ, _KERNELS = 512, 1376, 256, 60  # tokens, widths, and kernels that a layer's forward starts
-_COPY_BYTES = 1 << 26
+_TILE = (256, 128)  # of the products of GPUs (NVIDIA, Matrix Multiplication Background User's Guide, 2023)
 _LEVEL_BYTES = (1 << 6, 1 << 12, 1 << 16, 1 << 20, 1 << 23)  # of the allreduces that a level is known by
 _COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
-_SUSTAINED_S = 0.5
+_SUSTAINED_S, _SUSTAINED_WIDTH = 0.5, 512
+_LONG_S = 1.0  # of one product of a width: wider ones are taken to be as fast
 _SLOW_S = 0.02  # over a slow network the largest messages would take minutes; whoever wins here goes on to win
 _UNEQUAL = 1.2  # ranks that differ by less are taken as equal
 _TIE = 0.95  # of the time of the simpler: less is clearly faster
@@ -36,6 +40,42 @@ _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again
 _FAR, _FAR_S = 4.0, 5e-4  # times the best and so much more: not tried at the next size; slow to start may be fast
 _BISECTIONS = 2
 _LINE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a kind of device is measured with: large enough to keep it busy.
+
+    Attributes
+    ----------
+    rows : int
+        Of products and activations.
+    columns : int or None
+        Of products; None for as many as the width.
+    ffn, sequences, seq : int
+        Of a gated activation; of attention with eight heads of 64.
+    copy_bytes : int
+    kernels : int
+        That a layer's forward starts, with what the interpreter takes in between.
+    at_once : int
+        Products before a device is waited for.
+    """
+
+    rows: int
+    columns: int | None
+    ffn: int
+    sequences: int
+    seq: int
+    copy_bytes: int
+    kernels: int
+    at_once: int
+
+    def product(self, width):
+        """Return rows, inner size and columns of the product whose smallest dimension is ``width``."""
+        return self.rows, width, self.columns or width
+
+
+SIZES = {"cpu": Sizes(512, None, 1376, 1, 256, 1 << 26, 60, 1), "cuda": Sizes(4096, 4096, 22016, 32, 2048, 1 << 29, 120, 8)}
 
 
 def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
@@ -105,105 +145,151 @@ def candidates(op, group):
                                 if kinds[name] not in [kinds[other] for other in names[:i]])]
 
 
-def measure_machine(group, table):
+def measure_machine(group, table, device=torch.device("cpu"), dtype=torch.float32):
     """Measure what every rank can do while all others do the same.
 
-    Collective over ``group``; all ranks return the same. Products of 512 rows for several widths, copies of 64 MiB,
-    a gated activation and an attention there and back, the start of a kernel; allreduces of 64 bytes to 8 MiB and their
-    halves inside nodes and between them, told as the messages of a ring. Every figure is the median of its repetitions
-    on the slowest rank.
+    Collective over ``group``; all ranks return the same. Products of several widths, copies, a gated activation and an
+    attention there and back, the start of a kernel, of :data:`SIZES`; allreduces of 64 bytes to 8 MiB and their halves
+    inside nodes and between them, told as the messages of a ring. Every figure is the median of its repetitions on the
+    slowest rank.
 
     Parameters
     ----------
     group : Group
     table : DecisionTable
         Which algorithms to measure with; kept in the machine.
+    device : torch.device
+        Of this rank, where it is going to train.
+    dtype : torch.dtype
+        Of weights and activations. Messages are of float32, as gradients are.
 
     Returns
     -------
     Machine
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if some have a GPU and others not.
     """
-    spread = {}
+    if len(set(group.comm.allgather(device.type))) > 1:
+        raise ConfigError("train.device = auto: some ranks see a GPU and others do not, for which there is no plan: "
+                          "set it to cpu, ask for nodes of one kind, or give data, pipeline and tensor")
+    spread, kind, sizes = {}, {"device": device, "dtype": dtype}, SIZES[device.type]
 
     def median_s(name, call):
-        times = time_calls(group.comm, {name: call}, budget_s=0.2, repeats=(5, 100))[name]
+        def whole():
+            call()
+            synchronize(device)
+
+        times = time_calls(group.comm, {name: whole}, budget_s=0.2, repeats=(5, 100))[name]
         spread[name] = float(np.median(np.abs(times / np.median(times) - 1)))
         return float(np.median(times))
 
     matmul = []
     for width in WIDTHS:
-        count = max(2, _COLD_BYTES // (4 * width * (2 * _ROWS + width)))
-        pairs = [(torch.rand(_ROWS, width), torch.rand(width, width)) for _ in range(count)]
+        rows, inner, columns = sizes.product(width)
+        count = max(2, _COLD_BYTES // (dtype.itemsize * (rows * inner + inner * columns + rows * columns)))
+        pairs = [(torch.rand(rows, inner, **kind), torch.rand(inner, columns, **kind)) for _ in range(count)]
         seconds = median_s(f"product {width}", lambda pairs=pairs: [a.mm(b) for a, b in pairs]) / count
-        matmul.append((width, 2 * _ROWS * width * width / seconds))
-    source, small = torch.rand(_COPY_BYTES // 4), torch.rand(8)
+        matmul.append((width, 2 * rows * inner * columns / seconds))
+        if seconds > _LONG_S:
+            break
+    source, small = torch.rand(sizes.copy_bytes // 4, device=device), torch.rand(8, **kind)
     target = torch.empty_like(source)
     copy_s = median_s("copy", lambda: target.copy_(source))
-    gate, up = (torch.rand(_ROWS, _FFN, requires_grad=True) for _ in range(2))
+    gate, up = (torch.rand(sizes.rows, sizes.ffn, requires_grad=True, **kind) for _ in range(2))
     gated_s = median_s("elementwise", lambda: (functional.silu(gate) * up).sum().backward())
-    heads = torch.rand(2, 1, 8, _SEQ, 64, requires_grad=True)
+    heads = torch.rand(2, sizes.sequences, 8, sizes.seq, 64, requires_grad=True, **kind)
     attention_s = median_s("attention", lambda: functional.scaled_dot_product_attention(
         heads[0], heads[1], heads[1], is_causal=True).sum().backward())
-    kernel_s = median_s("kernels", lambda: [small + 1 for _ in range(_KERNELS)])
+    kernel_s = median_s("kernels", lambda: [small + 1 for _ in range(sizes.kernels)])
     nodes = group.schedules.nodes if group.size > 1 else (0,)
     inside = max(nodes.count(node) for node in nodes)
-    levels = [_level("node", group.comm, nodes[group.rank], inside, table, median_s)] if inside > 1 else []
+    levels = [_level("node", group.comm, nodes[group.rank], inside, table, device, median_s)] if inside > 1 else []
     if len(set(nodes)) > 1:
         lane = nodes[:group.rank].count(nodes[group.rank])
-        levels.append(_level("network", group.comm, lane, len(set(nodes)), table, median_s))
+        levels.append(_level("network", group.comm, lane, len(set(nodes)), table, device, median_s))
     if not levels:
         levels = [Level("node", 1, 0.0, 0.0)]
     levels[-1] = replace(levels[-1], size=EVERYWHERE if len(levels) > 1 else inside)
     return Machine(
-        f"{group.size} ranks on {len(set(nodes))} nodes", "mpillm probe", tuple(levels), _rising(matmul),
-        _free_bytes(group.comm, inside), 2 * _COPY_BYTES / copy_s, kernel_s,
+        f"{group.size} ranks on {len(set(nodes))} nodes",
+        f"mpillm probe, {device_name(device)}, {str(dtype).removeprefix('torch.')}", tuple(levels), _rising(matmul),
+        _free_bytes(group.comm, device), 2 * source.nbytes / copy_s, kernel_s,
         elementwise_bytes_per_s=(2 + 3) * 3 * gate.nbytes / gated_s,  # three tensors, see workload.BACKWARD_BYTES
-        attention_flops_per_s=3 * 2 * 8 * 64 * _SEQ * _SEQ / attention_s,
-        shares_memory=group.size > 1 and group.node is not None, num_ranks=group.size, num_nodes=len(set(nodes)),
-        table=table.rows, speeds=_speeds(group.comm, dict(_rising(matmul))[_ROWS]), repeatability=spread,
+        attention_flops_per_s=3 * 2 * sizes.sequences * 8 * 64 * sizes.seq**2 / attention_s,
+        shares_memory=device.type == "cpu" and group.size > 1 and group.node is not None, num_ranks=group.size,
+        num_nodes=len(set(nodes)), table=table.rows, repeatability=spread, wave=_wave(device),
+        hides_calls=device.type == "cuda",
+        speeds=_speeds(group.comm, _rising(matmul), device, dtype),
     )
 
 
-def as_of_now(comm, machine):
+def as_of_now(comm, machine, device, dtype):
     """Return a machine with what changes from launch to launch measured again: the speeds of ranks, and free memory.
 
     Collective over ``comm``; all ranks return the same. Takes half a second.
     """
-    return replace(machine, memory_bytes=_free_bytes(comm, machine.ranks_per_node),
-                   speeds=_speeds(comm, machine.matmul_flops_per_s(_ROWS)))
+    return replace(machine, memory_bytes=_free_bytes(comm, device), speeds=_speeds(comm, machine.matmul, device, dtype))
 
 
-def _free_bytes(comm, ranks_per_node):
-    """Return the memory that a rank may have: its share of what is free, files that are kept in memory counted as that,
-    on the fullest node."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return min(comm.allgather(free_kib * 1024 / ranks_per_node))
+def device_name(device):
+    """Return the name of this rank's processor, or GPU. Local."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
-def _speeds(comm, flops_per_s):
+def _wave(device):
+    """Return the multiprocessors of a GPU and the sides of the tile that each makes of a product; nothing for a CPU."""
+    return (torch.cuda.get_device_properties(device).multi_processor_count, *_TILE) if device.type == "cuda" else ()
+
+
+def _free_bytes(comm, device):
+    """Return the memory that a rank may have: its share of what is free on its device, files that are kept in memory
+    counted as that, on the fullest one."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    places = comm.allgather((os.uname().nodename, str(device)))
+    return min(comm.allgather(free / places.count(places[comm.rank])))
+
+
+def _speeds(comm, matmul, device, dtype):
     """Return what each rank sustains as a multiple of the measured rate; nothing where all are about equal.
 
     A rank that shares its core with another program gets it in slices longer than one product.
     """
-    a, b, count = torch.rand(_ROWS, _ROWS), torch.rand(_ROWS, _ROWS), 0
+    width, flops_per_s = max(point for point in matmul if point[0] <= _SUSTAINED_WIDTH)
+    sizes, count = SIZES[device.type], 0
+    rows, inner, columns = sizes.product(width)
+    a, b = (torch.rand(*shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
     comm.Barrier()
     start = time.perf_counter()
     while time.perf_counter() - start < _SUSTAINED_S:
-        a.mm(b)
-        count += 1
-    rates = comm.allgather(2 * _ROWS**3 * count / (time.perf_counter() - start))
+        for _ in range(sizes.at_once):
+            a.mm(b)
+        synchronize(device)
+        count += sizes.at_once
+    rates = comm.allgather(2 * rows * inner * columns * count / (time.perf_counter() - start))
     return tuple(rate / flops_per_s for rate in rates) if max(rates) > _UNEQUAL * min(rates) else ()
 
 
-def _level(name, comm, colour, size, table, median_s):
+def _level(name, comm, colour, size, table, device, median_s):
     """Measure allreduces among ranks of one colour, all colours at once; or its halves, where these are faster: some
     libraries leave a network half idle in an allreduce, and gradients take the halves."""
     part = comm.Split(colour, comm.rank)
     member = Group(part, name, table=table)
     sizes, times, adding_s = np.array(_LEVEL_BYTES), [], 0.0
     for n_bytes in _LEVEL_BYTES:
-        x = torch.zeros(n_bytes // 4)
+        x = torch.zeros(n_bytes // 4, device=device)
         whole, scattered, gathered = (median_s(f"{name} {op} {n_bytes}", make_call(op, x, member))
                                       for op in ("allreduce", "reduce_scatter", "allgather"))
         times.append(min(whole, scattered + gathered))

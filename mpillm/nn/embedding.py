@@ -44,6 +44,8 @@ class _Lookup(torch.autograd.Function):
 def _accumulate(embedding, tokens, dy):
     """Add each token's gradient to its row, in the order of tokens."""
     low, high = embedding.rows
-    is_here = (tokens >= low) & (tokens < high)
+    if embedding.split.size > 1:
+        is_here = (tokens >= low) & (tokens < high)
+        tokens, dy = tokens[is_here] - low, dy[is_here]
     grad = gradient_of(embedding.weight)
-    grad.index_add_(0, tokens[is_here] - low, dy[is_here].to(grad.dtype))
+    grad.index_add_(0, tokens, dy.to(grad.dtype))

@@ -11,7 +11,7 @@ from torch import nn
 from mpillm.comm import collectives
 from mpillm.nn.linear import ColumnParallelLinear, products
 from mpillm.nn.split import add_product, gradient_of, later
-from mpillm.schedules.blocks import CHUNK_BYTES, bounds
+from mpillm.schedules.blocks import bounds, loss_chunks
 from mpillm.schedules.tree import tree_sum
 
 
@@ -50,7 +50,7 @@ class _HeadLoss(torch.autograd.Function):
         dw = torch.empty_like(weight, dtype=wide) if needs_grad else None  # chunks add up in float32 at least
         dx = torch.empty_like(x) if needs_grad else None
         losses = []
-        chunks = max(1, -(-len(x) * head.vocab_size * 4 // CHUNK_BYTES))
+        chunks = loss_chunks(len(x), head.vocab_size, x.device.type)
         for low, high in (bounds(len(x), chunks, i) for i in range(chunks)):
             logits = [(x[low:high] @ _rows(weight, head, block).t()).to(wide) for block in head.blocks]
             losses.append(_cross_entropy(logits, targets[low:high], head, scale))
@@ -77,21 +77,27 @@ def _cross_entropy(logits, targets_C, head, scale):
     tallest = torch.stack([part.amax(1) if part.shape[1] else part.new_full((len(part),), -torch.inf)
                            for part in logits]).amax(0)
     tallest = collectives.allreduce(tallest, group, op="max")
-    rows = torch.arange(len(targets_C), device=targets_C.device)
-    sums, picked, places = [], [], []
-    for part, (low, high) in zip(logits, head.blocks):
-        is_here = (targets_C >= low) & (targets_C < high)
-        places.append((rows[is_here], targets_C[is_here] - low))
+    places = [_place(targets_C, block) for block in head.blocks]
+    sums, picked = [], []
+    for part, (is_here, place) in zip(logits, places):
         own = part.new_zeros(len(part))
-        own[is_here] = part[places[-1]] - tallest[is_here]
-        picked.append(own)
+        picked.append(torch.where(is_here, part[place] - tallest, own) if part.shape[1] else own)
         part.sub_(tallest[:, None]).exp_()
         sums.append(part.sum(1))
     total, own = collectives.allreduce(torch.stack([tree_sum(sums, torch.add), tree_sum(picked, torch.add)]), group)
-    for part, place in zip(logits, places):
+    for part, (is_here, place) in zip(logits, places):
         part.mul_((scale / total)[:, None])
-        part[place] -= scale
+        if part.shape[1]:
+            part[place] -= is_here.to(part.dtype) * scale
     return (total.log() - own).sum()
+
+
+def _place(targets_C, block):
+    """Return which targets are in a block of the vocabulary, and the place of each in its logits, of others the nearest:
+    a selection would hold up a GPU, since the host has to wait for its length."""
+    low, high = block
+    is_here = (targets_C >= low) & (targets_C < high)
+    return is_here, (torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp(low, max(low, high - 1)) - low)
 
 
 def _rows(tensor, head, block):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.nn.split import gradient_of, later
@@ -27,21 +28,35 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, norm, total):
+        ctx.norm, ctx.total = norm, total
+        if x.is_cuda:
+            ctx.save_for_backward(x)
+            return functional.rms_norm(x, weight.shape, weight, norm.eps)
         wide = x.float() if x.dtype in HALF_TYPES else x
         lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = lengths.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
         ctx.save_for_backward(x, inverse)
-        ctx.norm, ctx.total = norm, total
         return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, inverse = ctx.saved_tensors
-        split, weight = ctx.norm.split, ctx.norm.weight.detach().to(inverse.dtype)
-        blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, inverse)))
-        dxs, dws = zip(*(_gradients(*block, weight, split.is_exact) for block in blocks))
+        (x, *inverse), split, weight = ctx.saved_tensors, ctx.norm.split, ctx.norm.weight.detach()
+        if x.is_cuda:
+            dxs, dws = zip(_fused_gradients(dy, x, weight, ctx.norm.eps))
+        else:
+            weight = weight.to(inverse[0].dtype)
+            blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, *inverse)))
+            dxs, dws = zip(*(_gradients(*block, weight, split.is_exact) for block in blocks))
         split.weight_gradients.add(later(_accumulate, ctx.norm.weight, dws))
         return (dxs[0] if len(dxs) == 1 else torch.cat(dxs)), None, None, None
+
+
+def _fused_gradients(dy, x, weight, eps):
+    """Return the gradients of input and weight by PyTorch's kernels for GPUs; they are reached by its autograd only,
+    which wants the forward once more."""
+    with torch.enable_grad():
+        x, weight = x.detach().requires_grad_(), weight.requires_grad_()
+        return torch.autograd.grad(functional.rms_norm(x, weight.shape, weight, eps), (x, weight), dy)
 
 
 def _gradients(dy, x, inverse, weight, is_exact):

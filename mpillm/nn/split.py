@@ -177,9 +177,13 @@ def gradient_of(weight, rows=None):
 
 
 def add_product(grad, left, right, is_new=False):
-    """Add ``left.T @ right`` to ``grad``, or set it to that if it ``is_new``; in one pass where the dtypes agree."""
+    """Add ``left.T @ right`` to ``grad``, or set it to that if it ``is_new``; in one pass where the dtypes agree, and on
+    GPUs, whose products of half types can end in float32."""
+    beta = 0 if is_new else 1
     if grad.dtype == left.dtype:
-        grad.addmm_(left.t(), right, beta=0 if is_new else 1)
+        grad.addmm_(left.t(), right, beta=beta)
+    elif grad.is_cuda:
+        torch.addmm(grad, left.t(), right, grad.dtype, beta=beta, out=grad)
     elif is_new:
         grad.copy_(left.t() @ right)
     else:

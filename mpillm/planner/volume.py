@@ -7,7 +7,7 @@ from itertools import groupby
 
 from mpillm.planner.stages import default_cuts
 from mpillm.planner.workload import ITEM_BYTES
-from mpillm.schedules.blocks import ALIGNMENT, CHUNK_BYTES, align, counts
+from mpillm.schedules.blocks import ALIGNMENT, align, counts, loss_chunks
 
 
 def step_volume(config, is_one_copy):
@@ -104,9 +104,9 @@ class Volume:
         return sent
 
     def _loss(self, tokens):
-        """Return what the loss sends: the largest logit; the sum of exponentials and the target's logit."""
-        chunks = max(1, -(-tokens * self.model.vocab_size * 4 // CHUNK_BYTES))
-        item = max(4, self.item)
+        """Return what the loss sends: the largest logit; the sum of exponentials and the target's logit. A GPU has fewer
+        chunks, and the same bytes but for what is rounded."""
+        chunks, item = loss_chunks(tokens, self.model.vocab_size), max(4, self.item)
         return sum(_allreduce(n * size * item, self.layout.tensor) for size in counts(tokens, chunks) for n in (1, 2))
 
     def _gradients(self, microbatches):

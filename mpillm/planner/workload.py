@@ -160,10 +160,10 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     talk = 2 * ring_s(level, tensor, whole)
-    forward = products + attention + elementwise + machine.call_s + talk
+    forward = machine.with_call(products + attention + elementwise) + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
-    backward = (inputs + 2 * attention + BACKWARD_BYTES * elementwise + machine.call_s
+    backward = (machine.with_call(inputs + 2 * attention + BACKWARD_BYTES * elementwise)
                 + talk * (1.25 if sequence_parallel else 1))
     stored = 4 * whole / split + inner
     kept = {"none": stored + SCORES_KEPT * scores, "selective": stored - tokens * 2 * keys / tensor * item_bytes,

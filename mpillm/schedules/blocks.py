@@ -8,7 +8,8 @@ empty), and partitions nest: the blocks of ``p`` are unions of the blocks of ``k
 from functools import lru_cache
 
 ALIGNMENT = 16  # elements on whose multiples every parameter and shard of the flat storage starts
-CHUNK_BYTES = 8 << 20  # of float32 logits over the whole vocabulary: about what stays in a core's cache
+# Float32 logits of a chunk, over the whole vocabulary: what stays in a core's cache; what keeps a GPU busy.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 def bounds(n, p, i):
@@ -25,6 +26,11 @@ def all_bounds(n, p):
 def counts(n, p):
     """Return the sizes of all ``p`` blocks of ``n`` items."""
     return [(i + 1) * n // p - i * n // p for i in range(p)]
+
+
+def loss_chunks(tokens, vocab_size, device_type="cpu"):
+    """Return in how many chunks of tokens, cut by :func:`bounds`, logits and loss are computed."""
+    return max(1, -(-tokens * vocab_size * 4 // CHUNK_BYTES[device_type]))
 
 
 def align(n, multiple):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import time
 from dataclasses import fields, replace
 from functools import partial
@@ -12,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mpillm.comm.buffers import synchronize
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import as_of_now, measure_machine, measure_table
+from mpillm.comm.probe import as_of_now, device_name, measure_machine, measure_table
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
-from mpillm.errors import ConfigError, MpillmError, on_rank_0, together
+from mpillm.errors import MpillmError, on_rank_0, together
 from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE, Plan
 from mpillm.planner.layout import make_plan, price_layout
@@ -53,20 +53,15 @@ def choose_plan(config, comm, probe_top=1):
     Raises
     ------
     MpillmError
-        On every rank, if no layout is left or none fits the memory, the data cannot be read, or a rank would train on
-        a GPU, of which the probe knows nothing.
+        On every rank, if no layout is left or none fits the memory, the data cannot be read, or some ranks would train
+        on GPUs and others not.
     """
     config = together(comm, partial(with_vocabulary, config), "data")
     num_nodes = len(set(nodes_of(comm)))
     kept = on_rank_0(comm, lambda: _kept_plan(config, comm.size, num_nodes), "plan")
     if kept:
         return kept, f"plan of {config.train.run_dir}"
-    if any(comm.allgather(pick_device(config.train.device, comm).type == "cuda")):
-        raise ConfigError(
-            f"[layout] is open and train.device = {config.train.device} takes GPUs: the probe measures CPUs only. Give "
-            "data, pipeline and tensor, or a --plan made for a machine that describes the GPUs (mpillm plan "
-            "CONFIG --machine FILE|PRESET), or set train.device = cpu")
-    machine, origin = known_machine(comm)
+    machine, origin = known_machine(comm, pick_device(config.train.device, comm), getattr(torch, config.train.dtype))
 
     def plan():
         made = make_plan(config, machine, comm.size, top=probe_top - 1)
@@ -77,12 +72,13 @@ def choose_plan(config, comm, probe_top=1):
     return (plans[0] if len(plans) == 1 else _fastest(plans, config, comm)), origin
 
 
-def known_machine(comm):
+def known_machine(comm, device, dtype):
     """Return this launch's :class:`Machine`, from an earlier launch of its kind or measured now; and its origin.
 
-    Collective over ``comm``. It is remembered below ``$XDG_CACHE_HOME/mpillm`` for launches with as many ranks on as
-    many nodes, the same processors, threads and libraries; not where ranks were unequal, because what slows one, and
-    all figures with it, passes. Speeds of ranks and free memory are measured in every launch.
+    Collective over ``comm``, each rank with its device; ``dtype`` is that of the training. It is remembered below
+    ``$XDG_CACHE_HOME/mpillm`` for launches with as many ranks on as many nodes, the same processors or GPUs, threads
+    and libraries; not where ranks were unequal, because what slows one, and all figures with it, passes. Speeds of
+    ranks and free memory are measured in every launch.
     """
     threads = set_threads(comm)
     library = "none"
@@ -90,15 +86,16 @@ def known_machine(comm):
         from mpi4py import MPI
 
         library = MPI.Get_library_version()
-    kinds = comm.allgather([_processor(), len(os.sched_getaffinity(0)), threads, library, torch.__version__])
+    kinds = comm.allgather([device_name(device), device.index, str(dtype), len(os.sched_getaffinity(0)), threads,
+                            library, torch.__version__])
     figures = [field.name for of in (Machine, Level) for field in fields(of)]  # an earlier version's say less
     digest = hashlib.sha256(json.dumps([kinds, nodes_of(comm), figures]).encode()).hexdigest()[:16]
     cache = _cache_folder() / f"machine-{digest}.json"
     machine = on_rank_0(comm, lambda: _remembered(cache), "machine")
     if machine:
-        return as_of_now(comm, machine), f"machine as measured before, {cache}; remove it to measure again"
+        return as_of_now(comm, machine, device, dtype), f"machine as measured before, {cache}; remove it to measure again"
     group = as_group(comm)
-    machine = measure_machine(group, measure_table(group) if comm.size > 1 else DEFAULT_TABLE)
+    machine = measure_machine(group, measure_table(group) if comm.size > 1 else DEFAULT_TABLE, device, dtype)
     if machine.speeds:
         return machine, "machine measured now, and not remembered: its ranks are unequal"
     if comm.rank == 0:
@@ -136,15 +133,6 @@ def _remembered(path):
         return None
 
 
-def _processor():
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def _fastest(plans, config, comm):
     """Run each plan for a few steps on random tokens and return the fastest, with what was found."""
     tried = []
@@ -167,4 +155,5 @@ def time_step(engine, config, comm):
     comm.Barrier()
     start = time.perf_counter()
     engine.train_step(lambda low, high: (tokens[low:high, :-1], tokens[low:high, 1:], None), config.train.lr)
+    synchronize(engine.device)
     return max(comm.allgather(time.perf_counter() - start))

@@ -45,7 +45,8 @@ class Engine:
     Raises
     ------
     ConfigError
-        On every rank, if the model can only be planned for, or ``train.device = "cuda"`` and some rank sees no GPU.
+        On every rank, if the model can only be planned for, ``train.device = "cuda"`` and some rank sees no GPU, or
+        ``numerics = "exact"`` and some rank has one.
     ScheduleError
         If the pipeline schedule does not pass the checker.
     """
@@ -58,6 +59,9 @@ class Engine:
         sums = "tree" if self.is_exact else "any"
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table, is_checked=train.checked)
         self.device, self.dtype = pick_device(train.device, self.mesh.world.comm), getattr(torch, train.dtype)
+        if self.is_exact and any(self.mesh.world.comm.allgather(self.device.type == "cuda")):
+            raise ConfigError("train.numerics = exact: kernels of GPUs add in an order that changes from run to run: set "
+                              "train.device = cpu, or train.numerics = fast")
         self.trace = Trace(trace_folder, self.mesh)
         self.stages = self._make_stages()
         self._make_storage()

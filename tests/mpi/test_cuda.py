@@ -3,11 +3,15 @@
 import pytest
 import torch
 from helpers import assert_all
-from tiny import LAYOUTS, tiny, train
+from tiny import LAYOUTS, alone, tiny, train
 
 from mpillm.comm import allgather, allreduce, alltoall, bcast, gather, iallreduce, reduce_scatter, scatter
 from mpillm.comm.group import as_group
 from mpillm.comm.p2p import irecv, isend
+from mpillm.comm.probe import as_of_now, measure_machine
+from mpillm.errors import ConfigError
+from mpillm.plan import DEFAULT_TABLE
+from mpillm.planner.layout import make_plan
 from mpillm.train.engine import Engine, pick_device
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
@@ -65,3 +69,36 @@ def test_training_steps_give_what_they_give_on_the_cpu(comm, layout):
     far = [name for name, parts in weights[0].items() for one, other in zip(parts, weights[1][name])
            if len(one) and (one - other).abs().max() > TOLERANCE * one.abs().max()]
     assert_all(not far, far, comm)
+
+
+@pytest.mark.parametrize("layout", ["usual", "tensor"])
+def test_bfloat16_training_stays_near_float64(comm, layout):
+    """Half types meet float32 in products that only GPUs have."""
+    degrees = LAYOUTS[comm.size] if layout == "usual" else {"layout.tensor": comm.size}
+    losses = []
+    for dtype in ("float64", "bfloat16"):
+        engine = Engine(tiny({**degrees, "train.device": "cuda", "train.dtype": dtype}, comm.size), comm)
+        losses.append(torch.tensor([loss for loss, _ in train(engine, 4)]))
+        engine.free()
+    assert_all(torch.allclose(*losses, rtol=0.01), losses, comm)
+
+
+def test_gpus_are_measured_planned_for_and_obeyed(comm):
+    config = tiny({"model.num_layers": 4, "train.dtype": "bfloat16", "train.device": "cuda"})
+    device, group = pick_device("cuda", comm), as_group(comm)
+    machine = as_of_now(comm, measure_machine(group, DEFAULT_TABLE, device, torch.bfloat16), device, torch.bfloat16)
+    assert_all(len(set(comm.allgather(repr(machine)))) == 1 and not machine.shares_memory, machine, comm)
+    assert torch.cuda.get_device_name(device) in machine.source and "bfloat16" in machine.source
+    free, own = torch.cuda.mem_get_info(device)[1], comm.allgather(str(device)).count(str(device))
+    assert_all(0 < machine.memory_bytes <= free / own, machine.memory_bytes, comm)
+    plan = make_plan(config, machine, comm.size)
+    engine = Engine(plan.applied_to(config).resolve(comm.size), comm, table=plan.table)
+    losses = torch.tensor([loss for loss, _ in train(engine, 2)])
+    engine.free()
+    wanted = torch.tensor([loss for loss, _ in alone(tiny({"model.num_layers": 4}), comm, 2)[0]])
+    assert_all(engine.device.type == "cuda" and torch.allclose(losses, wanted, rtol=0.01), losses, comm)
+
+
+def test_exact_sums_are_refused(comm):
+    with pytest.raises(ConfigError, match="exact: kernels of GPUs add in an order.*set train.device = cpu"):
+        Engine(tiny({"train.device": "cuda", "train.numerics": "exact", "layout.pipeline": comm.size}, comm.size), comm)

@@ -18,12 +18,11 @@ from mpillm.nn import (
     TransformerStage,
     VocabularyEmbedding,
     VocabularyHead,
-    loss,
 )
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initial_values, initialise
 from mpillm.nn.norm import RMSNorm
-from mpillm.schedules.blocks import bounds
+from mpillm.schedules.blocks import CHUNK_BYTES, bounds
 from mpillm.train.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -124,7 +123,7 @@ def head_and_reference(split, vocab_size, scale=1.0, size=1.0):
 
 @pytest.mark.parametrize(("vocab_size", "chunk_rows"), [(3, 100), (257, 8)])
 def test_head_loss(comm, split, vocab_size, chunk_rows, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * vocab_size * chunk_rows)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * vocab_size * chunk_rows)
     head, x, w, targets, wanted = head_and_reference(split, vocab_size, scale=0.37)
     own = held(x.detach(), split).clone().requires_grad_()
     found = head.loss(split.spread(own, TOKENS), targets, 0.37)
@@ -148,7 +147,7 @@ def test_the_head_s_gradient_does_not_depend_on_chunks_in_bfloat16(comm, monkeyp
     vocab_size, width, tokens = 9, 2, 1024
     found = []
     for rows in (tokens, 1):
-        monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * vocab_size * rows)
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * vocab_size * rows)
         head = VocabularyHead("head", TensorSplit(Group(as_group(comm).comm), dtype=torch.bfloat16), vocab_size, width)
         initialise(head.weight, 1)
         head.weight.main_grad = torch.zeros(head.weight.shape)
@@ -174,7 +173,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_rank_builds_more_logits_than_a_chunk_of_its_own(comm, dtype, monkeypatch):
     vocab_size, rows, width, tokens = 2570, 8, 2, 64
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * vocab_size * rows)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * vocab_size * rows)
     split = TensorSplit(Group(as_group(comm).comm), dtype=dtype)
     head = VocabularyHead("head", split, vocab_size, width)
     initialise(head.weight, 1)

@@ -183,13 +183,14 @@ def test_a_job_that_comes_back_smaller_goes_on_by_the_plan_made_for_it(comm, dat
     assert_all(np.allclose(losses, expected[:len(losses)], rtol=1e-10, atol=0), f"{losses} {expected}", comm)
 
 
+CPU = torch.device("cpu")
 MACHINE = Machine("made up", "a test", (Level("node", 64, 1e-6, 1e-9),), ((32, 1e9), (128, 2e9)), 1e9, 1e10, 1e-5)
 
 
 def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path, monkeypatch):
     measured = []
 
-    def measure(group, table):
+    def measure(group, table, *_):
         measured.append(table)
         return replace(MACHINE, num_ranks=comm.size)
 
@@ -210,7 +211,7 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
     monkeypatch.setattr(probe, "_speeds", lambda *_: (2.0,) * (comm.size - 1) + (1.0,))  # a rank is slow from now on
     again, origin = choose.choose_plan(config, comm)
     assert_all(len(measured) == 1 and "measured before" in origin and not again.tried, origin, comm)
-    machine, _ = choose.known_machine(comm)
+    machine, _ = choose.known_machine(comm, CPU, torch.float64)
     assert_all(machine.speeds[-1] == 1.0 and machine.memory_bytes != MACHINE.memory_bytes, machine, comm)
     if comm.size > 1:
         is_uneven = len(set(np.diff([0, *again.layout["stage_cuts"], 4]))) > 1
@@ -223,7 +224,7 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
     other, _ = choose.choose_plan(config.with_values({"model.num_layers": 5}), comm)
     assert_all(other.model["num_layers"] == 5, other, comm)
     with pytest.raises(ConfigError, match="fits"):
-        monkeypatch.setattr(choose, "known_machine", lambda comm: (replace(MACHINE, memory_bytes=1e3), ""))
+        monkeypatch.setattr(choose, "known_machine", lambda *_: (replace(MACHINE, memory_bytes=1e3), ""))
         choose.choose_plan(config.with_values({"model.num_layers": 6}), comm)
 
 
@@ -233,17 +234,15 @@ def test_a_machine_measured_beside_a_slow_rank_is_not_remembered(comm, comm_path
     monkeypatch.setattr(choose, "measure_machine", lambda *_: next(found))
     monkeypatch.setattr(choose, "measure_table", lambda group: DEFAULT_TABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(comm_path))
-    assert_all(choose.known_machine(comm)[0] == unequal, "not measured", comm)
-    assert_all(choose.known_machine(comm)[0] == MACHINE, "not measured again", comm)
+    for machine in (unequal, MACHINE):
+        assert_all(choose.known_machine(comm, CPU, torch.float32)[0] == machine, "not measured", comm)
 
 
-def test_an_open_layout_on_gpus_is_refused(comm, data_path, monkeypatch):
-    """On every rank, also where only one has a GPU: what is measured would be the CPUs."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(comm.rank == comm.size - 1))
-    monkeypatch.setattr(choose, "known_machine", None)
-    config = tiny(configure(data_path, "run", **{"layout.data": "auto"}))
-    with pytest.raises(ConfigError, match=r"train.device = auto takes GPUs: the probe measures CPUs only"):
-        choose.choose_plan(config, comm)
+def test_a_machine_of_ranks_with_and_without_gpus_is_refused(comm):
+    """On every rank, also where only one has a GPU."""
+    if comm.size > 1:
+        with pytest.raises(ConfigError, match="some ranks see a GPU and others do not.*set it to cpu"):
+            measure_machine(as_group(comm), DEFAULT_TABLE, torch.device("cuda", 0) if comm.rank == comm.size - 1 else CPU)
 
 
 def test_a_plan_changed_by_hand_changes_messages_and_keeps_their_bytes(comm):
