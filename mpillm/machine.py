@@ -25,6 +25,9 @@ class Level:
         What it takes on top of that to add a byte that arrived to one's own.
     points : tuple of (float, float)
         Measured messages: bytes, ascending, and seconds, not falling. Empty where the two figures say it all.
+    skew_s : float
+        What ranks that compute in between wait for each other at a collective, on top of what it takes by itself: some
+        per cent of the work, and where ranks share a core, until the system lets the other one run.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Level:
     beta_s_per_byte: float
     gamma_s_per_byte: float = 0.0
     points: tuple = ()
+    skew_s: float = 0.0
 
     def message_s(self, n_bytes):
         """Return the seconds of a message, of an array of them for an array of bytes. Local.
@@ -113,7 +117,7 @@ class Machine:
         rates = [rate for _, rate in self.matmul] + [self.memory_bytes, self.memory_bytes_per_s]
         times = [self.call_s]
         for level in self.levels:
-            times += [level.alpha_s, level.beta_s_per_byte, level.gamma_s_per_byte]
+            times += [level.alpha_s, level.beta_s_per_byte, level.gamma_s_per_byte, level.skew_s]
             sizes, measured_s = [n for n, _ in level.points], [time_s for _, time_s in level.points]
             times += measured_s
             if sizes != sorted(set(sizes)) or measured_s != sorted(measured_s):

@@ -39,6 +39,7 @@ _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
 _FAR, _FAR_S = 4.0, 5e-4  # times the best and so much more: not tried at the next size; slow to start may be fast
 _BISECTIONS = 2
+_MEETINGS = 8
 _LINE_BYTES = 64
 
 
@@ -294,13 +295,35 @@ def _level(name, comm, colour, size, table, device, median_s):
                                       for op in ("allreduce", "reduce_scatter", "allgather"))
         times.append(min(whole, scattered + gathered))
         adding_s = min(max(0.0, scattered - gathered), times[-1] / 2)  # the largest counts
+    skew_s = _skew_s(comm, make_call("allreduce", torch.zeros(_LEVEL_BYTES[0] // 4, device=device), member), device)
     member.free()
     gamma = adding_s / sizes[-1] * size / (size - 1)
     messages_s = (np.array(times) - gamma * sizes * (size - 1) / size) / (2 * (size - 1))
     messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0))  # a longer one that is faster is noise
     beta = (messages_s[-1] - messages_s[0]) / (sizes[-1] - sizes[0]) * size
     return Level(name, size, messages_s[0].item(), beta.item(), gamma,
-                 tuple(zip((sizes / size).tolist(), messages_s.tolist())))
+                 tuple(zip((sizes / size).tolist(), messages_s.tolist())), skew_s)
+
+
+def _skew_s(comm, call, device):
+    """Return what ranks that compute in between wait for each other at a collective, on top of what it takes alone."""
+    rows, inner, columns = SIZES[device.type].product(_SUSTAINED_WIDTH)
+    a, b = torch.rand(rows, inner, device=device), torch.rand(inner, columns, device=device)
+
+    def repeat(*parts):
+        def run():
+            for _ in range(_MEETINGS):
+                for part in parts:
+                    part()
+            synchronize(device)
+        return run
+
+    def product():
+        a.mm(b)
+
+    work_s, talk_s, both_s = _medians(time_calls(comm, {
+        "work": repeat(product), "talk": repeat(call), "both": repeat(product, call)})).values()
+    return max(0.0, both_s - work_s - talk_s) / _MEETINGS
 
 
 def _rising(matmul):
@@ -350,7 +373,7 @@ def _fastest(group, op, n_bytes, members, dtype, budget_s):
     medians = _medians(time_calls(group.comm, calls, budget_s))
     near = {name: calls[name] for name, median in medians.items() if median <= _NEAR * min(medians.values())}
     if len(near) > 1:
-        medians |= _medians(time_calls(group.comm, near, _AGAIN * budget_s, repeats=(15, 400)))
+        medians |= _medians(time_calls(group.comm, near, _AGAIN * budget_s, repeats=(9, 400)))
     best = min(medians[name] for name in near)
     winner = next(name for name in near if _TIE * medians[name] <= best)
     return winner, [name for name in members if medians[name] <= _FAR * best + _FAR_S], best

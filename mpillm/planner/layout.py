@@ -17,6 +17,7 @@ from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, r
 CHUNKS = (2, 3, 4, 6, 8)
 MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
 PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions
+SYNTHESISED_ACTIONS = 2_000  # in all of the schedules that are made to measure; each takes a dozen trials
 MORE = 1.01  # of a limit, for the price of a unit of it
 MOST_DOUBLINGS = 10  # of the ranks, to find so many that a model fits
 
@@ -159,7 +160,7 @@ def make_plan(config, machine, ranks, top=5):
     if not fitting:
         raise ConfigError(_too_small(pricer))
     best = fitting[0]
-    (forward_s, input_s, weight_s), message_s = pricer.stage_times(best.layout)
+    (forward_s, input_s, weight_s), message_s, link_s = pricer.stage_times(best.layout)
     chosen = Plan(ranks, machine.num_nodes or math.ceil(ranks / machine.ranks_per_node), _table(machine, ranks),
                   model=asdict(config.model), layout=to_config(best, pricer))
     return replace(
@@ -168,7 +169,7 @@ def make_plan(config, machine, ranks, top=5):
                    "memory_bytes_per_rank": best.memory_bytes, "lower_bound_s": pricer.bound_s(),
                    "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s,
                    "stages": {"forward_s": forward_s, "input_s": input_s, "weight_s": weight_s, "message_s": message_s,
-                              "microbatches": pricer.num_microbatches(best.layout)},
+                              "link_s": link_s, "microbatches": pricer.num_microbatches(best.layout)},
                    "buckets": _buckets(pricer, best, chosen.table),
                    "volume": step_volume(chosen.applied_to(config).resolve(ranks),
                                          pricer.reduction.keeps_one_copy(best.layout))},
@@ -200,7 +201,8 @@ def _ranked(pricer, priced, limit_bytes):
     """Return what fits into so much memory, mixtures of ways to recompute too, the best first; these are played."""
     if pricer.config.layout.recompute == "auto":
         priced = priced + _mixtures(pricer, priced, limit_bytes)
-    return _played_first(pricer, sorted((price for price in priced if price.memory_bytes <= limit_bytes), key=_rank))
+    found = _played_first(pricer, sorted((price for price in priced if price.memory_bytes <= limit_bytes), key=_rank))
+    return sorted(_synthesised_first(pricer, found, limit_bytes), key=_rank)
 
 
 def _too_small(pricer):
@@ -282,7 +284,8 @@ def predicted_timeline(plan):
     """
     layout, stages = plan.layout, plan.predicted["stages"]
     made = named_or_read(layout["schedule"], layout["pipeline"], stages["microbatches"], layout["chunks"])
-    return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"])
+    return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"],
+                stages.get("link_s", 0.0))
 
 
 def _played_first(pricer, priced):
@@ -295,6 +298,24 @@ def _played_first(pricer, priced):
             break
         played.append(pricer.played(price))
     return sorted(played, key=_rank) + priced[len(played):]
+
+
+def _synthesised_first(pricer, found, limit_bytes):
+    """Return prices, the best first, with schedules made for the most promising pipelines, where these are left open and
+    short enough to make some: one for each number of ranks, stages and microbatches."""
+    wanted, left, tried, better = pricer.config.layout, SYNTHESISED_ACTIONS, set(), []
+    if wanted.schedule != "auto" or wanted.chunks not in ("auto", 1) or pricer.config.layout.shares != "auto":
+        return found
+    for price in found:
+        layout = price.layout
+        key = layout.data, layout.pipeline, layout.tensor, layout.microbatch
+        actions = 3 * layout.pipeline * pricer.num_microbatches(layout)
+        if layout.pipeline == 1 or layout.chunks > 1 or key in tried or pricer.shares(layout) or actions > left:
+            continue
+        tried.add(key)
+        left -= actions
+        better.append(pricer.synthesised(price, limit_bytes))
+    return [price for price in better if price not in found] + found
 
 
 def _binding(pricer, best, roomier):

@@ -12,6 +12,7 @@ from mpillm.planner.balance import balance
 from mpillm.planner.memory import choose_modes
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
+from mpillm.planner.synthesis import synthesise
 from mpillm.planner.timeline import play
 from mpillm.planner.workload import (
     ITEM_BYTES,
@@ -21,9 +22,11 @@ from mpillm.planner.workload import (
     layer_work,
     step_flops,
 )
-from mpillm.schedules.pipeline import SCHEDULES, named_or_read
+from mpillm.schedules.pipeline import SCHEDULES, label, named_or_read
 
 RECOMPUTE = ("none", "selective", "full")
+DEEPEST = 3  # times the ranks: so many microbatches in flight hide messages; more brought nothing
+CLEARLY = 0.98  # of the time with a textbook's schedule
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Pricer:
         self.config, self.machine, self.ranks = config, machine, ranks
         self.item = ITEM_BYTES[config.train.dtype]
         self.price, self.played = lru_cache(None)(self._price), lru_cache(None)(self._played)
+        self.synthesised = lru_cache(None)(self._synthesised)
         self._works = lru_cache(None)(self._make_works)
         self._ends = lru_cache(None)(self._make_ends)
         self._balance = lru_cache(None)(self._make_balance)
@@ -150,19 +154,22 @@ class Pricer:
         return np.add.reduceat(each, np.cumsum(sizes) - sizes, axis=1)
 
     def stage_times(self, layout):
-        """Return seconds of forward, input and weight half of every stage, and of a message. Local."""
+        """Return seconds of forward, input and weight half of every stage; of a message, and those of them for which it
+        keeps the link. Local."""
         times, speeds = self._stage_works(layout)[:3], np.tile(self._speeds(layout)[1], layout.chunks)
         times[:, -1] += self._work(layout, "none")[1][:3]
-        return (times / speeds).tolist(), self._message_s(layout)
+        return (times / speeds).tolist(), *self._message_s(layout)
 
     def _message_s(self, layout):
+        """Return the seconds of a message, and those of them for which it keeps the link."""
         if layout.pipeline == 1:
-            return 0.0
+            return 0.0, 0.0
         stride = layout.stride("pipeline")
         reach = stride * layout.pipeline
         level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
         n_bytes = layout.microbatch * self.config.train.seq_len * self.config.model.hidden_size * self.item
-        return level.message_s(n_bytes / (layout.tensor if layout.sequence_parallel else 1))
+        message_s = float(level.message_s(n_bytes / (layout.tensor if layout.sequence_parallel else 1)))
+        return message_s, message_s - float(level.message_s(0.0))
 
     def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
         """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
@@ -199,7 +206,7 @@ class Pricer:
             ramp = {"zb-h1": f + i - w, "zb-h2": f + i - 2 * w}.get(layout.schedule, (f + i + w) / v)
             # A message holds up the ramp there and back, and the steady part once more each way for every round of
             # ranks.
-            waits = (2 * (p - 1) * v + 2 * m / p) * self._message_s(layout)
+            waits = (2 * (p - 1) * v + 2 * m / p) * self._message_s(layout)[0]
             pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), (m + p - 1) * (f + i) / v) + waits
         else:
             pipeline_s = self.timeline(layout).total_s
@@ -227,9 +234,21 @@ class Pricer:
 
     def timeline(self, layout):
         """Return the played schedule of a layout's pipeline. Local."""
-        times, message = self.stage_times(layout)
+        times, *message = self.stage_times(layout)
         made = named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
-        return play(made, *times, message)
+        return play(made, *times, *message)
+
+    def _synthesised(self, price, limit_bytes):
+        """Return the price of a layout with a schedule made for its times and messages within a limit of memory, which
+        the layout then holds as text; or the price as it is, if that is no faster. Local."""
+        layout, p = price.layout, price.layout.pipeline
+        layers, _, _, (kept_bytes, _), head_bytes = self._of(layout)
+        left = limit_bytes - self._fixed_bytes(layout, self._parameters(layout, layers), head_bytes)
+        times, message_s, link_s = self.stage_times(layout)
+        made = synthesise(p, self.num_microbatches(layout), *times, message_s, min(int(left / kept_bytes), DEEPEST * p),
+                          link_s=link_s)
+        found = self.played(self.price(replace(layout, schedule=made.schedule.to_text())))
+        return found if found.step_s < CLEARLY * price.step_s else price
 
     def _played(self, price):
         """Return the price with times and bubble from the played schedule, and the buckets that go with it. Local."""
@@ -371,7 +390,7 @@ def describe(layout):
     text = f"data={shown['data']} pipeline={shown['pipeline']} tensor={shown['tensor']}"
     text += f" microbatch={shown['microbatch']}"
     if shown["pipeline"] > 1:
-        text += f" {shown['schedule']}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
+        text += f" {label(shown['schedule'])}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
     text += f" zero={shown['zero']}" if shown["data"] > 1 else ""
     text += " sequence-parallel" if shown["sequence_parallel"] else ""
     text += f" order={','.join(shown['order'])}" if tuple(shown["order"]) != AXES else ""

@@ -8,6 +8,7 @@ import numpy as np
 from mpillm.planner.buckets import arrival_s, bucket_cuts
 from mpillm.planner.hierarchy import fastest_s
 from mpillm.planner.workload import ITEM_BYTES, layer_parameters
+from mpillm.schedules.pipeline import label
 
 
 class Reduction:
@@ -91,7 +92,8 @@ class Reduction:
 
     def _completes_s(self, work, layout):
         """Return the seconds from one gradient to the next in the action that completes them."""
-        return work.weight_s + (0.0 if layout.schedule.startswith("zb") else work.input_s)
+        is_split = layout.schedule.startswith("zb") or label(layout.schedule) != layout.schedule
+        return work.weight_s + (0.0 if is_split else work.input_s)
 
     def _play_buckets(self, layout, sizes, ends_s):
         """Return the cuts of buckets and when the last one of any rank has arrived. A rank's stages follow each other

@@ -14,7 +14,7 @@ TEXTBOOK = ("1f1b", "zb-h1", "zb-h2")
 
 
 def synthesise(num_ranks, num_microbatches, forward_s, input_s, weight_s, message_s=0.0, memory_limit=None,
-               weight_memory=1.0):
+               weight_memory=1.0, link_s=0.0):
     """Return the fastest pipeline schedule found, one stage a rank, and how it plays.
 
     Local. Candidates are the textbook's that fit the memory, and list schedules: a clock runs over all ranks, and a
@@ -25,7 +25,7 @@ def synthesise(num_ranks, num_microbatches, forward_s, input_s, weight_s, messag
     Parameters
     ----------
     num_ranks, num_microbatches : int
-    forward_s, input_s, weight_s, message_s : float or sequence of float
+    forward_s, input_s, weight_s, message_s, link_s : float or sequence of float
         As for :func:`mpillm.planner.timeline.play`.
     memory_limit : int, optional
         The most microbatches a rank may hold whose forward has run and whose weight half has not ended; left out,
@@ -57,13 +57,13 @@ def synthesise(num_ranks, num_microbatches, forward_s, input_s, weight_s, messag
     times = [np.broadcast_to(t, num_ranks).tolist() for t in (forward_s, input_s, weight_s)]
     between = np.broadcast_to(message_s, max(1, num_ranks - 1)).tolist()
     found = [make_schedule(name, num_ranks, num_microbatches) for name in TEXTBOOK]
-    found += [_list_schedule(num_microbatches, times, between, limit, weight_memory, *knobs)
+    found += [_list_schedule(num_microbatches, times, between, link_s, limit, weight_memory, *knobs)
               for knobs in product(PATIENCE, (True, False))]
-    played = [play(schedule, *times, between) for schedule in found]
+    played = [play(schedule, *times, between, link_s) for schedule in found]
     fitting = [t for t in played if memory_max(t.schedule, weight_memory) <= limit + 1e-9]
     best = min(fitting, key=lambda t: (t.makespan_s, t.total_s))
     named = PipelineSchedule("auto", num_ranks, num_ranks, num_microbatches, best.schedule.actions)
-    return play(named, *times, between)
+    return play(named, *times, between, link_s)
 
 
 def memory_max(schedule, weight_memory):
@@ -86,7 +86,7 @@ def memory_max(schedule, weight_memory):
     return max(max(accumulate(change[action.kind] for action in row)) for row in schedule.actions)
 
 
-def _list_schedule(num_microbatches, times, between, limit, weight_memory, patience, input_first):
+def _list_schedule(num_microbatches, times, between, link_s, limit, weight_memory, patience, input_first):
     """Return the schedule that comes about when every free rank takes the most urgent action that has come."""
     ranks = len(times[0])
     ahead = _depths(times, between, limit)
@@ -94,6 +94,7 @@ def _list_schedule(num_microbatches, times, between, limit, weight_memory, patie
     done = [dict.fromkeys("FIW", 0) for _ in range(ranks)]
     come = [{"F": [], "I": []} for _ in range(ranks)]  # when each next message is there
     come[0]["F"] = [0.0] * num_microbatches
+    link_free = {}
     idle, events = set(), [(0.0, rank) for rank in range(ranks)]
     heapify(events)
 
@@ -131,7 +132,9 @@ def _list_schedule(num_microbatches, times, between, limit, weight_memory, patie
             come[rank]["I"].append(end)
         to = rank + {"F": 1, "I": -1, "W": ranks}[kind]
         if 0 <= to < ranks:
-            come[to][kind].append(end + between[min(rank, to)])
+            leaves = max(end, link_free.get((rank, to), 0.0))
+            link_free[rank, to] = leaves + link_s
+            come[to][kind].append(leaves + between[min(rank, to)])
             if to in idle:
                 heappush(events, (now, to))
                 idle.discard(to)

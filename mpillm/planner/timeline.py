@@ -82,7 +82,7 @@ class Timeline:
                 return path[::-1]
 
 
-def play(schedule, forward_s, input_s, weight_s, message_s=0.0):
+def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0):
     """Play a schedule: every action as soon as its rank is free and what it needs has come.
 
     Local. Cost: one look at every action.
@@ -96,6 +96,8 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0):
     message_s : float or sequence of float
         Seconds from the end of an action until another rank has its result; a sequence gives one for every boundary
         between a stage and the next.
+    link_s : float
+        How many of these a message keeps the link between two ranks to itself: another the same way starts after them.
 
     Returns
     -------
@@ -111,7 +113,7 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0):
     boundary = np.broadcast_to(message_s, max(1, stages - 1)).tolist() if ranks > 1 else [0.0] * stages
     durations = {"F": forward, "I": input_, "W": weight, "B": [a + b for a, b in zip(input_, weight)]}
     starts, ends = [[] for _ in rows], [[] for _ in rows]
-    free, arrived = [0.0] * ranks, {}
+    free, arrived, link_free = [0.0] * ranks, {}, {}
     waiting, ready = {}, list(range(ranks))
     while ready:
         rank = ready.pop()
@@ -130,8 +132,10 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0):
             own_ends.append(now)
             to = stage + 1 if kind == "F" else stage - 1
             if kind != "W" and 0 <= to < stages:
-                key = to, kind == "F", microbatch
-                arrived[key] = now + boundary[min(stage, to)]
+                key, link = (to, kind == "F", microbatch), (rank, to % ranks)
+                leaves = max(now, link_free.get(link, 0.0))
+                link_free[link] = leaves + link_s
+                arrived[key] = leaves + boundary[min(stage, to)]
                 if key in waiting:
                     ready.append(waiting.pop(key))
         free[rank] = now

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from mpillm.schedules.blocks import loss_chunks
+
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
 SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
@@ -159,7 +161,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
     touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = 2 * ring_s(level, tensor, whole)
+    talk = 2 * (ring_s(level, tensor, whole) + (level.skew_s if tensor > 1 else 0.0))
     forward = machine.with_call(products + attention + elementwise) + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
@@ -188,5 +190,7 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     columns = model.vocab_size / tensor
     product = machine.product_s(tokens, model.hidden_size, columns)
     loss = 4 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes)
-    return Work(product + loss, product + loss + talk, product, tokens * columns * 4)
+    skew_s = level.skew_s if tensor > 1 else 0.0
+    talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
+    meetings = 2 * loss_chunks(tokens, model.vocab_size)
+    return Work(product + loss + meetings * skew_s, product + loss + talk, product, tokens * columns * 4)

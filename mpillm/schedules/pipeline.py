@@ -173,7 +173,8 @@ def make_schedule(name, num_ranks, num_microbatches, chunks=1):
 
 
 def named_or_read(name, num_ranks, num_microbatches, chunks=1):
-    """Make one of the named schedules, or read the file of that name, which must have these sizes.
+    """Make one of the named schedules, or read the file of that name or ``name`` itself (:func:`read_schedule`), which
+    must have these sizes.
 
     Local; parameters and errors as for :func:`make_schedule`.
     """
@@ -184,14 +185,19 @@ def named_or_read(name, num_ranks, num_microbatches, chunks=1):
     needed = (num_ranks, num_ranks * chunks, num_microbatches)
     if found != needed:
         raise ConfigError(
-            f"schedule {name}: is for {found[0]} ranks, {found[1]} stages, {found[2]} microbatches; this layout needs "
+            f"schedule {label(name)}: is for {found[0]} ranks, {found[1]} stages, {found[2]} microbatches; this layout needs "
             f"{needed[0]}, {needed[1]} and {needed[2]}"
         )
     return schedule
 
 
+def label(name):
+    """Return what a schedule is called in a line: its name or path; of one that a plan holds as text "synthesised"."""
+    return "synthesised" if "\n" in name else name
+
+
 def read_schedule(path):
-    """Read a schedule from a file.
+    """Read a schedule from a file, or from ``path`` itself where that is the text of one, as plans hold them.
 
     Local.
 
@@ -200,6 +206,8 @@ def read_schedule(path):
     ConfigError
         When the file cannot be read; a :class:`ScheduleError` when it holds no schedule.
     """
+    if "\n" in path:
+        return PipelineSchedule.from_text(path)
     try:
         return PipelineSchedule.from_text(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

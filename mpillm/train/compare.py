@@ -11,7 +11,7 @@ from mpillm.comm import collectives
 from mpillm.comm.group import as_group
 from mpillm.errors import ConfigError
 from mpillm.planner.pricing import describe_recompute
-from mpillm.schedules.pipeline import SCHEDULES
+from mpillm.schedules.pipeline import SCHEDULES, label
 from mpillm.train.data import TokenFile, training_order
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import decays, learning_rate
@@ -147,7 +147,7 @@ def describe(layout):
     """Name a layout in one line."""
     text = f"data={layout.data} pipeline={layout.pipeline} tensor={layout.tensor}"
     if layout.pipeline > 1:
-        text += f" {layout.schedule}" + (f" chunks={layout.chunks}" if layout.chunks > 1 else "")
+        text += f" {label(layout.schedule)}" + (f" chunks={layout.chunks}" if layout.chunks > 1 else "")
     if layout.data > 1:
         text += f" zero={layout.zero}"
     if layout.sequence_parallel:

@@ -139,6 +139,22 @@ def test_a_machine_is_measured_planned_for_and_obeyed(comm, tmp_path):
     assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
 
 
+def test_a_schedule_that_the_plan_holds_is_run_and_agrees(comm):
+    if comm.size == 1:  # which has no pipeline
+        return
+    config = tiny({"layout.pipeline": comm.size, "layout.data": 1, "layout.tensor": 1, "train.microbatch": 1})
+    plan = make_plan(config, replace(MACHINE, levels=(Level("network", 64, 1e-5, 1e-6),)), comm.size)
+    obeyed = plan.applied_to(config).resolve(comm.size)
+    assert_all("\n" in plan.layout["schedule"], plan.layout, comm)
+    _, expected = reference_steps(obeyed, 2, comm)
+    losses = comm.bcast([step[0] for step in expected] if comm.rank == 0 else None)
+    engine = Engine(obeyed, comm, table=plan.table)
+    found = [loss for loss, _ in train(engine, 2)]
+    engine.free()
+    assert_all(engine.schedule.to_text() == plan.layout["schedule"], engine.schedule, comm)
+    assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
+
+
 def test_a_plan_changed_by_hand_changes_what_runs(comm):
     config = tiny({"model.num_layers": 4})
     free = config.with_values({"layout.pipeline": comm.size, "layout.data": 1, "layout.tensor": 1})

@@ -16,7 +16,8 @@ from mpillm.plan import Plan
 from mpillm.planner import pricing
 from mpillm.planner.balance import balance
 from mpillm.planner.layout import Layout, Pricer, layouts, make_plan, predicted_timeline, price_layout
-from mpillm.schedules.pipeline import make_schedule
+from mpillm.schedules.check import check
+from mpillm.schedules.pipeline import make_schedule, named_or_read
 
 SMALL = Config.from_dict({
     "model": {"vocab_size": 64, "hidden_size": 64, "ffn_size": 128, "num_layers": 6, "num_heads": 4, "max_seq_len": 32},
@@ -70,6 +71,43 @@ def test_the_plan_is_the_cheapest_that_fits():
     squeezed = make_plan(SMALL, tight, 4)
     assert squeezed.predicted["step_s"] <= min(p.step_s for p in prices if p.memory_bytes <= tight.memory_bytes)
     assert squeezed.predicted["memory_bytes_per_rank"] <= tight.memory_bytes
+
+
+SLOW_LINK = replace(MACHINE, levels=(Level("node", 1, 0.0, 0.0), Level("network", 64, 1e-5, 1e-6)))
+
+
+def test_a_slow_link_gets_a_schedule_of_its_own(tmp_path):
+    config = SMALL.with_values({"layout.pipeline": 2, "layout.data": 1, "layout.tensor": 1, "train.microbatch": 1})
+    pricer = Pricer(config, SLOW_LINK, 2)
+    textbook = min((pricer.played(pricer.price(one)) for one in layouts(config, 2, SLOW_LINK)), key=lambda p: p.step_s)
+    plan = make_plan(config, SLOW_LINK, 2)
+    made = named_or_read(plan.layout["schedule"], 2, 8)
+    check(made, 6)
+    assert pricing.describe(plan.layout) == "data=1 pipeline=2 tensor=1 microbatch=1 synthesised"
+    assert plan.predicted["step_s"] < pricing.CLEARLY * textbook.step_s
+    assert predicted_timeline(plan).total_s == plan.predicted["pipeline_s"]
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.applied_to(config).resolve(2).layout.schedule == made.to_text()
+    assert price_layout(loaded.applied_to(config), SLOW_LINK, 2).predicted["step_s"] == plan.predicted["step_s"]
+    tight = replace(SLOW_LINK, memory_bytes=plan.predicted["memory_bytes_per_rank"] - 1)
+    squeezed = make_plan(config, tight, 2)
+    assert squeezed.predicted["memory_bytes_per_rank"] <= tight.memory_bytes
+    assert squeezed.predicted["step_s"] >= plan.predicted["step_s"]
+    for key, value in (("layout.schedule", "zb-h1"), ("layout.chunks", 2)):
+        assert "\n" not in make_plan(config.with_values({key: value}), SLOW_LINK, 2).layout["schedule"]
+
+
+def test_ranks_that_wait_for_each_other_split_less():
+    waiting = replace(MACHINE, levels=tuple(replace(level, skew_s=1e-3) for level in MACHINE.levels))
+    prices = []
+    for machine in (MACHINE, waiting):
+        pricer = Pricer(SMALL, machine, 4)
+        prices.append([pricer.price(Layout(4 // t, 1, t, 1, "1f1b", 1, 1, False, "none")) for t in (1, 4)])
+    (data, tensor), (data_after, tensor_after) = prices
+    meetings = 8 * (6 * 4 + 3)  # microbatches, layers, and the head's
+    assert data_after.step_s == data.step_s
+    assert tensor_after.step_s - tensor.step_s == pytest.approx(meetings * 1e-3)
 
 
 def test_what_fits_nowhere_names_the_nearest():

@@ -80,6 +80,40 @@ def test_the_player_agrees_with_relaxation(seed):
         assert [start[action] for action in row] == starts.tolist()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_messages_the_same_way_take_the_link_in_turn(seed):
+    """Whatever is played: a message leaves once it is made and the one before has the link no more, and an action
+    starts as soon as its rank is free and its message there."""
+    rng = random.Random(seed)
+    name = rng.choice(SCHEDULES)
+    p, m, chunks = rng.randint(2, 4), rng.randint(1, 6), 2 if name in ("interleaved", "gpipe") else 1
+    schedule, message, link = make_schedule(name, p, m, chunks), rng.uniform(3, 9), rng.uniform(0, 9)
+    times = [rng.uniform(1, 9) for _ in "FIW"]
+    played = play(schedule, *times, message, link)
+    made = [(end, rank, action) for rank, row in enumerate(schedule.actions)
+            for action, end in zip(row, played.ends_s[rank]) if action.kind != "W"]
+    free, come = {}, {}
+    for end, rank, action in sorted(made, key=lambda one: one[0]):
+        to = action.stage + (1 if action.kind == "F" else -1)
+        leaves = max(end, free.get((rank, to % p), 0.0))
+        if 0 <= to < p * chunks:
+            free[rank, to % p] = leaves + link
+            come[to, action.kind == "F", action.microbatch] = leaves + message
+    for row, starts, ends in zip(schedule.actions, played.starts_s, played.ends_s):
+        for action, start, before in zip(row, starts, [0.0, *ends]):
+            there = come.get((action.stage, action.kind == "F", action.microbatch), 0.0) if action.kind != "W" else 0.0
+            assert start == pytest.approx(max(before, there)), action
+
+
+def test_over_a_slow_link_more_microbatches_in_flight_hide_it():
+    """A message takes as long as a forward, an input and a weight half together: the link, busy all the time, would take
+    16; the textbook's schedules wait for it to come back."""
+    made = synthesise(2, 16, 1 / 3, 1 / 3, 1 / 3, 1.0, 6, link_s=1.0)
+    best = min(play(make_schedule(name, 2, 16), 1 / 3, 1 / 3, 1 / 3, 1.0, 1.0).total_s for name in SCHEDULES)
+    assert 17 < made.total_s < 0.9 * best
+    check(made.schedule, 6)
+
+
 def test_the_critical_path_is_as_long_as_the_schedule():
     schedule = make_schedule("zb-h1", 4, 9)
     played = play(schedule, 3.0, 2.0, 1.5, 0.25)
@@ -112,13 +146,14 @@ def test_synthesised_schedules_are_proved_and_no_worse_than_the_textbook(seed):
     p, m, limit = rng.randint(1, 5), rng.randint(1, 9), rng.randint(1, 10)
     times, c = [[rng.uniform(1, 9) for _ in range(p)] for _ in "FIW"], rng.uniform(0, 3)
     share = rng.choice([1.0, 0.4])
-    made = synthesise(p, m, *times, c, limit, share)
+    link = rng.choice([0.0, c])
+    made = synthesise(p, m, *times, c, limit, share, link)
     check(made.schedule, limit if share == 1.0 else None)
     assert memory_max(made.schedule, share) <= limit + 1e-9
     for name in ("1f1b", "zb-h1", "zb-h2"):
         textbook = make_schedule(name, p, m)
         if memory_max(textbook, share) <= limit:
-            assert made.makespan_s <= play(textbook, *times, c).makespan_s + 1e-9
+            assert made.makespan_s <= play(textbook, *times, c, link).makespan_s + 1e-9
 
 
 def orders(m, share, limit, f=0, i=0, w=0):
