@@ -28,6 +28,9 @@ class Level:
     skew_s : float
         What ranks that compute in between wait for each other at a collective, on top of what it takes by itself: some
         per cent of the work, and where ranks share a core, until the system lets the other one run.
+    busy_s_per_byte : float
+        What a byte of a message takes of a rank that computes meanwhile, at either end: where the processor drives the
+        network. Inside a node, where pipelines hand over in memory, it is not measured.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Level:
     gamma_s_per_byte: float = 0.0
     points: tuple = ()
     skew_s: float = 0.0
+    busy_s_per_byte: float = 0.0
 
     def message_s(self, n_bytes):
         """Return the seconds of a message, of an array of them for an array of bytes. Local.
@@ -117,7 +121,7 @@ class Machine:
         rates = [rate for _, rate in self.matmul] + [self.memory_bytes, self.memory_bytes_per_s]
         times = [self.call_s]
         for level in self.levels:
-            times += [level.alpha_s, level.beta_s_per_byte, level.gamma_s_per_byte, level.skew_s]
+            times += [level.alpha_s, level.beta_s_per_byte, level.gamma_s_per_byte, level.skew_s, level.busy_s_per_byte]
             sizes, measured_s = [n for n, _ in level.points], [time_s for _, time_s in level.points]
             times += measured_s
             if sizes != sorted(set(sizes)) or measured_s != sorted(measured_s):

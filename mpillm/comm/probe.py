@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mpillm import plan
 from mpillm.comm import collectives
-from mpillm.comm.buffers import synchronize
+from mpillm.comm.buffers import as_words, synchronize
 from mpillm.comm.group import Group
 from mpillm.comm.progress import finish
 from mpillm.errors import ConfigError
@@ -39,7 +39,7 @@ _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
 _FAR, _FAR_S = 4.0, 5e-4  # times the best and so much more: not tried at the next size; slow to start may be fast
 _BISECTIONS = 2
-_MEETINGS = 8
+_MEETINGS, _BUSY_BYTES = 8, 1 << 16  # float32 items
 _LINE_BYTES = 64
 
 
@@ -295,6 +295,7 @@ def _level(name, comm, colour, size, table, device, median_s):
                                       for op in ("allreduce", "reduce_scatter", "allgather"))
         times.append(min(whole, scattered + gathered))
         adding_s = min(max(0.0, scattered - gathered), times[-1] / 2)  # the largest counts
+    busy_s_per_byte = _busy_s_per_byte(part, device) if name == "network" else 0.0
     skew_s = _skew_s(comm, make_call("allreduce", torch.zeros(_LEVEL_BYTES[0] // 4, device=device), member), device)
     member.free()
     gamma = adding_s / sizes[-1] * size / (size - 1)
@@ -302,13 +303,12 @@ def _level(name, comm, colour, size, table, device, median_s):
     messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0))  # a longer one that is faster is noise
     beta = (messages_s[-1] - messages_s[0]) / (sizes[-1] - sizes[0]) * size
     return Level(name, size, messages_s[0].item(), beta.item(), gamma,
-                 tuple(zip((sizes / size).tolist(), messages_s.tolist())), skew_s)
+                 tuple(zip((sizes / size).tolist(), messages_s.tolist())), skew_s, busy_s_per_byte)
 
 
 def _skew_s(comm, call, device):
     """Return what ranks that compute in between wait for each other at a collective, on top of what it takes alone."""
-    rows, inner, columns = SIZES[device.type].product(_SUSTAINED_WIDTH)
-    a, b = torch.rand(rows, inner, device=device), torch.rand(inner, columns, device=device)
+    product = _product(device)
 
     def repeat(*parts):
         def run():
@@ -318,12 +318,41 @@ def _skew_s(comm, call, device):
             synchronize(device)
         return run
 
-    def product():
-        a.mm(b)
-
     work_s, talk_s, both_s = _medians(time_calls(comm, {
         "work": repeat(product), "talk": repeat(call), "both": repeat(product, call)})).values()
     return max(0.0, both_s - work_s - talk_s) / _MEETINGS
+
+
+def _busy_s_per_byte(comm, device):
+    """Return what a byte of a message takes of a rank that computes meanwhile, at either end: ranks send around a ring."""
+    to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    x, out = torch.zeros(_BUSY_BYTES), torch.zeros(_BUSY_BYTES)
+    product = _product(device)
+
+    def exchange():
+        return [comm.Irecv(as_words(out), source), comm.Isend(as_words(x), to)]
+
+    def work(times, requests=()):
+        for _ in range(times):
+            product()
+            synchronize(device)
+            for request in requests:  # as a pipeline does between its actions
+                request.Test()
+        for request in requests:
+            request.Wait()
+
+    talk_s, once_s = _medians(time_calls(comm, {"talk": lambda: work(0, exchange()), "once": lambda: work(1)})).values()
+    times = math.ceil(2 * talk_s / once_s)  # long enough to hide the message
+    alone_s, both_s = _medians(time_calls(comm, {
+        "alone": lambda: work(times), "both": lambda: work(times, exchange())})).values()
+    return max(0.0, both_s - alone_s) / (2 * x.nbytes)
+
+
+def _product(device):
+    """Return a function that makes a product to have something to do."""
+    rows, inner, columns = SIZES[device.type].product(_SUSTAINED_WIDTH)
+    a, b = torch.rand(rows, inner, device=device), torch.rand(inner, columns, device=device)
+    return lambda: a.mm(b)
 
 
 def _rising(matmul):

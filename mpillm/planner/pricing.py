@@ -154,22 +154,28 @@ class Pricer:
         return np.add.reduceat(each, np.cumsum(sizes) - sizes, axis=1)
 
     def stage_times(self, layout):
-        """Return seconds of forward, input and weight half of every stage; of a message, and those of them for which it
-        keeps the link. Local."""
+        """Return seconds of forward, input and weight half of every stage, messages driven by it included; of a message,
+        and those of them for which it keeps the link. Local."""
         times, speeds = self._stage_works(layout)[:3], np.tile(self._speeds(layout)[1], layout.chunks)
         times[:, -1] += self._work(layout, "none")[1][:3]
-        return (times / speeds).tolist(), *self._message_s(layout)
+        message_s, link_s, busy_s = self._message_s(layout)
+        neighbours = np.full(times.shape[1], 2)
+        neighbours[[0, -1]] -= 1
+        times[:2] += neighbours * busy_s
+        return (times / speeds).tolist(), message_s, link_s
 
     def _message_s(self, layout):
-        """Return the seconds of a message, and those of them for which it keeps the link."""
+        """Return the seconds of a message, those of them for which it keeps the link, and what it takes of the ranks at
+        its ends."""
         if layout.pipeline == 1:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         stride = layout.stride("pipeline")
         reach = stride * layout.pipeline
         level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
         n_bytes = layout.microbatch * self.config.train.seq_len * self.config.model.hidden_size * self.item
-        message_s = float(level.message_s(n_bytes / (layout.tensor if layout.sequence_parallel else 1)))
-        return message_s, message_s - float(level.message_s(0.0))
+        n_bytes /= layout.tensor if layout.sequence_parallel else 1
+        message_s = float(level.message_s(n_bytes))
+        return message_s, message_s - float(level.message_s(0.0)), n_bytes * level.busy_s_per_byte
 
     def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
         """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
@@ -205,8 +211,9 @@ class Pricer:
             f, i, w = map(max, first, last)
             ramp = {"zb-h1": f + i - w, "zb-h2": f + i - 2 * w}.get(layout.schedule, (f + i + w) / v)
             # A message holds up the ramp there and back, and the steady part once more each way for every round of
-            # ranks.
-            waits = (2 * (p - 1) * v + 2 * m / p) * self._message_s(layout)[0]
+            # ranks; a rank has one or two neighbours to drive messages for, each both ways.
+            message_s, _, busy_s = self._message_s(layout)
+            waits = (2 * (p - 1) * v + 2 * m / p) * message_s + 2 * min(2, p - 1) * m * v * busy_s
             pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), (m + p - 1) * (f + i) / v) + waits
         else:
             pipeline_s = self.timeline(layout).total_s

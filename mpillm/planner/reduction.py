@@ -56,13 +56,18 @@ class Reduction:
         """Return the cuts of buckets, chosen unless given, and the seconds from the pipeline's end to all gradients.
 
         Local. ``sizes`` are the layers of every stage, ``ends_s`` the end of its last action. Returns ``None`` for the
-        seconds where nothing overlaps, which :meth:`price_s` knows as well.
+        seconds where nothing overlaps, which :meth:`price_s` knows as well. What is sent and received beside backward
+        holds it up where processors drive the network.
         """
         if not self._overlaps(layout):
             return self._given or (), None
-        back_s = self._one_way_s(layout, "allgather")(parameters * self._wide)
+        n_bytes, data = parameters * self._wide, layout.data
+        there_s, back_s = (self._one_way_s(layout, op)(n_bytes) for op in ("reduce_scatter", "allgather"))
         cuts, arrived_s = self._play_buckets(layout, sizes, ends_s)
-        return cuts, arrived_s - max(ends_s) + back_s
+        exposed_s = arrived_s - max(ends_s)
+        hidden_bytes = n_bytes * (data - 1) / data * max(0.0, 1 - exposed_s / there_s)
+        busy_s = 2 * hidden_bytes * self._level(layout).busy_s_per_byte
+        return cuts, exposed_s + busy_s + back_s
 
     def bucket_bytes(self, layout, sizes, cuts):
         """Return the bytes of the buckets that ``cuts`` make, by stage, each in the order of backward. Local."""
@@ -71,6 +76,10 @@ class Reduction:
             places, _, n_bytes = self._gradients(layout, start, stop, 0.0)
             found += [sum(n_bytes[low:high]) for low, high in pairwise((0, *_begins(places, cuts), len(places)))]
         return found
+
+    def _level(self, layout):
+        """Return the level over which the data axis reaches."""
+        return self.machine.level_for(layout.stride("data") * layout.data)
 
     def _inside(self, layout):
         """Return the data ranks that share a node."""
@@ -84,8 +93,7 @@ class Reduction:
     def _one_way_s(self, layout, op="reduce_scatter"):
         """Return the function from bytes to seconds of a half of an allreduce over the data axis: for each number of
         bytes by the algorithm that is best for so many."""
-        machine, inside = self.machine, self._inside(layout)
-        level = machine.level_for(layout.stride("data") * layout.data)
+        machine, inside, level = self.machine, self._inside(layout), self._level(layout)
         outside = math.ceil(layout.data / inside)
         return lambda n_bytes: (fastest_s(op, machine.levels[0], inside, n_bytes)
                                 + fastest_s(op, level, outside, n_bytes / inside))

@@ -98,6 +98,20 @@ def test_a_slow_link_gets_a_schedule_of_its_own(tmp_path):
         assert "\n" not in make_plan(config.with_values({key: value}), SLOW_LINK, 2).layout["schedule"]
 
 
+def test_messages_that_processors_drive_hold_up_what_they_compute():
+    """A rank in the middle of a pipeline drives two each way; gradients are driven where backward hides them."""
+    busy = replace(SLOW_LINK, levels=tuple(replace(level, busy_s_per_byte=1e-6) for level in SLOW_LINK.levels))
+    layout, n_bytes = Layout(1, 3, 1, 1, "1f1b", 1, 0, False, "none"), 32 * 64 * 4
+    (f, i, w), (f_busy, i_busy, w_busy) = (Pricer(SMALL, machine, 3).stage_times(layout)[0] for machine in (SLOW_LINK, busy))
+    assert w == w_busy
+    for before, after in ((f, f_busy), (i, i_busy)):
+        assert [b - a for a, b in zip(before, after)] == pytest.approx([n * n_bytes * 1e-6 for n in (1, 2, 1)])
+    layout = Layout(2, 1, 1, 1, "1f1b", 1, 1, False, "none")
+    idle, driven = (pricer.played(pricer.price(layout)) for pricer in (Pricer(SMALL, m, 2) for m in (SLOW_LINK, busy)))
+    parameters = 6 * 64 * (4 * 64 + 3 * 128) + 2 * 64 * 64
+    assert 0 < driven.step_s - idle.step_s < 2 * parameters * 4 / 2 * 1e-6
+
+
 def test_ranks_that_wait_for_each_other_split_less():
     waiting = replace(MACHINE, levels=tuple(replace(level, skew_s=1e-3) for level in MACHINE.levels))
     prices = []
