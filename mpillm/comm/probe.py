@@ -39,7 +39,7 @@ _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
 _FAR, _FAR_S = 4.0, 5e-4  # times the best and so much more: not tried at the next size; slow to start may be fast
 _BISECTIONS = 2
-_MEETINGS, _BUSY_BYTES = 8, 1 << 16  # float32 items
+_MEETINGS, _BUSY_BYTES = 8, 1 << 18
 _LINE_BYTES = 64
 
 
@@ -76,7 +76,10 @@ class Sizes:
         return self.rows, width, self.columns or width
 
 
-SIZES = {"cpu": Sizes(512, None, 1376, 1, 256, 1 << 26, 60, 1), "cuda": Sizes(4096, 4096, 22016, 32, 2048, 1 << 29, 120, 8)}
+SIZES = {
+    "cpu": Sizes(rows=512, columns=None, ffn=1376, sequences=1, seq=256, copy_bytes=1 << 26, kernels=60, at_once=1),
+    "cuda": Sizes(rows=4096, columns=4096, ffn=22016, sequences=32, seq=2048, copy_bytes=1 << 29, kernels=120, at_once=8),
+}
 
 
 def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
@@ -255,11 +258,12 @@ def _free_bytes(comm, device):
     """Return the memory that a rank may have: its share of what is free on its device, files that are kept in memory
     counted as that, on the fullest one."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free, place = torch.cuda.mem_get_info(device)[0], str(torch.cuda.get_device_properties(device).uuid)
     else:
+        place = os.uname().nodename
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    places = comm.allgather((os.uname().nodename, str(device)))
+    places = comm.allgather(place)  # ranks of a node may each see another GPU as their first
     return min(comm.allgather(free / places.count(places[comm.rank])))
 
 
@@ -269,17 +273,15 @@ def _speeds(comm, matmul, device, dtype):
     A rank that shares its core with another program gets it in slices longer than one product.
     """
     width, flops_per_s = max(point for point in matmul if point[0] <= _SUSTAINED_WIDTH)
-    sizes, count = SIZES[device.type], 0
-    rows, inner, columns = sizes.product(width)
-    a, b = (torch.rand(*shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
+    product, sizes, count = _product(device, dtype, width), SIZES[device.type], 0
     comm.Barrier()
     start = time.perf_counter()
     while time.perf_counter() - start < _SUSTAINED_S:
         for _ in range(sizes.at_once):
-            a.mm(b)
+            product()
         synchronize(device)
         count += sizes.at_once
-    rates = comm.allgather(2 * rows * inner * columns * count / (time.perf_counter() - start))
+    rates = comm.allgather(2 * math.prod(sizes.product(width)) * count / (time.perf_counter() - start))
     return tuple(rate / flops_per_s for rate in rates) if max(rates) > _UNEQUAL * min(rates) else ()
 
 
@@ -326,7 +328,7 @@ def _skew_s(comm, call, device):
 def _busy_s_per_byte(comm, device):
     """Return what a byte of a message takes of a rank that computes meanwhile, at either end: ranks send around a ring."""
     to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    x, out = torch.zeros(_BUSY_BYTES), torch.zeros(_BUSY_BYTES)
+    x, out = (torch.zeros(_BUSY_BYTES // 4) for _ in range(2))
     product = _product(device)
 
     def exchange():
@@ -348,10 +350,10 @@ def _busy_s_per_byte(comm, device):
     return max(0.0, both_s - alone_s) / (2 * x.nbytes)
 
 
-def _product(device):
-    """Return a function that makes a product to have something to do."""
-    rows, inner, columns = SIZES[device.type].product(_SUSTAINED_WIDTH)
-    a, b = torch.rand(rows, inner, device=device), torch.rand(inner, columns, device=device)
+def _product(device, dtype=torch.float32, width=_SUSTAINED_WIDTH):
+    """Return a function that makes a product of this width."""
+    rows, inner, columns = SIZES[device.type].product(width)
+    a, b = (torch.rand(*shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
     return lambda: a.mm(b)
 
 

@@ -93,11 +93,14 @@ def _cross_entropy(logits, targets_C, head, scale):
 
 
 def _place(targets_C, block):
-    """Return which targets are in a block of the vocabulary, and the place of each in its logits, of others the nearest:
-    a selection would hold up a GPU, since the host has to wait for its length."""
+    """Return which targets are in a block of the vocabulary, and the place of each in its logits, of others the nearest.
+
+    A selection would hold up a GPU, since the host has to wait for its length.
+    """
     low, high = block
     is_here = (targets_C >= low) & (targets_C < high)
-    return is_here, (torch.arange(len(targets_C), device=targets_C.device), targets_C.clamp(low, max(low, high - 1)) - low)
+    nearest = targets_C.clamp(low, max(low, high - 1)) - low
+    return is_here, (torch.arange(len(targets_C), device=targets_C.device), nearest)
 
 
 def _rows(tensor, head, block):

@@ -304,7 +304,7 @@ def _synthesised_first(pricer, found, limit_bytes):
     """Return prices, the best first, with schedules made for the most promising pipelines, where these are left open and
     short enough to make some: one for each number of ranks, stages and microbatches."""
     wanted, left, tried, better = pricer.config.layout, SYNTHESISED_ACTIONS, set(), []
-    if wanted.schedule != "auto" or wanted.chunks not in ("auto", 1) or pricer.config.layout.shares != "auto":
+    if wanted.schedule != "auto" or wanted.chunks not in ("auto", 1) or wanted.shares != "auto":
         return found
     for price in found:
         layout = price.layout

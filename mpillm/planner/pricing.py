@@ -252,10 +252,10 @@ class Pricer:
         layers, _, _, (kept_bytes, _), head_bytes = self._of(layout)
         left = limit_bytes - self._fixed_bytes(layout, self._parameters(layout, layers), head_bytes)
         times, message_s, link_s = self.stage_times(layout)
-        made = synthesise(p, self.num_microbatches(layout), *times, message_s, min(int(left / kept_bytes), DEEPEST * p),
-                          link_s=link_s)
+        most = min(max(1, int(left / kept_bytes)), DEEPEST * p)
+        made = synthesise(p, self.num_microbatches(layout), *times, message_s, most, link_s=link_s)
         found = self.played(self.price(replace(layout, schedule=made.schedule.to_text())))
-        return found if found.step_s < CLEARLY * price.step_s else price
+        return found if found.step_s < CLEARLY * price.step_s and found.memory_bytes <= limit_bytes else price
 
     def _played(self, price):
         """Return the price with times and bubble from the played schedule, and the buckets that go with it. Local."""
