@@ -161,7 +161,8 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
     touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    talk = 2 * (ring_s(level, tensor, whole) + (level.skew_s if tensor > 1 else 0.0))
+    meetings = (2 if sequence_parallel else 1) if tensor > 1 else 0  # an allreduce, or its two halves
+    talk = 2 * (ring_s(level, tensor, whole) + meetings * level.skew_s)
     forward = machine.with_call(products + attention + elementwise) + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
