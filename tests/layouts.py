@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import measure_machine, measure_table
+from mpillm.comm.probe import measure_machine
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.plan import Plan
@@ -91,8 +91,8 @@ def main(name, path=None):
     comm = comm_world()
     set_threads(comm)
     config, group = Config.from_dict(MODELS[name]), as_group(comm)
-    machine = measure_machine(group, measure_table(group), pick_device(config.train.device, comm),
-                              getattr(torch, config.train.dtype))
+    machine = measure_machine(group, device=pick_device(config.train.device, comm),
+                              dtype=getattr(torch, config.train.dtype))
     pricer = Pricer(config, machine, comm.size)
 
     def plan_and_price():

@@ -16,7 +16,7 @@ from dataclasses import replace
 from layouts import measure_in_turn
 
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import measure_machine, measure_table
+from mpillm.comm.probe import measure_machine
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.plan import Plan
@@ -42,7 +42,7 @@ def main():
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_slow else None
     try:
         group = as_group(comm)
-        machine = measure_machine(group, measure_table(group))
+        machine = measure_machine(group)
         won = [compare(axis, machine, comm) for axis in ("data", "pipeline")]
     finally:
         if busy:

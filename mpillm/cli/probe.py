@@ -20,17 +20,14 @@ def command(output, device, dtype):
     import torch
 
     from mpillm.comm.group import as_group
-    from mpillm.comm.probe import measure_machine, measure_table
+    from mpillm.comm.probe import measure_machine
     from mpillm.comm.world import comm_world, set_threads
     from mpillm.errors import on_rank_0
-    from mpillm.plan import DEFAULT_TABLE
     from mpillm.train.engine import pick_device
 
     comm = comm_world()
     set_threads(comm)
-    group = as_group(comm)
-    table = measure_table(group) if comm.size > 1 else DEFAULT_TABLE
-    machine = measure_machine(group, table, pick_device(device, comm), getattr(torch, dtype))
+    machine = measure_machine(as_group(comm), device=pick_device(device, comm), dtype=getattr(torch, dtype))
     on_rank_0(comm, lambda: machine.save(output), f"-o {output}")
     if comm.rank == 0:
         for width, rate in machine.matmul:
@@ -39,5 +36,5 @@ def command(output, device, dtype):
         for level in machine.levels:
             rate = f"{1e-9 / level.beta_s_per_byte:.2f} GB/s" if level.beta_s_per_byte else "no limit found"
             click.echo(f"{level.name}: {level.alpha_s * 1e6:.1f} us a message, {rate}")
-        for op, _, _, limit, algorithm in table.rows:
+        for op, _, _, limit, algorithm in machine.table:
             click.echo(f"{op:15} up to {'any size' if limit is None else f'{limit} bytes':>15}: {algorithm}")

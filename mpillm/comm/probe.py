@@ -149,7 +149,7 @@ def candidates(op, group):
                                 if kinds[name] not in [kinds[other] for other in names[:i]])]
 
 
-def measure_machine(group, table, device=torch.device("cpu"), dtype=torch.float32):
+def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.float32):
     """Measure what every rank can do while all others do the same.
 
     Collective over ``group``; all ranks return the same. Products of several widths, copies, a gated activation and an
@@ -160,8 +160,8 @@ def measure_machine(group, table, device=torch.device("cpu"), dtype=torch.float3
     Parameters
     ----------
     group : Group
-    table : DecisionTable
-        Which algorithms to measure with; kept in the machine.
+    table : DecisionTable, optional
+        Which algorithms to measure with; kept in the machine. Left out it is measured first (:func:`measure_table`).
     device : torch.device
         Of this rank, where it is going to train.
     dtype : torch.dtype
@@ -179,6 +179,8 @@ def measure_machine(group, table, device=torch.device("cpu"), dtype=torch.float3
     if len(set(group.comm.allgather(device.type))) > 1:
         raise ConfigError("train.device = auto: some ranks see a GPU and others do not, for which there is no plan: "
                           "set it to cpu, ask for nodes of one kind, or give data, pipeline and tensor")
+    if table is None:
+        table = measure_table(group) if group.size > 1 else DEFAULT_TABLE
     spread, kind, sizes = {}, {"device": device, "dtype": dtype}, SIZES[device.type]
 
     def median_s(name, call):

@@ -77,7 +77,7 @@ class Pricer:
         self.config, self.machine, self.ranks = config, machine, ranks
         self.item = ITEM_BYTES[config.train.dtype]
         self.price, self.played = lru_cache(None)(self._price), lru_cache(None)(self._played)
-        self.synthesised = lru_cache(None)(self._synthesised)
+        self.synthesised, self.timeline = lru_cache(None)(self._synthesised), lru_cache(None)(self._timeline)
         self._works = lru_cache(None)(self._make_works)
         self._ends = lru_cache(None)(self._make_ends)
         self._balance = lru_cache(None)(self._make_balance)
@@ -239,7 +239,7 @@ class Pricer:
         most = self.config.train.global_batch / layout.data if shares is None else max(shares)
         return math.ceil(most / layout.microbatch)
 
-    def timeline(self, layout):
+    def _timeline(self, layout):
         """Return the played schedule of a layout's pipeline. Local."""
         times, *message = self.stage_times(layout)
         made = named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)

@@ -13,12 +13,12 @@ import torch
 
 from mpillm.comm.buffers import synchronize
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import as_of_now, device_name, measure_machine, measure_table
+from mpillm.comm.probe import as_of_now, device_name, measure_machine
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
 from mpillm.errors import MpillmError, on_rank_0, together
 from mpillm.machine import Level, Machine
-from mpillm.plan import DEFAULT_TABLE, Plan
+from mpillm.plan import Plan
 from mpillm.planner.layout import make_plan, price_layout
 from mpillm.train.data import with_vocabulary
 from mpillm.train.engine import Engine, pick_device
@@ -94,8 +94,7 @@ def known_machine(comm, device, dtype):
     machine = on_rank_0(comm, lambda: _remembered(cache), "machine")
     if machine:
         return as_of_now(comm, machine, device, dtype), f"machine as measured before, {cache}; remove it to measure again"
-    group = as_group(comm)
-    machine = measure_machine(group, measure_table(group) if comm.size > 1 else DEFAULT_TABLE, device, dtype)
+    machine = measure_machine(as_group(comm), device=device, dtype=dtype)
     if machine.speeds:
         return machine, "machine measured now, and not remembered: its ranks are unequal"
     if comm.rank == 0:

@@ -206,12 +206,11 @@ MACHINE = Machine("made up", "a test", (Level("node", 64, 1e-6, 1e-9),), ((32, 1
 def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path, monkeypatch):
     measured = []
 
-    def measure(group, table, *_):
-        measured.append(table)
+    def measure(group, **_):
+        measured.append(group)
         return replace(MACHINE, num_ranks=comm.size)
 
     monkeypatch.setattr(choose, "measure_machine", measure)
-    monkeypatch.setattr(choose, "measure_table", lambda group: DEFAULT_TABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(comm_path / "cache"))
     if comm.rank == 0:
         write_token_file(comm_path / "tokens.h5")
@@ -247,8 +246,7 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
 def test_a_machine_measured_beside_a_slow_rank_is_not_remembered(comm, comm_path, monkeypatch):
     unequal = replace(MACHINE, num_ranks=comm.size, speeds=(1.0,) * (comm.size - 1) + (0.5,))
     found = iter([unequal, MACHINE])
-    monkeypatch.setattr(choose, "measure_machine", lambda *_: next(found))
-    monkeypatch.setattr(choose, "measure_table", lambda group: DEFAULT_TABLE)
+    monkeypatch.setattr(choose, "measure_machine", lambda *_, **__: next(found))
     monkeypatch.setenv("XDG_CACHE_HOME", str(comm_path))
     for machine in (unequal, MACHINE):
         assert_all(choose.known_machine(comm, CPU, torch.float32)[0] == machine, "not measured", comm)
