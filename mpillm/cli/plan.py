@@ -70,8 +70,9 @@ def explanation(plan):
 
     predicted, lines = plan.predicted, ["", "where the step goes:"]
     for part, name in (("pipeline_s", "forward and backward"), ("gradients_s", "reducing gradients"),
-                       ("update_s", "optimiser")):
+                       ("update_s", "optimiser and weights")):
         lines.append(f"  {name:22} {predicted[part]:10.4g} s {predicted[part] / predicted['step_s']:7.1%}")
+    lines += ["", _longest_way(plan)]
     buckets = Counter((one["n_bytes"], one["algorithm"]) for one in predicted["buckets"])
     lines += ["", "gradients are summed in:"] * bool(buckets)
     lines += [f"  {count:4} x {n_bytes / 1e6:10.4g} MB by {algorithm}"
@@ -86,3 +87,14 @@ def explanation(plan):
         lines.append(f"  {other['step_s']:10.4g} s (+{other['step_s'] / predicted['step_s'] - 1:.1%}) "
                      f"{other['memory_bytes_per_rank'] / 1e9:8.3g} GB  {describe(other['layout'])}")
     return "\n".join(lines)
+
+
+def _longest_way(plan):
+    """Return in words what decides the time until all gradients are there, and of what it consists."""
+    from mpillm.planner.layout import predicted_timeline
+
+    timeline = predicted_timeline(plan)
+    ranks = list(dict.fromkeys(step.rank for step in timeline.critical_path()))
+    parts = zip(timeline.critical_s, ("computing", "in messages", "in gradients under way"))
+    shown = ", ".join(f"{seconds:.4g} s {what}" for seconds, what in parts if seconds > 0)
+    return f"the longest way to all gradients: {shown}; over pipeline ranks {', '.join(map(str, ranks))}"

@@ -52,6 +52,7 @@ def command(run, output, step):
           [{"rank": rank, "step_s": step_s, **own} for rank, own in enumerate(shares)])
     write_json(output / "trace.json", trace_events(launch))
     click.echo(f"{output / 'trace'}.json, for https://ui.perfetto.dev")
+    planned = ()
     if plan and "stages" in plan.predicted:
         from mpillm.planner.layout import predicted_timeline
 
@@ -59,16 +60,16 @@ def command(run, output, step):
         both = {"planned": planned, "measured": launch.steps[number]}
         rows = [{"origin": origin, **row} for origin, spans in both.items() for row in timeline_rows(spans)]
         _save(output / "planned", draw_both(planned, launch, number), rows)
-    _show_comparison(output, plan, metrics, shares)
+    _show_comparison(output, plan, metrics, shares, planned)
     if plan and "volume" in plan.predicted and launch.sent[number]:
         _show_volume(output, plan.predicted["volume"], launch.sent[number], number)
 
 
-def _show_comparison(output, plan, metrics, shares=()):
+def _show_comparison(output, plan, metrics, shares=(), planned=()):
     """Print and save what a plan predicted beside what was measured, if the run had one."""
     if not plan or not plan.predicted:
         return
-    rows = compare_with_plan(plan.predicted, metrics, shares)
+    rows = compare_with_plan(plan.predicted, metrics, shares, planned)
     for row in rows:
         error = "" if row["error"] is None else f" ({row['error']:+.1%})"
         click.echo(f"{row['phase']:10} predicted {row['predicted_s']:.4g} s, measured {row['measured_s']:.4g} s{error}")

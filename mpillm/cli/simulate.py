@@ -59,7 +59,7 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
     found = {"schedule": schedule, "makespan_ms": played.makespan_s * 1e3, "total_ms": played.total_s * 1e3,
              "bubble_fraction": played.bubble_fraction, "idle_ms": [s * 1e3 for s in played.idle_s.tolist()],
              "in_flight_max": list(played.in_flight_max),
-             "critical_path": [str(action) for _, action in played.critical_path()]}
+             "critical_path": [str(step.what) for step in played.critical_path()]}
     if output:
         write_json(output, found)
     if output != "-":

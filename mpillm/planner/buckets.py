@@ -1,7 +1,5 @@
 """Dynamic program: which gradients travel together."""
 
-from itertools import pairwise
-
 import numpy as np
 
 
@@ -45,9 +43,3 @@ def bucket_cuts(ready_s, n_bytes, time_s, free_s=0.0):
         cuts.append(place)
     return tuple(reversed(cuts)), float(ends[-1])
 
-
-def arrival_s(cuts, ready_s, n_bytes, time_s, free_s=0.0):
-    """Return when the last of the buckets that ``cuts`` make has arrived; the rest as in :func:`bucket_cuts`. Local."""
-    for low, high in pairwise((0, *cuts, len(n_bytes))):
-        free_s = max(free_s, ready_s[high - 1]) + float(time_s(sum(n_bytes[low:high])))
-    return free_s

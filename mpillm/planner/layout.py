@@ -10,7 +10,7 @@ from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.balance import price_speeds
 from mpillm.planner.hierarchy import decide
 from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer, describe, to_config
-from mpillm.planner.timeline import play
+from mpillm.planner.timeline import Bucket, play
 from mpillm.planner.volume import step_volume
 from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, read_schedule
 
@@ -169,7 +169,8 @@ def make_plan(config, machine, ranks, top=5):
                    "memory_bytes_per_rank": best.memory_bytes, "lower_bound_s": pricer.bound_s(),
                    "pipeline_s": best.pipeline_s, "gradients_s": best.gradients_s, "update_s": best.update_s,
                    "stages": {"forward_s": forward_s, "input_s": input_s, "weight_s": weight_s, "message_s": message_s,
-                              "link_s": link_s, "microbatches": pricer.num_microbatches(best.layout)},
+                              "link_s": link_s, "shares_link": pricer.shares_link(best.layout),
+                              "microbatches": pricer.num_microbatches(best.layout)},
                    "buckets": _buckets(pricer, best, chosen.table),
                    "volume": step_volume(chosen.applied_to(config).resolve(ranks),
                                          pricer.reduction.keeps_one_copy(best.layout))},
@@ -180,13 +181,15 @@ def make_plan(config, machine, ranks, top=5):
 
 
 def _buckets(pricer, best, table):
-    """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many."""
-    if best.layout.data == 1:
-        return []
-    sizes = pricer.stage_sizes(best.layout)
-    dtype = "float64" if pricer.config.train.dtype == "float64" else "float32"
-    return [{"n_bytes": n_bytes, "algorithm": table.choose("reduce_scatter", "data", dtype, n_bytes)}
-            for n_bytes in pricer.reduction.bucket_bytes(best.layout, sizes, best.bucket_cuts or ())]
+    """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many; and where
+    they are reduced beside backward, with what the clock needs of them."""
+    dtype, beside = "float64" if pricer.config.train.dtype == "float64" else "float32", pricer.reduction.overlaps(best.layout)
+    found = []
+    for stage, own in enumerate(pricer.buckets(best)):
+        for bucket in own:
+            algorithm = table.choose("reduce_scatter", "data", dtype, bucket.n_bytes)
+            found.append({"stage": stage, "algorithm": algorithm, **(bucket._asdict() if beside else {"n_bytes": bucket.n_bytes})})
+    return found
 
 
 def _priced(pricer, limit_bytes):
@@ -269,7 +272,7 @@ def _rank(price):
 
 
 def predicted_timeline(plan):
-    """Play the pipeline of a plan as it was priced.
+    """Play the step of a plan as it was priced, up to its last gradients.
 
     Local.
 
@@ -284,8 +287,12 @@ def predicted_timeline(plan):
     """
     layout, stages = plan.layout, plan.predicted["stages"]
     made = named_or_read(layout["schedule"], layout["pipeline"], stages["microbatches"], layout["chunks"])
+    buckets = [[] for _ in range(made.num_stages)]
+    for one in plan.predicted.get("buckets", ()):
+        if "left_s" in one:
+            buckets[one["stage"]].append(Bucket(*(one[key] for key in Bucket._fields)))
     return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"],
-                stages.get("link_s", 0.0))
+                stages.get("link_s", 0.0), buckets, stages.get("shares_link", False))
 
 
 def _played_first(pricer, priced):

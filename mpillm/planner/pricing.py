@@ -53,7 +53,8 @@ class Layout:
 class Price:
     """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes.
 
-    ``gradients_s`` is what reducing gradients adds to the pipeline's time; ``bucket_cuts`` are known once played.
+    ``gradients_s`` is what reducing gradients adds to the pipeline's time, ``update_s`` is the optimiser's, with the way of
+    the weights back to the data ranks; ``bucket_cuts`` are known once played.
     """
 
     layout: Layout
@@ -162,6 +163,9 @@ class Pricer:
         neighbours = np.full(times.shape[1], 2)
         neighbours[[0, -1]] -= 1
         times[:2] += neighbours * busy_s
+        if layout.pipeline == 1:  # its slowest data rank
+            microbatches = self.num_microbatches(layout)
+            times *= self._fullest(layout, microbatches) / microbatches
         return (times / speeds).tolist(), message_s, link_s
 
     def _message_s(self, layout):
@@ -169,13 +173,17 @@ class Pricer:
         its ends."""
         if layout.pipeline == 1:
             return 0.0, 0.0, 0.0
-        stride = layout.stride("pipeline")
-        reach = stride * layout.pipeline
-        level = self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
+        level = self._message_level(layout)
         n_bytes = layout.microbatch * self.config.train.seq_len * self.config.model.hidden_size * self.item
         n_bytes /= layout.tensor if layout.sequence_parallel else 1
         message_s = float(level.message_s(n_bytes))
         return message_s, message_s - float(level.message_s(0.0)), n_bytes * level.busy_s_per_byte
+
+    def _message_level(self, layout):
+        """Return the level of the slowest message of a pipeline."""
+        stride = layout.stride("pipeline")
+        reach = stride * layout.pipeline
+        return self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
 
     def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
         """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
@@ -218,7 +226,7 @@ class Pricer:
         else:
             pipeline_s = self.timeline(layout).total_s
         parameters = self._parameters(layout, layers)
-        gradients_s = self.reduction.price_s(layout, parameters, max(layers))
+        gradients_s = self.reduction.price_s(layout, parameters, max(layers), self._is_split(layout))
         update_s = self._update_s(layout, parameters)
         held, fewer = self._held(layout, m)
         memory_bytes = self._fixed_bytes(layout, parameters, head_bytes) + (
@@ -239,11 +247,28 @@ class Pricer:
         most = self.config.train.global_batch / layout.data if shares is None else max(shares)
         return math.ceil(most / layout.microbatch)
 
-    def _timeline(self, layout):
-        """Return the played schedule of a layout's pipeline. Local."""
+    def _timeline(self, layout, buckets=()):
+        """Return the played step of a layout, its buckets of gradients beside it. Local."""
         times, *message = self.stage_times(layout)
         made = named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
-        return play(made, *times, *message)
+        return play(made, *times, *message, buckets, self.shares_link(layout))
+
+    def shares_link(self, layout):
+        """Tell whether gradients and messages of a pipeline leave a rank the same way. Local."""
+        return layout.pipeline > 1 and self._message_level(layout) is self.reduction.level(layout)
+
+    def _is_split(self, layout):
+        """Tell whether input and weight halves are actions of their own."""
+        if layout.schedule in SCHEDULES:
+            return layout.schedule.startswith("zb")
+        return any(action.kind == "W" for row in self.timeline(layout).schedule.actions for action in row)
+
+    def buckets(self, price):
+        """Return the buckets of gradients of every stage of a layout that was played, ``()`` if there are none. Local."""
+        layout = price.layout
+        if layout.data == 1:
+            return ()
+        return self.reduction.buckets(layout, self.stage_sizes(layout), price.bucket_cuts or (), self._is_split(layout))
 
     def _synthesised(self, price, limit_bytes):
         """Return the price of a layout with a schedule made for its times and messages within a limit of memory, which
@@ -258,20 +283,15 @@ class Pricer:
         return found if found.step_s < CLEARLY * price.step_s and found.memory_bytes <= limit_bytes else price
 
     def _played(self, price):
-        """Return the price with times and bubble from the played schedule, and the buckets that go with it. Local."""
-        layout, pipeline_s, bubble = price.layout, price.pipeline_s, price.bubble_fraction
-        ends_s = [pipeline_s]  # of every stage
-        if layout.pipeline > 1:
-            timeline = self.timeline(layout)
-            pipeline_s, bubble = timeline.total_s, timeline.bubble_fraction
-            last = {action.stage: end for row, ends in zip(timeline.schedule.actions, timeline.ends_s)
-                    for action, end in zip(row, ends)}
-            ends_s = [last[stage] for stage in range(len(last))]
-        parameters = self._parameters(layout, self._of(layout)[0])
-        cuts, gradients_s = self.reduction.played(layout, self.stage_sizes(layout), ends_s, parameters)
-        gradients_s = price.gradients_s if gradients_s is None else gradients_s
-        return replace(price, step_s=pipeline_s + gradients_s + price.update_s, pipeline_s=pipeline_s,
-                       gradients_s=gradients_s, bubble_fraction=bubble, bucket_cuts=cuts)
+        """Return the price with times and bubble from the played step, and the buckets that go with it. Local."""
+        layout, timeline, gradients_s = price.layout, self.timeline(price.layout), price.gradients_s
+        cuts = self.reduction.cuts(layout, self.stage_sizes(layout), timeline.completed_s, self._is_split(layout))
+        price = replace(price, bucket_cuts=cuts)
+        if self.reduction.overlaps(layout):
+            timeline = self.timeline(layout, self.buckets(price))
+            gradients_s = timeline.reduced_s - timeline.total_s
+        return replace(price, step_s=timeline.total_s + gradients_s + price.update_s, pipeline_s=timeline.total_s,
+                       gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction)
 
     def _parameters(self, layout, layers):
         """Return the parameters of the fullest rank."""
@@ -282,11 +302,11 @@ class Pricer:
         return (max(first, last) * each + table) / layout.tensor
 
     def _update_s(self, layout, parameters):
-        """Return the seconds of the optimiser with what it touches."""
+        """Return the seconds of the optimiser with what it touches, and of the weights' way back to the data ranks."""
         states = STATES[self.config.train.optimizer]
         own = parameters / (layout.data if layout.zero else 1)
         touched = own * 4 * (3 + 2 * states) + parameters * (4 + self.item)
-        return touched / self.machine.memory_bytes_per_s
+        return touched / self.machine.memory_bytes_per_s + self.reduction.back_s(layout, parameters)
 
     def _held(self, layout, microbatches):
         """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next."""

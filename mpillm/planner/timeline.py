@@ -1,7 +1,12 @@
-"""Plays a pipeline schedule on a clock: who computes when, the bubble, and the path that decides how long it takes."""
+"""Plays a step on one clock: who computes, sends and reduces when, the bubble, the path that decides how long it takes.
+
+Between them, ranks have messages; beside its actions, a rank has buckets of gradients that are reduced over the data axis.
+These take part of its processor and, where both go over the same network, of its link.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,20 +15,59 @@ from mpillm.schedules.check import HELD
 from mpillm.schedules.pipeline import Action
 
 
+class Bucket(NamedTuple):
+    """Gradients of a stage that are reduced together as soon as they are complete.
+
+    ``left_s`` is what the stage's last action has still to compute then, ``time_s`` what the reduction takes where the
+    link is its own, ``busy_s`` what it takes of the processor meanwhile.
+    """
+
+    n_bytes: float
+    left_s: float
+    time_s: float
+    busy_s: float
+
+
+@dataclass
+class Transfer:
+    """A bucket under way: its stage, its number there, when; and what share of the processor it takes."""
+
+    stage: int
+    number: int
+    start_s: float
+    end_s: float
+    share: float
+
+    def __str__(self):
+        return f"bucket {self.number} of stage {self.stage}"
+
+
+class Step(NamedTuple):
+    """A part of the path that decides how long a step takes: an :class:`Action` or a :class:`Transfer` of a rank."""
+
+    rank: int
+    what: object
+    start_s: float
+    end_s: float
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """When every action of a schedule starts and ends.
+    """When every action of a schedule starts and ends, and every bucket of gradients beside them.
 
     Attributes
     ----------
     schedule : PipelineSchedule
     starts_s, ends_s : tuple of ndarray
         For every rank, in the order of its actions.
+    transfers : tuple of list of Transfer
+        For every rank, in their order.
     """
 
     schedule: object
     starts_s: tuple
     ends_s: tuple
+    transfers: tuple
 
     @cached_property
     def in_flight_max(self):
@@ -47,8 +91,20 @@ class Timeline:
 
     @property
     def total_s(self):
-        """The time from the first start of any rank to the last end of any."""
-        return float(max(ends[-1] for ends in self.ends_s) - min(starts[0] for starts in self.starts_s))
+        """The time from the first start of any rank to the last end of any action."""
+        return float(max(ends[-1] for ends in self.ends_s))
+
+    @property
+    def completed_s(self):
+        """For every stage when its gradients are complete."""
+        found = {stage: ends[i] for row, ends in zip(self.schedule.actions, self.ends_s)
+                 for stage, i in _completing(row).items()}
+        return [found[stage] for stage in range(self.schedule.num_stages)]
+
+    @property
+    def reduced_s(self):
+        """The time from the first start of any rank until the last bucket of any has arrived as well."""
+        return max([self.total_s, *(own[-1].end_s for own in self.transfers if own)])
 
     @property
     def bubble_fraction(self):
@@ -62,16 +118,42 @@ class Timeline:
         return self.total_s - self.busy_s
 
     def critical_path(self):
-        """Return the actions, first to last, without which the end could come earlier: a list of (rank, Action).
+        """Return what decides :attr:`reduced_s`, first to last: a list of :class:`Step`.
 
-        Local. Each starts when the one before it has ended, on the same rank, or its message has come.
+        Local. Each starts when the one before it has ended, on the same rank, or its message has come; a transfer
+        when its gradients are complete, or the one before it has arrived.
         """
+        rank = int(np.argmax([ends[-1] for ends in self.ends_s]))
+        last, transfers = len(self.ends_s[rank]) - 1, []
+        if self.reduced_s > self.total_s:
+            rank = int(np.argmax([own[-1].end_s if own else 0.0 for own in self.transfers]))
+            own = self.transfers[rank]
+            first = len(own) - 1
+            while first > 0 and own[first - 1].end_s >= own[first].start_s:
+                first -= 1
+            last, transfers = _completing(self.schedule.actions[rank])[own[first].stage], own[first:]
+        path = self._path_to(rank, last)
+        if transfers:  # they start before the action ends
+            path[-1] = path[-1]._replace(end_s=transfers[0].start_s)
+        return path + [Step(rank, one, one.start_s, one.end_s) for one in transfers]
+
+    @property
+    def critical_s(self):
+        """The seconds of :meth:`critical_path` in which ranks compute, messages and buckets are under way."""
+        computing_s = transfers_s = 0.0
+        for step in self.critical_path():
+            is_transfer = isinstance(step.what, Transfer)
+            computing_s += 0.0 if is_transfer else step.end_s - step.start_s
+            transfers_s += step.end_s - step.start_s if is_transfer else 0.0
+        return computing_s, max(0.0, self.reduced_s - computing_s - transfers_s), transfers_s
+
+    def _path_to(self, rank, i):
+        """Return the steps that decide when action ``i`` of a rank ends, first to last."""
         rows, num_stages = self.schedule.actions, self.schedule.num_stages
         places = {action: (rank, i) for rank, row in enumerate(rows) for i, action in enumerate(row)}
-        rank = int(np.argmax([ends[-1] for ends in self.ends_s]))
-        i, path = len(rows[rank]) - 1, []
+        path = []
         while True:
-            path.append((rank, rows[rank][i]))
+            path.append(Step(rank, rows[rank][i], float(self.starts_s[rank][i]), float(self.ends_s[rank][i])))
             source = _source(rows[rank][i], num_stages, places)
             follows_own = i > 0 and self.ends_s[rank][i - 1] >= self.starts_s[rank][i]
             if not follows_own and source is not None:
@@ -82,10 +164,10 @@ class Timeline:
                 return path[::-1]
 
 
-def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0):
+def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buckets=(), shares_link=False):
     """Play a schedule: every action as soon as its rank is free and what it needs has come.
 
-    Local. Cost: one look at every action.
+    Local. Cost: one look at every action, and beside those at the end of a rank's at its buckets.
 
     Parameters
     ----------
@@ -98,6 +180,12 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0):
         between a stage and the next.
     link_s : float
         How many of these a message keeps the link between two ranks to itself: another the same way starts after them.
+    buckets : sequence of sequence of Bucket, optional
+        Of every stage, in the order of its backward. A rank's follow each other. While one is under way, the rank
+        computes with what it leaves of the processor.
+    shares_link : bool
+        Whether buckets and messages leave a rank the same way. A message that finds a bucket under way gets half of
+        it, as does the bucket; a bucket that finds a message waits for it.
 
     Returns
     -------
@@ -110,14 +198,15 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0):
     """
     stages, ranks, rows = schedule.num_stages, schedule.num_ranks, schedule.actions
     forward, input_, weight = (np.broadcast_to(t, stages).tolist() for t in (forward_s, input_s, weight_s))
-    boundary = np.broadcast_to(message_s, max(1, stages - 1)).tolist() if ranks > 1 else [0.0] * stages
+    boundary = np.broadcast_to(message_s if ranks > 1 else 0.0, max(1, stages - 1)).tolist()
     durations = {"F": forward, "I": input_, "W": weight, "B": [a + b for a, b in zip(input_, weight)]}
     starts, ends = [[] for _ in rows], [[] for _ in rows]
+    beside = [_Beside(row, buckets) if buckets else None for row in rows]
     free, arrived, link_free = [0.0] * ranks, {}, {}
     waiting, ready = {}, list(range(ranks))
     while ready:
         rank = ready.pop()
-        row, own_starts, own_ends, now = rows[rank], starts[rank], ends[rank], free[rank]
+        row, own_starts, own_ends, now, reducing = rows[rank], starts[rank], ends[rank], free[rank], beside[rank]
         for action in row[len(own_ends):]:
             stage, kind, microbatch = action.stage, action.kind, action.microbatch
             needs_other = stage > 0 if kind == "F" else kind != "W" and stage < stages - 1
@@ -128,13 +217,16 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0):
                     break
                 now = max(now, come)
             own_starts.append(now)
-            now += durations[kind][stage]
+            work_s = durations[kind][stage]
+            now = reducing.compute(now, work_s, len(own_ends), stage) if reducing else now + work_s
             own_ends.append(now)
             to = stage + 1 if kind == "F" else stage - 1
             if kind != "W" and 0 <= to < stages:
                 key, link = (to, kind == "F", microbatch), (rank, to % ranks)
                 leaves = max(now, link_free.get(link, 0.0))
-                link_free[link] = leaves + link_s
+                if shares_link and reducing:
+                    leaves = reducing.send(leaves, link_s)
+                link_free[link] = leaves + (link_s if ranks > 1 else 0.0)
                 arrived[key] = leaves + boundary[min(stage, to)]
                 if key in waiting:
                     ready.append(waiting.pop(key))
@@ -142,7 +234,54 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0):
     stuck = [rank for rank, row in enumerate(rows) if len(ends[rank]) < len(row)]
     if stuck:
         raise ScheduleError(f"schedule {schedule.name}: ranks {stuck} would wait for ever: see mpillm.schedules.check")
-    return Timeline(schedule, tuple(map(np.array, starts)), tuple(map(np.array, ends)))
+    return Timeline(schedule, tuple(map(np.array, starts)), tuple(map(np.array, ends)),
+                    tuple(own.transfers if own else [] for own in beside))
+
+
+class _Beside:
+    """What a rank reduces beside its actions: its buckets, one after the other."""
+
+    def __init__(self, row, buckets):
+        self.transfers, self._buckets, self._completing, self._free_s = [], buckets, _completing(row), 0.0
+
+    def compute(self, now, work_s, i, stage):
+        """Return when action ``i`` of the row ends that begins now; begin the buckets that it completes."""
+        if self._completing.get(stage) == i:
+            for number, bucket in enumerate(self._buckets[stage]):
+                now, work_s = self._pass(now, max(0.0, work_s - bucket.left_s)), min(work_s, bucket.left_s)
+                start_s = max(now, self._free_s)
+                self._free_s = start_s + bucket.time_s
+                share = min(1.0, bucket.busy_s / bucket.time_s) if bucket.time_s else 0.0
+                self.transfers.append(Transfer(stage, number, start_s, self._free_s, share))
+        return self._pass(now, work_s)
+
+    def send(self, now, link_s):
+        """Return when a message would have left that leaves now, were the link its own. While a transfer is under way
+        both get half of the link; one that is complete later waits until the message has left."""
+        waiting = [one for one in self.transfers if one.end_s > now]
+        both_s = min(link_s, max(0.0, self._free_s - now)) if waiting else 0.0
+        for one in waiting:
+            one.start_s += min(both_s, max(0.0, one.start_s - now))
+            one.end_s += min(both_s, one.end_s - now)
+        self._free_s = max(self._free_s + both_s, now + both_s + link_s)
+        return now + both_s
+
+    def _pass(self, now, work_s):
+        """Return when so much work is done that begins now."""
+        for one in self.transfers:
+            if one.end_s <= now:
+                continue
+            before_s = min(work_s, max(0.0, one.start_s - now))
+            now, work_s = now + before_s, work_s - before_s
+            if work_s <= (one.end_s - now) * (1 - one.share):
+                return now + (work_s / (1 - one.share) if work_s else 0.0)
+            now, work_s = one.end_s, work_s - (one.end_s - now) * (1 - one.share)
+        return now + work_s
+
+
+def _completing(row):
+    """Return for every stage of a rank's row the place of the action that completes its gradients."""
+    return {action.stage: i for i, action in enumerate(row) if action.kind in "BW"}
 
 
 def _source(action, num_stages, places):

@@ -4,13 +4,13 @@ import statistics
 from collections import Counter
 
 from mpillm.report.figures import as_time, draw_timeline, save_figure
-from mpillm.report.records import Launch, Span, bubble, window
+from mpillm.report.records import Launch, Span, bubble, step_shares, window
 
 
 def planned_launch(timeline, predicted):
-    """Return the played pipeline, then the reduction and the update, as the trace of one step named ``predicted``.
+    """Return a played step, the rest of its reduction and the update, as the trace of one step named ``predicted``.
 
-    Local.
+    Local. As in a run, a rank that has done its actions waits for all gradients in ``reduce``.
 
     Parameters
     ----------
@@ -18,17 +18,17 @@ def planned_launch(timeline, predicted):
     predicted : dict
         ``gradients_s`` and ``update_s`` of the plan.
     """
-    begin, rows = min(starts[0] for starts in timeline.starts_s), []
-    reduce_s = begin + timeline.total_s
-    update_s = reduce_s + predicted["gradients_s"]
-    for actions, starts, ends in zip(timeline.schedule.actions, timeline.starts_s, timeline.ends_s):
-        spans, free = [], begin
+    rows, update_s = [], timeline.total_s + predicted["gradients_s"]
+    played = zip(timeline.schedule.actions, timeline.starts_s, timeline.ends_s, timeline.transfers)
+    for actions, starts, ends, transfers in played:
+        spans, free = [], 0.0
         for action, start, end in zip(actions, starts, ends):
             if start > free:
                 spans.append(Span("wait", "message", free, start))
             spans.append(Span(action.kind, str(action), start, end))
             free = end
-        spans += [Span("wait", "others", free, reduce_s), Span("reduce", "gradients", reduce_s, update_s),
+        spans += [Span("transfer", str(one), one.start_s, one.end_s) for one in transfers]
+        spans += [Span("reduce", "gradients", free, update_s),
                   Span("update", "weights", update_s, update_s + predicted["update_s"])]
         rows.append([span for span in spans if span.stop_s > span.start_s])
     coords = [{"data": 0, "pipeline": rank, "tensor": 0} for rank in range(len(rows))]
@@ -78,10 +78,10 @@ def draw_both(planned, launch, number):
                          (labels, "rank"), idle)
 
 
-def compare_with_plan(predicted, metrics, shares=()):
+def compare_with_plan(predicted, metrics, shares=(), planned=()):
     """Return predicted beside measured: a list of ``{"phase", "predicted_s", "measured_s", "error"}``.
 
-    Local. The step is the median of all but the first; of a traced run also its phases, as means over ranks.
+    Local. The step is the median of all but the first; of a traced run also its phases, of both as means over ranks.
 
     Parameters
     ----------
@@ -91,16 +91,23 @@ def compare_with_plan(predicted, metrics, shares=()):
         Of :func:`mpillm.report.records.read_metrics`.
     shares : list of dict
         Of :func:`mpillm.report.records.step_shares`: for every rank the share of a step that each kind of work takes.
+    planned : list of list of Span
+        Of :func:`planned_spans`.
     """
     steps = [record["step_s"] for record in metrics]
-    measured = {"step": statistics.median(steps[1:] or steps)}
-    if shares:
-        for phase, kind in (("gradients", "reduce"), ("update", "update")):
-            measured[phase] = statistics.fmean(own.get(kind, 0.0) for own in shares) * measured["step"]
-        measured["pipeline"] = measured["step"] - measured["gradients"] - measured["update"]
-    pairs = {phase: (predicted[f"{phase}_s"], seconds) for phase, seconds in measured.items()}
-    return [{"phase": phase, "predicted_s": expected, "measured_s": seconds,
-             "error": expected / seconds - 1 if seconds else None} for phase, (expected, seconds) in pairs.items()]
+    expected, measured = {"step": predicted["step_s"]}, {"step": statistics.median(steps[1:] or steps)}
+    if shares and planned:
+        for phases, own in ((expected, step_shares([planned])[0]), (measured, shares)):
+            phases |= _phases(own, phases["step"])
+    return [{"phase": phase, "predicted_s": expected[phase], "measured_s": seconds,
+             "error": expected[phase] / seconds - 1 if seconds else None} for phase, seconds in measured.items()]
+
+
+def _phases(shares, step_s):
+    """Return the seconds of a step's phases, as means over ranks."""
+    found = {phase: statistics.fmean(own.get(kind, 0.0) for own in shares) * step_s
+             for phase, kind in (("gradients", "reduce"), ("update", "update"))}
+    return {**found, "pipeline": step_s - sum(found.values())}
 
 
 def compare_volume(planned, counted):

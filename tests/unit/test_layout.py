@@ -222,8 +222,11 @@ def test_the_outermost_axis_crosses_nodes(order, inside):
     layers = max(pricer.stage_sizes(layout))
     n_bytes = 4 * (layers * 64 * (4 * 64 + 3 * 128) + 64 * 64)
     bare = replace(SMALL, layout=replace(SMALL.layout, bucket_cuts=()))
-    found = Pricer(bare, MACHINE, 8).price(layout).gradients_s
-    assert found == pytest.approx(2 * (math.log2(data) * alpha + n_bytes * (data - 1) / data * beta))  # by halves
+    found, alone = (Pricer(bare, MACHINE, 8).price(one) for one in (layout, replace(layout, data=1, pipeline=8)))
+    way_s = math.log2(data) * alpha + n_bytes * (data - 1) / data * beta  # by halves
+    assert found.gradients_s == pytest.approx(way_s) and alone.gradients_s == 0
+    own_s = n_bytes / 4 * (4 * 7 / data + 8) / MACHINE.memory_bytes_per_s
+    assert found.update_s == pytest.approx(own_s + way_s)
 
 
 def test_the_order_of_axes_over_nodes_is_searched():
@@ -530,14 +533,18 @@ def test_buckets_are_planned_where_gradients_cross_nodes(keys):
             arrived = max(arrived, free)
         return arrived
 
+    p = plan.layout["pipeline"]
+    sizes = [stop - start for start, stop in zip(starts, starts[1:])]
+    own = max(sizes) * each // 4 + (2 if p == 1 else 1) * 64 * 64
+    update_s = (own / keys["layout.data"] * 4 * 7 + own * 8) / NETWORK.memory_bytes_per_s
     best = min(arrival(cuts) for count in range(8) for cuts in combinations(range(7), count))
     for cuts in (None, (), (3,), tuple(range(7))):
         fixed = config if cuts is None else config.with_values({"layout.bucket_cuts": list(cuts)})
         found = price_layout(fixed, NETWORK, ranks)
         wanted = best if cuts is None else arrival(cuts)
         assert cuts is None or found.layout["bucket_cuts"] == list(cuts)
-        back_s = found.predicted["pipeline_s"] + found.predicted["gradients_s"] - wanted
-        assert back_s == pytest.approx(pass_s(found), rel=1e-6)
+        assert found.predicted["pipeline_s"] + found.predicted["gradients_s"] == pytest.approx(wanted, rel=1e-6)
+        assert found.predicted["update_s"] == pytest.approx(update_s + pass_s(found), rel=1e-6)
 
 
 def pass_s(plan):

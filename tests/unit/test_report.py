@@ -377,16 +377,31 @@ def test_loss_has_a_second_panel_only_when_evaluated():
 
 
 def test_a_plan_is_drawn_and_compared_as_a_trace():
-    predicted = {"step_s": 2.0, "pipeline_s": 1.5, "gradients_s": 0.3, "update_s": 0.2}
+    """Of both a rank that has done its actions waits in ``reduce``: here the second, for 0.2 s."""
+    predicted = {"step_s": 1.7, "pipeline_s": 1.2, "gradients_s": 0.3, "update_s": 0.2}
     launch = planned_launch(timeline.play(make_schedule("1f1b", 2, 3), 0.1, 0.1, 0.1), predicted)
-    for own in launch.steps["predicted"]:
+    planned = launch.steps["predicted"]
+    for own in planned:
         assert all(first.stop_s == pytest.approx(second.start_s) for first, second in zip(own, own[1:]))
         assert own[-1].stop_s - own[0].start_s == pytest.approx(0.3 * 3 + 0.3 + 0.5)
     metrics = [{"step_s": 9.0}, {"step_s": 1.0}, {"step_s": 4.0}, {"step_s": 2.5}]
-    rows = {row["phase"]: row for row in compare_with_plan(predicted, metrics, [{"reduce": 0.2, "update": 0.08}, {}])}
-    assert rows["step"]["measured_s"] == 2.5 and rows["step"]["error"] == pytest.approx(-0.2)
+    found = compare_with_plan(predicted, metrics, [{"reduce": 0.2, "update": 0.08}, {}], planned)
+    rows = {row["phase"]: row for row in found}
+    assert rows["step"]["measured_s"] == 2.5 and rows["step"]["error"] == pytest.approx(1.7 / 2.5 - 1)
     assert rows["gradients"]["measured_s"] == 0.25 and rows["update"]["error"] == pytest.approx(1.0)
     assert rows["pipeline"]["measured_s"] == pytest.approx(2.15)
+    assert [rows[phase]["predicted_s"] for phase in ("gradients", "update", "pipeline")] == pytest.approx([0.4, 0.2, 1.1])
+    assert [row["phase"] for row in compare_with_plan(predicted, metrics)] == ["step"]
+
+
+def test_buckets_under_way_are_drawn_beside_the_actions():
+    buckets = [[timeline.Bucket(8, 0.05, 0.2, 0.0)], [timeline.Bucket(8, 0.0, 0.1, 0.0)]]
+    played = timeline.play(make_schedule("1f1b", 2, 1), 0.1, 0.1, 0.1, buckets=buckets)
+    predicted = {"gradients_s": played.reduced_s - played.total_s, "update_s": 0.2}
+    first, second = planned_launch(played, predicted).steps["predicted"]
+    spans = [[(round(s.start_s, 3), round(s.stop_s, 3)) for s in own if s.kind == "transfer"] for own in (first, second)]
+    assert spans == [[(0.55, 0.75)], [(0.4, 0.5)]]
+    assert [s.stop_s for own in (first, second) for s in own if s.kind == "reduce"] == pytest.approx([0.75, 0.75])
 
 
 def test_what_was_sent_is_told_beside_what_was_planned(run):

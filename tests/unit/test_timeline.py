@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mpillm.cli.simulate import command
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.planner.synthesis import memory_max, synthesise
-from mpillm.planner.timeline import play
+from mpillm.planner.timeline import Bucket, play
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import SCHEDULES, Action, PipelineSchedule, make_schedule
 
@@ -119,10 +119,92 @@ def test_the_critical_path_is_as_long_as_the_schedule():
     played = play(schedule, 3.0, 2.0, 1.5, 0.25)
     path = played.critical_path()
     places = {action: (rank, i) for rank, row in enumerate(schedule.actions) for i, action in enumerate(row)}
-    length = sum({"F": 3.0, "I": 2.0, "W": 1.5}[action.kind] for _, action in path)
-    crossings = sum(first != second for (first, _), (second, _) in zip(path, path[1:]))
-    assert all(places[action][0] == rank for rank, action in path)
+    length = sum({"F": 3.0, "I": 2.0, "W": 1.5}[step.what.kind] for step in path)
+    crossings = sum(first.rank != second.rank for first, second in zip(path, path[1:]))
+    assert all(places[step.what][0] == step.rank for step in path)
     assert length + 0.25 * crossings == pytest.approx(max(ends[-1] for ends in played.ends_s))
+    assert played.critical_s == pytest.approx((length, 0.25 * crossings, 0.0))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_buckets_beside_actions_agree_with_a_clock_that_ticks(seed):
+    """Every tick each rank computes with what its transfer leaves of the processor. A message that finds a transfer on
+    its link gets half of it; a transfer that finds a message begins later."""
+    rng = random.Random(seed)
+    name = rng.choice(SCHEDULES)
+    chunks = 2 if name in ("interleaved", "gpipe") else 1
+    p, m = rng.randint(chunks, 3), rng.randint(1, 4)
+    schedule, message, link = make_schedule(name, p, m, chunks), rng.uniform(3, 6), rng.uniform(0, 3)
+    times, shares_link = [[rng.uniform(1, 9) for _ in range(p * chunks)] for _ in "FIW"], rng.random() < 0.7
+    buckets = [[Bucket(1.0, left, rng.uniform(0.6, 6), rng.uniform(0, 0.5))
+                for left in sorted((rng.uniform(0, times[2][stage]) for _ in range(rng.randint(1, 3))), reverse=True)]
+               for stage in range(p * chunks)]
+    played = play(schedule, *times, message, link, buckets, shares_link)
+    ends, arrived = tick(schedule, times, message, link, buckets, shares_link, 0.005)
+    for own, found in zip(ends, played.ends_s):
+        assert own == pytest.approx(found.tolist(), abs=0.1)
+    for own, found in zip(arrived, played.transfers):
+        assert own == pytest.approx([one.end_s for one in found], abs=0.1)
+    assert sum(played.critical_s) == pytest.approx(played.reduced_s)
+    path = played.critical_path()
+    assert path[0].start_s == 0 and path[-1].end_s == played.reduced_s
+    assert all(first.end_s <= second.start_s + 1e-9 for first, second in zip(path, path[1:]))
+
+
+def tick(schedule, times, message, link, buckets, shares_link, tick_s):
+    """Return when each action ends and each bucket has arrived, by rank."""
+    p, last = schedule.num_ranks, schedule.num_stages - 1
+    rows, now = [list(row) for row in schedule.actions], 0.0
+    durations = dict(zip("FIW", times)) | {"B": [i + w for i, w in zip(*times[1:])]}
+    final = [{action.stage: action for action in row if action.kind in "BW"} for row in rows]
+    left, begun, ready = [None] * p, [0] * p, [[] for _ in rows]  # of the action, buckets, [share, seconds left, begun]
+    links, flying, there = [], [], set()
+    ends, arrived = [[] for _ in rows], [[] for _ in rows]
+    while any(rows) or any(ready):
+        now += tick_s
+        for rank, row in enumerate(rows):
+            share = ready[rank][0][0] if ready[rank] and ready[rank][0][2] else 0.0
+            if row and left[rank] is None:
+                stage, kind, microbatch = row[0].stage, row[0].kind, row[0].microbatch
+                needs = stage > 0 if kind == "F" else kind != "W" and stage < last
+                if not needs or (stage, kind == "F", microbatch) in there:
+                    left[rank], begun[rank] = durations[kind][stage], 0
+            if left[rank] is not None:
+                left[rank] -= tick_s * (1 - share)
+                action = row[0]
+                own = buckets[action.stage] if final[rank].get(action.stage) == action else []
+                while begun[rank] < len(own) and left[rank] <= own[begun[rank]].left_s:
+                    bucket = own[begun[rank]]
+                    ready[rank].append([bucket.busy_s / bucket.time_s, bucket.time_s, False])
+                    begun[rank] += 1
+                if left[rank] <= 0:
+                    ends[rank].append(now)
+                    row.pop(0)
+                    left[rank] = None
+                    to = action.stage + (1 if action.kind == "F" else -1)
+                    if action.kind != "W" and 0 <= to <= last:
+                        links.append([rank, to % p, link, (to, action.kind == "F", action.microbatch)])
+        sending = {}
+        for one in links:
+            sending.setdefault((one[0], one[1]), one)
+        for rank, own in enumerate(ready):
+            messages = [one for (source, _), one in sending.items() if source == rank]
+            if own and not (shares_link and messages):
+                own[0][2] = True
+            is_under_way = bool(own) and own[0][2]
+            if is_under_way:
+                own[0][1] -= tick_s / (2 if shares_link and messages else 1)
+            for one in messages:
+                one[2] -= tick_s / (2 if is_under_way and shares_link else 1)
+            if own and own[0][1] <= 0:
+                own.pop(0)
+                arrived[rank].append(now)
+                if own:
+                    own[0][2] = True  # it follows at once
+        flying += [(now + message - link, one[3]) for one in links if one[2] <= 0]
+        links = [one for one in links if one[2] > 0]
+        there |= {key for at, key in flying if at <= now}
+    return ends, arrived
 
 
 def lower_bound(p, m, f, i, w, c, limit):
