@@ -55,7 +55,7 @@ class Sizes:
         Of products; None for as many as the width.
     ffn, sequences, seq : int
         Of a gated activation; of attention with eight heads of 64.
-    copy_bytes : int
+    memory_bytes : int
     kernels : int
         That a layer's forward starts, with what the interpreter takes in between.
     at_once : int
@@ -67,7 +67,7 @@ class Sizes:
     ffn: int
     sequences: int
     seq: int
-    copy_bytes: int
+    memory_bytes: int
     kernels: int
     at_once: int
 
@@ -77,8 +77,8 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(rows=512, columns=None, ffn=1376, sequences=1, seq=256, copy_bytes=1 << 26, kernels=60, at_once=1),
-    "cuda": Sizes(rows=4096, columns=4096, ffn=22016, sequences=32, seq=2048, copy_bytes=1 << 29, kernels=120, at_once=8),
+    "cpu": Sizes(rows=512, columns=None, ffn=1376, sequences=1, seq=256, memory_bytes=1 << 26, kernels=60, at_once=1),
+    "cuda": Sizes(rows=4096, columns=4096, ffn=22016, sequences=32, seq=2048, memory_bytes=1 << 29, kernels=120, at_once=8),
 }
 
 
@@ -152,7 +152,7 @@ def candidates(op, group):
 def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.float32):
     """Measure what every rank can do while all others do the same.
 
-    Collective over ``group``; all ranks return the same. Products of several widths, copies, a gated activation and an
+    Collective over ``group``; all ranks return the same. Products of several widths, additions in memory, a gated activation and an
     attention there and back, the start of a kernel, of :data:`SIZES`; allreduces of 64 bytes to 8 MiB and their halves
     inside nodes and between them, told as the messages of a ring. Every figure is the median of its repetitions on the
     slowest rank.
@@ -201,9 +201,9 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
         matmul.append((width, 2 * rows * inner * columns / seconds))
         if seconds > _LONG_S:
             break
-    source, small = torch.rand(sizes.copy_bytes // 4, device=device), torch.rand(8, **kind)
-    target = torch.empty_like(source)
-    copy_s = median_s("copy", lambda: target.copy_(source))
+    source, small = torch.rand(sizes.memory_bytes // 4, device=device), torch.rand(8, **kind)
+    target = torch.zeros_like(source)
+    added_s = median_s("memory", lambda: target.add_(source))  # as an optimiser: a copy also reads what it overwrites
     gate, up = (torch.rand(sizes.rows, sizes.ffn, requires_grad=True, **kind) for _ in range(2))
     gated_s = median_s("elementwise", lambda: (functional.silu(gate) * up).sum().backward())
     heads = torch.rand(2, sizes.sequences, 8, sizes.seq, 64, requires_grad=True, **kind)
@@ -222,7 +222,7 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
     return Machine(
         f"{group.size} ranks on {len(set(nodes))} nodes",
         f"mpillm probe, {device_name(device)}, {str(dtype).removeprefix('torch.')}", tuple(levels), _rising(matmul),
-        _free_bytes(group.comm, device), 2 * source.nbytes / copy_s, kernel_s,
+        _free_bytes(group.comm, device), 3 * source.nbytes / added_s, kernel_s,
         elementwise_bytes_per_s=(2 + 3) * 3 * gate.nbytes / gated_s,  # three tensors, see workload.BACKWARD_BYTES
         attention_flops_per_s=3 * 2 * sizes.sequences * 8 * 64 * sizes.seq**2 / attention_s,
         shares_memory=device.type == "cpu" and group.size > 1 and group.node is not None, num_ranks=group.size,

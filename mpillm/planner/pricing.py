@@ -13,7 +13,7 @@ from mpillm.planner.memory import choose_modes
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
-from mpillm.planner.timeline import play
+from mpillm.planner.timeline import play, unhindered_s
 from mpillm.planner.workload import (
     ITEM_BYTES,
     STATES,
@@ -216,13 +216,14 @@ class Pricer:
         if p == 1:
             pipeline_s = busy
         elif layout.schedule in SCHEDULES:
-            f, i, w = map(max, first, last)
+            f, i, w = first  # until the last rank has work, and after it
             ramp = {"zb-h1": f + i - w, "zb-h2": f + i - 2 * w}.get(layout.schedule, (f + i + w) / v)
             # A message holds up the ramp there and back, and the steady part once more each way for every round of
             # ranks; a rank has one or two neighbours to drive messages for, each both ways.
             message_s, _, busy_s = self._message_s(layout)
             waits = (2 * (p - 1) * v + 2 * m / p) * message_s + 2 * min(2, p - 1) * m * v * busy_s
-            pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), (m + p - 1) * (f + i) / v) + waits
+            slowest = max(f + i, sum(last[:2])) / v
+            pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), m * slowest + (p - 1) * (f + i) / v) + waits
         else:
             pipeline_s = self.timeline(layout).total_s
         parameters = self._parameters(layout, layers)
@@ -247,11 +248,14 @@ class Pricer:
         most = self.config.train.global_batch / layout.data if shares is None else max(shares)
         return math.ceil(most / layout.microbatch)
 
+    def _schedule(self, layout):
+        """Return the schedule of a layout's pipeline."""
+        return named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
+
     def _timeline(self, layout, buckets=()):
         """Return the played step of a layout, its buckets of gradients beside it. Local."""
         times, *message = self.stage_times(layout)
-        made = named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
-        return play(made, *times, *message, buckets, self.shares_link(layout))
+        return play(self._schedule(layout), *times, *message, buckets, self.shares_link(layout))
 
     def shares_link(self, layout):
         """Tell whether gradients and messages of a pipeline leave a rank the same way. Local."""
@@ -261,7 +265,7 @@ class Pricer:
         """Tell whether input and weight halves are actions of their own."""
         if layout.schedule in SCHEDULES:
             return layout.schedule.startswith("zb")
-        return any(action.kind == "W" for row in self.timeline(layout).schedule.actions for action in row)
+        return any(action.kind == "W" for row in self._schedule(layout).actions for action in row)
 
     def buckets(self, price):
         """Return the buckets of gradients of every stage of a layout that was played, ``()`` if there are none. Local."""
@@ -284,14 +288,16 @@ class Pricer:
 
     def _played(self, price):
         """Return the price with times and bubble from the played step, and the buckets that go with it. Local."""
-        layout, timeline, gradients_s = price.layout, self.timeline(price.layout), price.gradients_s
-        cuts = self.reduction.cuts(layout, self.stage_sizes(layout), timeline.completed_s, self._is_split(layout))
-        price = replace(price, bucket_cuts=cuts)
-        if self.reduction.overlaps(layout):
-            timeline = self.timeline(layout, self.buckets(price))
-            gradients_s = timeline.reduced_s - timeline.total_s
+        layout, overlaps, given = price.layout, self.reduction.overlaps(price.layout), self.config.layout.bucket_cuts
+        cuts, buckets = () if given == "auto" else given, ()
+        if overlaps:
+            completed_s = unhindered_s(self._schedule(layout), *self.stage_times(layout)[0])
+            cuts = self.reduction.cuts(layout, self.stage_sizes(layout), completed_s, self._is_split(layout))
+            buckets = self.buckets(replace(price, bucket_cuts=cuts))
+        timeline = self.timeline(layout, buckets)
+        gradients_s = timeline.reduced_s - timeline.total_s if overlaps else price.gradients_s
         return replace(price, step_s=timeline.total_s + gradients_s + price.update_s, pipeline_s=timeline.total_s,
-                       gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction)
+                       gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction, bucket_cuts=cuts)
 
     def _parameters(self, layout, layers):
         """Return the parameters of the fullest rank."""

@@ -1,6 +1,7 @@
 """What reducing gradients over the data axis adds to a step, and where their buckets are best cut."""
 
 import math
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -27,10 +28,11 @@ class Reduction:
         self._wide = max(4, ITEM_BYTES[config.train.dtype])  # of gradients
         cuts = config.layout.bucket_cuts
         self._given = None if cuts == "auto" else cuts
+        self._half_s = lru_cache(None)(self._make_half_s)
 
     def keeps_one_copy(self, layout):
         """Tell whether data ranks share one copy of the weights. Local."""
-        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
+        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout.data, layout.stride("data")) == layout.data
 
     def price_s(self, layout, parameters, most_layers, is_split):
         """Return the seconds that it adds to the pipeline's, less what backward hides of it.
@@ -40,27 +42,27 @@ class Reduction:
         """
         if layout.data == 1:
             return 0.0
-        one_way_s = self._one_way_s(layout)
-        added_s = one_way_s(parameters * self._wide)
+        half_s = partial(self._half_s, "reduce_scatter", layout.data, layout.stride("data"))
+        added_s = half_s(parameters * self._wide)
         if self.overlaps(layout) and self._given != ():
             model = self.config.model
             count = most_layers if layout.pipeline == 1 and not model.tie_embeddings else most_layers - 1
             last = (layer_parameters(model) + model.vocab_size * model.hidden_size) / layout.tensor * self._wide
             modes = {layout.recompute} if isinstance(layout.recompute, str) else set(layout.recompute)
             hidden_s = count * min(_completes_s(self._work(layout, mode)[0], is_split) for mode in modes)
-            added_s = max(added_s - hidden_s, one_way_s(last))
+            added_s = max(added_s - hidden_s, half_s(last))
         return added_s
 
     def back_s(self, layout, parameters):
         """Return the seconds that updated weights take back to the data ranks. Local."""
         if layout.data == 1 or self.keeps_one_copy(layout):
             return 0.0
-        return self._one_way_s(layout, "allgather")(parameters * self._wide)
+        return self._half_s("allgather", layout.data, layout.stride("data"), parameters * self._wide)
 
     def overlaps(self, layout):
         """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
         have to do it. Local."""
-        return self._inside(layout) == 1 < layout.data and self.config.train.numerics != "exact"
+        return self._inside(layout.data, layout.stride("data")) == 1 < layout.data and self.config.train.numerics != "exact"
 
     def level(self, layout):
         """Return the level over which the data axis reaches. Local."""
@@ -69,12 +71,13 @@ class Reduction:
     def cuts(self, layout, sizes, ends_s, is_split):
         """Return where buckets end, unless given so that the last one arrives first. Local.
 
-        ``sizes`` are the layers of every stage, ``ends_s`` when its gradients are complete where nothing is reduced
-        beside. A rank's stages follow each other last to first.
+        ``sizes`` are the layers of every stage, ``ends_s`` when its gradients are complete. A rank's stages follow each
+        other last to first.
         """
-        if self._given is not None or not self.overlaps(layout):
-            return self._given or ()
-        found, free_s, time_s = set(), {}, self._one_way_s(layout)
+        if self._given is not None:
+            return self._given
+        found, free_s = set(), {}
+        time_s = partial(self._make_half_s, "reduce_scatter", layout.data, layout.stride("data"))
         starts = np.cumsum([0, *sizes]).tolist()
         for stage, (start, stop) in reversed(list(enumerate(pairwise(starts)))):
             places, left_s, n_bytes = self._gradients(layout, start, stop, is_split)
@@ -85,28 +88,28 @@ class Reduction:
 
     def buckets(self, layout, sizes, cuts, is_split):
         """Return the buckets that ``cuts`` make, of every stage in the order of its backward. Local."""
-        time_s, data = self._one_way_s(layout), layout.data
+        data, stride = layout.data, layout.stride("data")
         byte_s = 2 * (data - 1) / data * self.level(layout).busy_s_per_byte  # what is sent and what is received
         found = []
         for start, stop in pairwise(np.cumsum([0, *sizes]).tolist()):
             places, left_s, n_bytes = self._gradients(layout, start, stop, is_split)
             ends = [i for i in range(1, len(places)) if places[i - 1] in cuts] + [len(places)]
             sums = [sum(n_bytes[low:high]) for low, high in pairwise((0, *ends))]
-            found.append(tuple(Bucket(n, float(left_s[end - 1]), float(time_s(n)), n * byte_s)
+            found.append(tuple(Bucket(n, float(left_s[end - 1]), float(self._half_s("reduce_scatter", data, stride, n)),
+                                      n * byte_s)
                                for n, end in zip(sums, ends)))
         return tuple(found)
 
-    def _inside(self, layout):
-        """Return the data ranks that share a node."""
-        return min(layout.data, max(1, self.machine.ranks_per_node // layout.stride("data")))
+    def _inside(self, data, stride):
+        """Return how many of data ranks so far apart share a node."""
+        return min(data, max(1, self.machine.ranks_per_node // stride))
 
-    def _one_way_s(self, layout, op="reduce_scatter"):
-        """Return the function from bytes to seconds of a half of an allreduce over the data axis: for each number of
-        bytes by the algorithm that is best for so many."""
-        machine, inside, level = self.machine, self._inside(layout), self.level(layout)
-        outside = math.ceil(layout.data / inside)
-        return lambda n_bytes: (fastest_s(op, machine.levels[0], inside, n_bytes)
-                                + fastest_s(op, level, outside, n_bytes / inside))
+    def _make_half_s(self, op, data, stride, n_bytes):
+        """Return the seconds of a half of an allreduce over data ranks so far apart: for each number of bytes by the
+        algorithm that is best for so many."""
+        machine, inside = self.machine, self._inside(data, stride)
+        return (fastest_s(op, machine.levels[0], inside, n_bytes)
+                + fastest_s(op, machine.level_for(stride * data), math.ceil(data / inside), n_bytes / inside))
 
     def _gradients(self, layout, start, stop, is_split):
         """Return for layers ``[start, stop)`` with their ends, in the order of backward: the layer that each gradient

@@ -6,6 +6,7 @@ These take part of its processor and, where both go over the same network, of it
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -93,13 +94,6 @@ class Timeline:
     def total_s(self):
         """The time from the first start of any rank to the last end of any action."""
         return float(max(ends[-1] for ends in self.ends_s))
-
-    @property
-    def completed_s(self):
-        """For every stage when its gradients are complete."""
-        found = {stage: ends[i] for row, ends in zip(self.schedule.actions, self.ends_s)
-                 for stage, i in _completing(row).items()}
-        return [found[stage] for stage in range(self.schedule.num_stages)]
 
     @property
     def reduced_s(self):
@@ -198,16 +192,18 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buck
     """
     stages, ranks, rows = schedule.num_stages, schedule.num_ranks, schedule.actions
     forward, input_, weight = (np.broadcast_to(t, stages).tolist() for t in (forward_s, input_s, weight_s))
-    boundary = np.broadcast_to(message_s if ranks > 1 else 0.0, max(1, stages - 1)).tolist()
+    if ranks == 1:
+        message_s = link_s = 0.0
+    boundary = np.broadcast_to(message_s, max(1, stages - 1)).tolist()
     durations = {"F": forward, "I": input_, "W": weight, "B": [a + b for a, b in zip(input_, weight)]}
     starts, ends = [[] for _ in rows], [[] for _ in rows]
-    beside = [_Beside(row, buckets) if buckets else None for row in rows]
-    free, arrived, link_free = [0.0] * ranks, {}, {}
+    beside = [_Beside(row, buckets) for row in rows]
+    free, arrived, link_free = [0.0] * ranks, {}, [{} for _ in rows]
     waiting, ready = {}, list(range(ranks))
     while ready:
         rank = ready.pop()
-        row, own_starts, own_ends, now, reducing = rows[rank], starts[rank], ends[rank], free[rank], beside[rank]
-        for action in row[len(own_ends):]:
+        own_starts, own_ends, own_links, reducing, now = starts[rank], ends[rank], link_free[rank], beside[rank], free[rank]
+        for i, action in enumerate(rows[rank][len(own_ends):], len(own_ends)):
             stage, kind, microbatch = action.stage, action.kind, action.microbatch
             needs_other = stage > 0 if kind == "F" else kind != "W" and stage < stages - 1
             if needs_other:
@@ -217,16 +213,18 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buck
                     break
                 now = max(now, come)
             own_starts.append(now)
-            work_s = durations[kind][stage]
-            now = reducing.compute(now, work_s, len(own_ends), stage) if reducing else now + work_s
+            if i < reducing.begins:
+                now += durations[kind][stage]
+            else:
+                now = reducing.compute(now, durations[kind][stage], i, stage, own_links if shares_link else {})
             own_ends.append(now)
             to = stage + 1 if kind == "F" else stage - 1
             if kind != "W" and 0 <= to < stages:
-                key, link = (to, kind == "F", microbatch), (rank, to % ranks)
-                leaves = max(now, link_free.get(link, 0.0))
-                if shares_link and reducing:
+                key, link = (to, kind == "F", microbatch), to % ranks
+                leaves = max(now, own_links.get(link, 0.0))
+                if shares_link and i >= reducing.begins:
                     leaves = reducing.send(leaves, link_s)
-                link_free[link] = leaves + (link_s if ranks > 1 else 0.0)
+                own_links[link] = leaves + link_s
                 arrived[key] = leaves + boundary[min(stage, to)]
                 if key in waiting:
                     ready.append(waiting.pop(key))
@@ -235,35 +233,49 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buck
     if stuck:
         raise ScheduleError(f"schedule {schedule.name}: ranks {stuck} would wait for ever: see mpillm.schedules.check")
     return Timeline(schedule, tuple(map(np.array, starts)), tuple(map(np.array, ends)),
-                    tuple(own.transfers if own else [] for own in beside))
+                    tuple(own.transfers for own in beside))
+
+
+def unhindered_s(schedule, forward_s, input_s, weight_s):
+    """Return for every stage when its gradients are complete if no rank ever waits.
+
+    Local. Arguments as for :func:`play`, times for every stage.
+    """
+    kinds, found = {"F": (forward_s,), "I": (input_s,), "W": (weight_s,), "B": (input_s, weight_s)}, {}
+    for row in schedule.actions:
+        ends = list(accumulate(sum(times[action.stage] for times in kinds[action.kind]) for action in row))
+        found |= {stage: ends[i] for stage, i in _completing(row).items()}
+    return [found[stage] for stage in range(schedule.num_stages)]
 
 
 class _Beside:
-    """What a rank reduces beside its actions: its buckets, one after the other."""
+    """What a rank reduces beside its actions: its buckets, one after the other, from action ``begins`` of its row on."""
 
     def __init__(self, row, buckets):
-        self.transfers, self._buckets, self._completing, self._free_s = [], buckets, _completing(row), 0.0
+        self.transfers, self._buckets, self._free_s = [], buckets, 0.0
+        self._completing = _completing(row) if buckets else {}
+        self.begins = min(self._completing.values(), default=len(row))
 
-    def compute(self, now, work_s, i, stage):
-        """Return when action ``i`` of the row ends that begins now; begin the buckets that it completes."""
+    def compute(self, now, work_s, i, stage, links):
+        """Return when action ``i`` of the row ends that begins now; begin the buckets that it completes once the messages
+        on ``links``, which are free at these times, have left."""
         if self._completing.get(stage) == i:
             for number, bucket in enumerate(self._buckets[stage]):
                 now, work_s = self._pass(now, max(0.0, work_s - bucket.left_s)), min(work_s, bucket.left_s)
-                start_s = max(now, self._free_s)
+                start_s = max(now, self._free_s, *links.values())
                 self._free_s = start_s + bucket.time_s
                 share = min(1.0, bucket.busy_s / bucket.time_s) if bucket.time_s else 0.0
                 self.transfers.append(Transfer(stage, number, start_s, self._free_s, share))
         return self._pass(now, work_s)
 
     def send(self, now, link_s):
-        """Return when a message would have left that leaves now, were the link its own. While a transfer is under way
-        both get half of the link; one that is complete later waits until the message has left."""
-        waiting = [one for one in self.transfers if one.end_s > now]
-        both_s = min(link_s, max(0.0, self._free_s - now)) if waiting else 0.0
-        for one in waiting:
+        """Return when a message would have left that leaves now, were the link its own: while a transfer is under way
+        both get half of it."""
+        both_s = min(link_s, max(0.0, self._free_s - now))
+        for one in self.transfers:
             one.start_s += min(both_s, max(0.0, one.start_s - now))
-            one.end_s += min(both_s, one.end_s - now)
-        self._free_s = max(self._free_s + both_s, now + both_s + link_s)
+            one.end_s += min(both_s, max(0.0, one.end_s - now))
+        self._free_s += both_s
         return now + both_s
 
     def _pass(self, now, work_s):

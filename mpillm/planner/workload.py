@@ -177,7 +177,8 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
 def head_work(model, machine, level, tokens, tensor, item_bytes):
     """Price the output head and the loss of a microbatch on one tensor rank.
 
-    Local.
+    Local. Its forward makes the gradients of input and weight too, so that no logits are kept; what is left is to add up
+    the input's over tensor ranks, and to add the weight's, in float32, to those of other microbatches.
 
     Parameters
     ----------
@@ -190,8 +191,9 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     """
     columns = model.vocab_size / tensor
     product = machine.product_s(tokens, model.hidden_size, columns)
-    loss = 4 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
+    loss = 8 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
+    adding = 3 * 4 * model.hidden_size * columns / machine.memory_bytes_per_s
     skew_s = level.skew_s if tensor > 1 else 0.0
     talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
     meetings = 2 * loss_chunks(tokens, model.vocab_size)
-    return Work(product + loss + meetings * skew_s, product + loss + talk, product, tokens * columns * 4)
+    return Work(3 * product + loss + meetings * skew_s, talk, adding, tokens * columns * 4)
