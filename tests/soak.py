@@ -16,7 +16,7 @@ import torch
 from tiny import GROUPED, alone, one_for_every_degrees, reference_steps, tiny, train
 
 from mpillm.comm import executor, group, handover, library, scheduled, shared
-from mpillm.comm.probe import only
+from mpillm.comm.tables import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
 from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW

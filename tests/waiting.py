@@ -10,8 +10,8 @@ from mpi4py import MPI
 
 from mpillm.comm import allreduce, iallreduce
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import only
 from mpillm.comm.shared import make_node
+from mpillm.comm.tables import only
 from mpillm.plan import LIBRARY, WINDOW
 
 MUCH = 1 << 20  # more than MPI sends before the receiver is ready

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES
-from mpillm.comm.probe import candidates, make_call, measure_table, only, time_calls
+from mpillm.comm.tables import candidates, make_call, measure_table, only, time_calls
 from mpillm.plan import LIBRARY, WINDOW
 from mpillm.schedules.blocks import counts
 

@@ -183,12 +183,12 @@ def make_plan(config, machine, ranks, top=5):
 def _buckets(pricer, best, table):
     """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many; and where
     they are reduced beside backward, with what the clock needs of them."""
-    dtype, beside = "float64" if pricer.config.train.dtype == "float64" else "float32", pricer.reduction.overlaps(best.layout)
-    found = []
+    dtype, found = "float64" if pricer.config.train.dtype == "float64" else "float32", []
+    keys = Bucket._fields if pricer.reduction.overlaps(best.layout) else ("n_bytes",)
     for stage, own in enumerate(pricer.buckets(best)):
         for bucket in own:
             algorithm = table.choose("reduce_scatter", "data", dtype, bucket.n_bytes)
-            found.append({"stage": stage, "algorithm": algorithm, **(bucket._asdict() if beside else {"n_bytes": bucket.n_bytes})})
+            found.append({"stage": stage, "algorithm": algorithm, **{key: getattr(bucket, key) for key in keys}})
     return found
 
 

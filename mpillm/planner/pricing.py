@@ -53,8 +53,8 @@ class Layout:
 class Price:
     """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes.
 
-    ``gradients_s`` is what reducing gradients adds to the pipeline's time, ``update_s`` is the optimiser's, with the way of
-    the weights back to the data ranks; ``bucket_cuts`` are known once played.
+    ``gradients_s`` is what reducing gradients adds to the pipeline's time; ``update_s`` is the optimiser's, and the
+    weights' way back to the data ranks; ``bucket_cuts`` are known once played.
     """
 
     layout: Layout
@@ -268,7 +268,7 @@ class Pricer:
         return any(action.kind == "W" for row in self._schedule(layout).actions for action in row)
 
     def buckets(self, price):
-        """Return the buckets of gradients of every stage of a layout that was played, ``()`` if there are none. Local."""
+        """Return the buckets of gradients of every stage of a played layout, ``()`` if there are none. Local."""
         layout = price.layout
         if layout.data == 1:
             return ()

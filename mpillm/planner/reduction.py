@@ -32,7 +32,7 @@ class Reduction:
 
     def keeps_one_copy(self, layout):
         """Tell whether data ranks share one copy of the weights. Local."""
-        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout.data, layout.stride("data")) == layout.data
+        return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
 
     def price_s(self, layout, parameters, most_layers, is_split):
         """Return the seconds that it adds to the pipeline's, less what backward hides of it.
@@ -62,7 +62,7 @@ class Reduction:
     def overlaps(self, layout):
         """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
         have to do it. Local."""
-        return self._inside(layout.data, layout.stride("data")) == 1 < layout.data and self.config.train.numerics != "exact"
+        return self._inside(layout) == 1 < layout.data and self.config.train.numerics != "exact"
 
     def level(self, layout):
         """Return the level over which the data axis reaches. Local."""
@@ -100,14 +100,14 @@ class Reduction:
                                for n, end in zip(sums, ends)))
         return tuple(found)
 
-    def _inside(self, data, stride):
-        """Return how many of data ranks so far apart share a node."""
-        return min(data, max(1, self.machine.ranks_per_node // stride))
+    def _inside(self, layout):
+        """Return the data ranks that share a node."""
+        return _together(self.machine, layout.data, layout.stride("data"))
 
     def _make_half_s(self, op, data, stride, n_bytes):
         """Return the seconds of a half of an allreduce over data ranks so far apart: for each number of bytes by the
         algorithm that is best for so many."""
-        machine, inside = self.machine, self._inside(data, stride)
+        machine, inside = self.machine, _together(self.machine, data, stride)
         return (fastest_s(op, machine.levels[0], inside, n_bytes)
                 + fastest_s(op, machine.level_for(stride * data), math.ceil(data / inside), n_bytes / inside))
 
@@ -124,6 +124,11 @@ class Reduction:
             found, after = found + [(-1, None, table)], np.append(after, after[-1])
         places, _, counts = zip(*found)
         return places, after[-1] - after, [count / layout.tensor * self._wide for count in counts]
+
+
+def _together(machine, count, stride):
+    """Return how many of some ranks so far apart share a node."""
+    return min(count, max(1, machine.ranks_per_node // stride))
 
 
 def _completes_s(work, is_split):

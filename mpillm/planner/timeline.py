@@ -1,7 +1,7 @@
 """Plays a step on one clock: who computes, sends and reduces when, the bubble, the path that decides how long it takes.
 
-Between them, ranks have messages; beside its actions, a rank has buckets of gradients that are reduced over the data axis.
-These take part of its processor and, where both go over the same network, of its link.
+Between ranks there are messages; beside its actions a rank has buckets of gradients, which are reduced over the data
+axis. These take part of its processor and, where both go over the same network, of its link.
 """
 
 from dataclasses import dataclass
@@ -202,7 +202,8 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buck
     waiting, ready = {}, list(range(ranks))
     while ready:
         rank = ready.pop()
-        own_starts, own_ends, own_links, reducing, now = starts[rank], ends[rank], link_free[rank], beside[rank], free[rank]
+        own_starts, own_ends, now = starts[rank], ends[rank], free[rank]
+        own_links, reducing = link_free[rank], beside[rank]
         for i, action in enumerate(rows[rank][len(own_ends):], len(own_ends)):
             stage, kind, microbatch = action.stage, action.kind, action.microbatch
             needs_other = stage > 0 if kind == "F" else kind != "W" and stage < stages - 1
@@ -249,7 +250,7 @@ def unhindered_s(schedule, forward_s, input_s, weight_s):
 
 
 class _Beside:
-    """What a rank reduces beside its actions: its buckets, one after the other, from action ``begins`` of its row on."""
+    """What a rank reduces beside its actions: one bucket after the other, from action ``begins`` of its row on."""
 
     def __init__(self, row, buckets):
         self.transfers, self._buckets, self._free_s = [], buckets, 0.0
@@ -257,8 +258,8 @@ class _Beside:
         self.begins = min(self._completing.values(), default=len(row))
 
     def compute(self, now, work_s, i, stage, links):
-        """Return when action ``i`` of the row ends that begins now; begin the buckets that it completes once the messages
-        on ``links``, which are free at these times, have left."""
+        """Return when action ``i`` of the row ends that begins now; begin the buckets that it completes once all
+        messages, of which ``links`` says when they are free, have left."""
         if self._completing.get(stage) == i:
             for number, bucket in enumerate(self._buckets[stage]):
                 now, work_s = self._pass(now, max(0.0, work_s - bucket.left_s)), min(work_s, bucket.left_s)

@@ -177,8 +177,8 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
 def head_work(model, machine, level, tokens, tensor, item_bytes):
     """Price the output head and the loss of a microbatch on one tensor rank.
 
-    Local. Its forward makes the gradients of input and weight too, so that no logits are kept; what is left is to add up
-    the input's over tensor ranks, and to add the weight's, in float32, to those of other microbatches.
+    Local. Its forward makes the gradients of input and weight too, so that no logits are kept. What is left is to add
+    up the input's over tensor ranks, and to add the weight's, in float32, to those of other microbatches.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from tiny import LAYOUTS, configure, everything, one_for_every_degrees, referenc
 
 from mpillm.comm import shared
 from mpillm.comm.executor import Executor
-from mpillm.comm.probe import only
+from mpillm.comm.tables import only
 from mpillm.machine import Machine
 from mpillm.planner.layout import price_layout
 from mpillm.schedules.blocks import align

@@ -10,10 +10,10 @@ from tiny import reference_steps, tiny, with_layout
 
 from mpillm import comm as mpi
 from mpillm.comm import group as mpillm_group
-from mpillm.comm import probe, scheduled, shared
+from mpillm.comm import scheduled, shared, tables
 from mpillm.comm.group import as_group
 from mpillm.comm.levels import Levels, make_levels
-from mpillm.comm.probe import measure_table, only
+from mpillm.comm.tables import measure_table, only
 from mpillm.errors import LaunchError
 from mpillm.plan import OPERATIONS, DecisionTable
 from mpillm.train import compare
@@ -188,8 +188,8 @@ def test_the_fastest_is_taken_the_simplest_of_near_equals_also_between_measured_
         tried.append((set(calls), next(iter(calls.values()))))
         return {name: [model.get(name, lambda n: 1.0)(n)] for name, n in calls.items()}
 
-    monkeypatch.setattr(probe, "time_calls", time_calls)
-    monkeypatch.setattr(probe, "make_call", lambda op, x, member, out: x.nbytes)
+    monkeypatch.setattr(tables, "time_calls", time_calls)
+    monkeypatch.setattr(tables, "make_call", lambda op, x, member, out: x.nbytes)
     table = measure_table(as_group(comm), ("allreduce",), (1 << 10, 1 << 14, 1 << 18))
     (_, _, _, limit, first), (_, _, _, last, second) = (row for row in table.rows if row[0] == "allreduce")
     assert_all((first, last, second) == ("mpi", None, "window"), table, comm)
