@@ -69,7 +69,7 @@ def explanation(plan):
     from mpillm.planner.layout import describe
 
     predicted, lines = plan.predicted, ["", "where the step goes:"]
-    for part, name in (("pipeline_s", "forward and backward"), ("gradients_s", "reducing gradients"),
+    for part, name in (("pipeline_s", "forward and backward"), ("gradients_s", "gradients"),
                        ("update_s", "optimiser and weights")):
         lines.append(f"  {name:22} {predicted[part]:10.4g} s {predicted[part] / predicted['step_s']:7.1%}")
     lines += ["", _longest_way(plan)]

@@ -62,7 +62,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(rows=512, columns=None, ffn=1376, sequences=1, seq=256, memory_bytes=1 << 26, kernels=60, at_once=1),
+    "cpu": Sizes(rows=512, columns=None, ffn=1376, sequences=1, seq=256, memory_bytes=1 << 27, kernels=60, at_once=1),
     "cuda": Sizes(rows=4096, columns=4096, ffn=22016, sequences=32, seq=2048, memory_bytes=1 << 29, kernels=120,
                   at_once=8),
 }

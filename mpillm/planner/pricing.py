@@ -53,8 +53,8 @@ class Layout:
 class Price:
     """What a layout costs: the step and its parts in seconds, the memory of the fullest rank in bytes.
 
-    ``gradients_s`` is what reducing gradients adds to the pipeline's time; ``update_s`` is the optimiser's, and the
-    weights' way back to the data ranks; ``bucket_cuts`` are known once played.
+    ``gradients_s`` is what reducing and clipping gradients adds to the pipeline's time; ``update_s`` is the optimiser's,
+    and the weights' way back to the data ranks; ``bucket_cuts`` are known once played.
     """
 
     layout: Layout
@@ -228,6 +228,7 @@ class Pricer:
             pipeline_s = self.timeline(layout).total_s
         parameters = self._parameters(layout, layers)
         gradients_s = self.reduction.price_s(layout, parameters, max(layers), self._is_split(layout))
+        gradients_s += self._clip_s(layout, parameters)
         update_s = self._update_s(layout, parameters)
         held, fewer = self._held(layout, m)
         memory_bytes = self._fixed_bytes(layout, parameters, head_bytes) + (
@@ -295,7 +296,10 @@ class Pricer:
             cuts = self.reduction.cuts(layout, self.stage_sizes(layout), completed_s, self._is_split(layout))
             buckets = self.buckets(replace(price, bucket_cuts=cuts))
         timeline = self.timeline(layout, buckets)
-        gradients_s = timeline.reduced_s - timeline.total_s if overlaps else price.gradients_s
+        gradients_s = price.gradients_s
+        if overlaps:
+            parameters = self._parameters(layout, self._of(layout)[0])
+            gradients_s = timeline.reduced_s - timeline.total_s + self._clip_s(layout, parameters)
         return replace(price, step_s=timeline.total_s + gradients_s + price.update_s, pipeline_s=timeline.total_s,
                        gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction, bucket_cuts=cuts)
 
@@ -307,11 +311,17 @@ class Pricer:
             return (first * each + table * (1 if model.tie_embeddings else 2)) / layout.tensor
         return (max(first, last) * each + table) / layout.tensor
 
+    def _clip_s(self, layout, parameters):
+        """Return the seconds of the norm of the gradient, which reads it, and of scaling it down."""
+        own, passes = parameters / (layout.data if layout.zero else 1), 3 if self.config.train.grad_clip else 1
+        return passes * own * max(4, self.item) / self.machine.memory_bytes_per_s
+
     def _update_s(self, layout, parameters):
-        """Return the seconds of the optimiser with what it touches, and of the weights' way back to the data ranks."""
-        states = STATES[self.config.train.optimizer]
+        """Return the seconds of the optimiser with what it touches, of the weights' way back to the data ranks, and of
+        setting gradients to zero: what is overwritten is read first."""
+        states, wide = STATES[self.config.train.optimizer], max(4, self.item)
         own = parameters / (layout.data if layout.zero else 1)
-        touched = own * 4 * (3 + 2 * states) + parameters * (4 + self.item)
+        touched = own * wide * (3 + 2 * states) + parameters * (2 * wide + (self.item if self.item < wide else 0))
         return touched / self.machine.memory_bytes_per_s + self.reduction.back_s(layout, parameters)
 
     def _held(self, layout, microbatches):
