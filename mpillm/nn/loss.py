@@ -23,6 +23,9 @@ class VocabularyHead(nn.Module):
         self.split, self.vocab_size = split, vocab_size
         self.linear = ColumnParallelLinear(name, split, width, vocab_size, std=std)
         self.blocks = split.owned_blocks(vocab_size)
+        # Gradients of the weight whose memory is free again: a new one would be handed out page by page, which takes
+        # half as long as a microbatch of a few tokens.
+        self.free = []
 
     @property
     def weight(self):
@@ -47,7 +50,9 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, head, targets, scale):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        dw = torch.empty_like(weight, dtype=wide) if needs_grad else None  # chunks add up in float32 at least
+        dw = None
+        if needs_grad:  # chunks add up in float32 at least
+            dw = head.free.pop() if head.free else torch.empty_like(weight, dtype=wide)
         dx = torch.empty_like(x) if needs_grad else None
         losses = []
         chunks = loss_chunks(len(x), head.vocab_size, x.device.type)
@@ -67,7 +72,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.gradients
         ctx.gradients = None
-        ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head.weight, dw, grad))
+        ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head, dw, grad))
         return dx if grad == 1 else dx * grad, None, None, None, None
 
 
@@ -107,5 +112,6 @@ def _rows(tensor, head, block):
     return tensor[slice(*head.linear.rows(block))]
 
 
-def _accumulate(weight, dw, scale):
-    gradient_of(weight).add_(dw if scale == 1 else dw * scale)
+def _accumulate(head, dw, scale):
+    gradient_of(head.weight).add_(dw if scale == 1 else dw * scale)
+    head.free.append(dw)

@@ -137,6 +137,21 @@ def test_head_loss(comm, split, vocab_size, chunk_rows, monkeypatch):
         near(head.logits(split.spread(own, TOKENS)), x.detach() @ w.detach().T, "logits", comm)
 
 
+def test_losses_in_flight_keep_gradients_of_their_own(comm, split):
+    """As in a pipeline: three forwards before the first backward, and then a fourth in the memory of one of them."""
+    head, x, w, targets, _ = head_and_reference(split, 257)
+    own = held(x.detach(), split).clone().requires_grad_()
+    losses = [head.loss(split.spread(own, TOKENS), targets, scale) for scale in (1.0, 0.25, 0.5)]
+    for loss in losses[::-1]:
+        loss.backward()
+    assert_all(len(head.free) == 3, head.free, comm)
+    head.loss(split.spread(own, TOKENS), targets, 2.0).backward()
+    assert_all(len(head.free) == 3, head.free, comm)
+    head.weight.grad /= 3.75
+    check_weights([head], [w], comm)
+    near(own.grad / 3.75, held(x.grad, split), "gradient of x", comm)
+
+
 def test_head_loss_of_large_logits(comm, split):
     head, x, _, targets, wanted = head_and_reference(split, 257, size=1e4)
     near(head.loss(split.spread(held(x.detach(), split), TOKENS), targets, 1.0), wanted, "loss", comm)
