@@ -110,8 +110,9 @@ class Plan:
         Keys of ``[layout]`` and ``microbatch``; empty to leave the configuration's.
     predicted : dict
         ``step_s`` and its parts, ``bubble_fraction``, ``memory_bytes_per_rank``, ``lower_bound_s``, and ``stages``: of
-        every stage and microbatch ``forward_s input_s weight_s``, and ``message_s link_s microbatches``; and
-        ``volume``: what all ranks send in a step, ``axis operation bytes``.
+        every stage and microbatch ``forward_s input_s weight_s``, and ``message_s link_s shares_link microbatches``;
+        ``buckets`` of gradients, ``stage algorithm n_bytes``, and where they are reduced beside backward ``left_s
+        time_s busy_s``; and ``volume``: what all ranks send in a step, ``axis operation bytes``.
     binding : list of dict
         ``what value limit price_s_per_unit``: what limits the step, and what a unit more of it is worth.
     alternatives : list of dict

@@ -79,6 +79,7 @@ class Pricer:
         self.item = ITEM_BYTES[config.train.dtype]
         self.price, self.played = lru_cache(None)(self._price), lru_cache(None)(self._played)
         self.synthesised, self.timeline = lru_cache(None)(self._synthesised), lru_cache(None)(self._timeline)
+        self._schedule = lru_cache(32)(self._make_schedule)
         self._works = lru_cache(None)(self._make_works)
         self._ends = lru_cache(None)(self._make_ends)
         self._balance = lru_cache(None)(self._make_balance)
@@ -249,7 +250,7 @@ class Pricer:
         most = self.config.train.global_batch / layout.data if shares is None else max(shares)
         return math.ceil(most / layout.microbatch)
 
-    def _schedule(self, layout):
+    def _make_schedule(self, layout):
         """Return the schedule of a layout's pipeline."""
         return named_or_read(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
 
@@ -289,17 +290,16 @@ class Pricer:
 
     def _played(self, price):
         """Return the price with times and bubble from the played step, and the buckets that go with it. Local."""
-        layout, overlaps, given = price.layout, self.reduction.overlaps(price.layout), self.config.layout.bucket_cuts
-        cuts, buckets = () if given == "auto" else given, ()
-        if overlaps:
+        layout, given = price.layout, self.config.layout.bucket_cuts
+        cuts = () if given == "auto" else given
+        if self.reduction.overlaps(layout):
             completed_s = unhindered_s(self._schedule(layout), *self.stage_times(layout)[0])
             cuts = self.reduction.cuts(layout, self.stage_sizes(layout), completed_s, self._is_split(layout))
-            buckets = self.buckets(replace(price, bucket_cuts=cuts))
-        timeline = self.timeline(layout, buckets)
-        gradients_s = price.gradients_s
-        if overlaps:
-            parameters = self._parameters(layout, self._of(layout)[0])
-            gradients_s = timeline.reduced_s - timeline.total_s + self._clip_s(layout, parameters)
+            timeline = self.timeline(layout, self.buckets(replace(price, bucket_cuts=cuts)))
+            clip_s = self._clip_s(layout, self._parameters(layout, self._of(layout)[0]))
+            gradients_s = timeline.reduced_s - timeline.total_s + clip_s
+        else:
+            timeline, gradients_s = self.timeline(layout), price.gradients_s
         return replace(price, step_s=timeline.total_s + gradients_s + price.update_s, pipeline_s=timeline.total_s,
                        gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction, bucket_cuts=cuts)
 
