@@ -16,6 +16,7 @@ from mpillm.plan import Plan
 from mpillm.planner import pricing
 from mpillm.planner.balance import balance
 from mpillm.planner.layout import Layout, Pricer, layouts, make_plan, predicted_timeline, price_layout
+from mpillm.planner.timeline import Transfer
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import make_schedule, named_or_read
 
@@ -379,7 +380,7 @@ def test_the_command_explains_and_draws(tmp_path):
              "--figure", str(figure)]
     found = CliRunner().invoke(command, words)
     assert found.exit_code == 0, found.exception
-    for text in ("where the step goes", "what limits it", "next best", "s a step"):
+    for text in ("where the step goes", "the longest way to all gradients", "what limits it", "next best", "s a step"):
         assert text in found.output
     assert figure.read_bytes().startswith(b"\x89PNG")
     plan = Plan.load(tmp_path / "plan.json")
@@ -539,6 +540,10 @@ def test_buckets_are_planned_where_gradients_cross_nodes(keys):
     own = max(sizes) * each // 4 + (2 if p == 1 else 1) * 64 * 64
     own_s = own / keys["layout.data"] * 4 / NETWORK.memory_bytes_per_s
     update_s, clip_s = 7 * own_s + own * 8 / NETWORK.memory_bytes_per_s, 3 * own_s
+    there_s = plan.predicted["pipeline_s"] + plan.predicted["gradients_s"] - clip_s
+    assert timeline.reduced_s == pytest.approx(there_s) and all(timeline.transfers)
+    last = timeline.critical_path()[-1]
+    assert isinstance(last.what, Transfer) and last.end_s == timeline.reduced_s
     best = min(arrival(cuts) for count in range(8) for cuts in combinations(range(7), count))
     for cuts in (None, (), (3,), tuple(range(7))):
         fixed = config if cuts is None else config.with_values({"layout.bucket_cuts": list(cuts)})
