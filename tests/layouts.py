@@ -20,8 +20,9 @@ from mpillm.comm.probe import measure_machine
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.plan import Plan
+from mpillm.planner.keys import describe, to_config
 from mpillm.planner.layout import layouts, make_plan
-from mpillm.planner.pricing import Pricer, describe, to_config
+from mpillm.planner.pricing import Pricer
 from mpillm.train.choose import time_step
 from mpillm.train.engine import Engine, pick_device
 

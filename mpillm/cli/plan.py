@@ -90,11 +90,12 @@ def explanation(plan):
 
 
 def _longest_way(plan):
-    """Return in words what decides the time until all gradients are there, and of what it consists."""
+    """Return in words what decides how long pipeline and gradients under way take, and of what that consists."""
     from mpillm.planner.layout import predicted_timeline
 
     timeline = predicted_timeline(plan)
     ranks = list(dict.fromkeys(step.rank for step in timeline.critical_path()))
     parts = zip(timeline.critical_s, ("computing", "in messages", "in gradients under way"))
     shown = ", ".join(f"{seconds:.4g} s {what}" for seconds, what in parts if seconds > 0)
-    return f"the longest way to all gradients: {shown}; over pipeline ranks {', '.join(map(str, ranks))}"
+    goal = "the last gradients" if any(timeline.transfers) else "the end of backward"
+    return f"the longest way to {goal}: {shown}; over pipeline ranks {', '.join(map(str, ranks))}"

@@ -58,7 +58,7 @@ def command(config, resume, plan, probe_top):
 
 def report_choice(plan, origin):
     """Say which plan will be obeyed and why."""
-    from mpillm.planner.pricing import describe
+    from mpillm.planner.keys import describe
 
     for one in plan.tried:
         click.echo(f"mpillm train: tried {describe(one['layout'])}: {one['measured_s']:.4g} s a step, predicted "

@@ -25,7 +25,7 @@ class VocabularyHead(nn.Module):
         self.blocks = split.owned_blocks(vocab_size)
         # Gradients of the weight whose memory is free again: a new one would be handed out page by page, which takes
         # half as long as a microbatch of a few tokens.
-        self.free = []
+        self.spare = []
 
     @property
     def weight(self):
@@ -37,7 +37,7 @@ class VocabularyHead(nn.Module):
 
         Collective over the tensor axis. ``x`` is varying (behind :meth:`TensorSplit.enter`); the loss is replicated.
         """
-        return _HeadLoss.apply(x_TD, self.weight, self, targets_T, scale)
+        return _HeadLoss.apply(x_TD, self.weight, self, targets_T, scale, torch.is_grad_enabled())
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
@@ -47,12 +47,12 @@ class VocabularyHead(nn.Module):
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, head, targets, scale):
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, x, weight, head, targets, scale, is_recorded):
+        needs_grad = is_recorded and any(ctx.needs_input_grad[:2])
         wide = torch.promote_types(x.dtype, torch.float32)
         dw = None
         if needs_grad:  # chunks add up in float32 at least
-            dw = head.free.pop() if head.free else torch.empty_like(weight, dtype=wide)
+            dw = head.spare.pop() if head.spare else torch.empty_like(weight, dtype=wide)
         dx = torch.empty_like(x) if needs_grad else None
         losses = []
         chunks = loss_chunks(len(x), head.vocab_size, x.device.type)
@@ -73,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
         dx, dw = ctx.gradients
         ctx.gradients = None
         ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head, dw, grad))
-        return dx if grad == 1 else dx * grad, None, None, None, None
+        return dx if grad == 1 else dx * grad, None, None, None, None, None
 
 
 def _cross_entropy(logits, targets_C, head, scale):
@@ -114,4 +114,4 @@ def _rows(tensor, head, block):
 
 def _accumulate(head, dw, scale):
     gradient_of(head.weight).add_(dw if scale == 1 else dw * scale)
-    head.free.append(dw)
+    head.spare.append(dw)

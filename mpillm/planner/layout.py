@@ -9,13 +9,14 @@ from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.balance import price_speeds
 from mpillm.planner.hierarchy import decide
-from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer, describe, to_config
+from mpillm.planner.keys import describe, to_config
+from mpillm.planner.mixtures import mixtures
+from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer
 from mpillm.planner.timeline import Bucket, play
 from mpillm.planner.volume import step_volume
 from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, read_schedule
 
 CHUNKS = (2, 3, 4, 6, 8)
-MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
 PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions
 SYNTHESISED_ACTIONS = 2_000  # in all of the schedules that are made to measure; each takes a dozen trials
 MORE = 1.01  # of a limit, for the price of a unit of it
@@ -203,7 +204,7 @@ def _priced(pricer, limit_bytes):
 def _ranked(pricer, priced, limit_bytes):
     """Return what fits into so much memory, mixtures of ways to recompute too, the best first; these are played."""
     if pricer.config.layout.recompute == "auto":
-        priced = priced + _mixtures(pricer, priced, limit_bytes)
+        priced = priced + mixtures(pricer, priced, limit_bytes)
     found = _played_first(pricer, sorted((price for price in priced if price.memory_bytes <= limit_bytes), key=_rank))
     return sorted(_synthesised_first(pricer, found, limit_bytes), key=_rank)
 
@@ -227,35 +228,6 @@ def _too_small(pricer):
             return text + (f"{more} ranks, of which each would need {best.memory_bytes / 1e9:.4g} GB with "
                            f"{describe(best.layout)}, or a smaller model or microbatch")
     return text + f"a smaller model or microbatch: up to {more} ranks do not help"
-
-
-def _mixtures(pricer, priced, limit):
-    """Return prices of layouts that recompute in some layers only, where that beats all that treat layers alike.
-
-    Mixing pays where one way to recompute is fast and does not fit and another fits. Its time is bounded by the
-    faster one's; the most promising, by the mean of both that would just fit, come first.
-    """
-    best = min((price.step_s for price in priced if price.memory_bytes <= limit), default=math.inf)
-    ways, candidates = len(RECOMPUTE), []
-    for alike in (priced[i:i + ways] for i in range(0, len(priced), ways)):
-        faster = [price for price in alike if price.step_s < best and price.memory_bytes > limit]
-        guesses = [lean.step_s + (limit - lean.memory_bytes) / (fast.memory_bytes - lean.memory_bytes)
-                   * (fast.step_s - lean.step_s)
-                   for fast in faster for lean in alike if lean.memory_bytes <= limit and lean.step_s > fast.step_s]
-        if guesses:
-            bound = min(price.step_s for price in faster)
-            candidates.append((min(guesses), bound, alike[0].layout))
-    found = []
-    for _, bound, layout in sorted(candidates, key=lambda one: one[0])[:MIXED]:
-        if bound < best:
-            try:
-                price = pricer.mixed(layout, limit)
-            except ConfigError:  # its stages are those of nothing recomputed: the fullest may not fit
-                continue
-            if len(set(price.layout.recompute)) > 1:
-                found.append(price)
-                best = min(best, price.step_s)
-    return found
 
 
 def _table(machine, ranks):

@@ -1,15 +1,13 @@
 """What a layout costs: its step in parts, and the memory of its fullest rank."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from mpillm.config import AXES
-from mpillm.errors import ConfigError
 from mpillm.planner.balance import balance
-from mpillm.planner.memory import choose_modes
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
@@ -22,7 +20,7 @@ from mpillm.planner.workload import (
     layer_work,
     step_flops,
 )
-from mpillm.schedules.pipeline import SCHEDULES, label, named_or_read
+from mpillm.schedules.pipeline import SCHEDULES, named_or_read
 
 RECOMPUTE = ("none", "selective", "full")
 DEEPEST = 3  # times the ranks: so many microbatches in flight hide messages; more brought nothing
@@ -83,7 +81,7 @@ class Pricer:
         self._works = lru_cache(None)(self._make_works)
         self._ends = lru_cache(None)(self._make_ends)
         self._balance = lru_cache(None)(self._make_balance)
-        self.reduction = Reduction(config, machine, self._work)
+        self.reduction = Reduction(config, machine, self.work)
 
     def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
@@ -130,7 +128,7 @@ class Pricer:
             return np.diff([0, *given, num_layers]).tolist()
         if stages == 1:
             return [num_layers]
-        layer, head = self._work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
+        layer, head = self.work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
         weight = (head.forward_s + head.input_s + head.weight_s) / (layer.forward_s + layer.input_s + layer.weight_s)
         if self.machine.speeds:
             speeds = np.tile(self._speeds(layout)[1], layout.chunks)
@@ -142,8 +140,8 @@ class Pricer:
         each, extra = divmod(num_layers - last, others)
         return [each + 1] * extra + [each] * (others - extra) + [last]
 
-    def _work(self, layout, mode):
-        """Return what a layer with one way to recompute costs a microbatch, and the head."""
+    def work(self, layout, mode):
+        """Return what a layer with one way to recompute costs a microbatch, and the head. Local."""
         return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor,
                            layout.tensor * layout.stride("tensor"), mode, layout.sequence_parallel)
 
@@ -151,23 +149,28 @@ class Pricer:
         """Return forward, input and weight half and bytes kept of the layers of every stage: shape (4, stages)."""
         sizes, modes = np.array(self.stage_sizes(layout)), layout.recompute
         if isinstance(modes, str):
-            return np.outer(self._work(layout, modes)[0], sizes)
-        each = np.array([self._work(layout, mode)[0] for mode in modes]).T
+            return np.outer(self.work(layout, modes)[0], sizes)
+        each = np.array([self.work(layout, mode)[0] for mode in modes]).T
         return np.add.reduceat(each, np.cumsum(sizes) - sizes, axis=1)
 
     def stage_times(self, layout):
         """Return seconds of forward, input and weight half of every stage, messages driven by it included; of a message,
         and those of them for which it keeps the link. Local."""
-        times, speeds = self._stage_works(layout)[:3], np.tile(self._speeds(layout)[1], layout.chunks)
-        times[:, -1] += self._work(layout, "none")[1][:3]
+        times = self._stage_works(layout)[:3]
+        times[:, -1] += self.work(layout, "none")[1][:3]
         message_s, link_s, busy_s = self._message_s(layout)
         neighbours = np.full(times.shape[1], 2)
         neighbours[[0, -1]] -= 1
         times[:2] += neighbours * busy_s
-        if layout.pipeline == 1:  # its slowest data rank
+        return (times * self._pace(layout)).tolist(), message_s, link_s
+
+    def _pace(self, layout):
+        """Return how many times as long as on a rank of speed 1 every stage takes; of one stage on the data rank that ends
+        last."""
+        if layout.pipeline == 1:
             microbatches = self.num_microbatches(layout)
-            times *= self._fullest(layout, microbatches) / microbatches
-        return (times / speeds).tolist(), message_s, link_s
+            return np.full(layout.chunks, self._fullest(layout, microbatches) / microbatches)
+        return 1 / np.tile(self._speeds(layout)[1], layout.chunks)
 
     def _message_s(self, layout):
         """Return the seconds of a message, those of them for which it keeps the link, and what it takes of the ranks at
@@ -191,9 +194,9 @@ class Pricer:
         input, weight); the bytes that layers keep, most of a microbatch and most where each rank holds one microbatch
         less than the rank before; and those that the head keeps."""
         layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
-        sizes, head = self.stage_sizes(layout), self._work(layout, "none")[1]
+        sizes, head = self.stage_sizes(layout), self.work(layout, "none")[1]
         if isinstance(recompute, str) and not self.machine.speeds:
-            layer, (most, own, falling) = self._work(layout, recompute)[0], _dealt(tuple(sizes), p)
+            layer, (most, own, falling) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)
             first, last = ([count * each for each in layer[:3]] for count in (most, own))
             last = [each + more for each, more in zip(last, head[:3])]
             kept = layer.kept_bytes * max(most, own), layer.kept_bytes * falling
@@ -205,13 +208,13 @@ class Pricer:
         kept = float(works[3].max()), float((works[3] * np.arange(p, 0, -1)).max())
         return _dealt(tuple(sizes), p)[:2], first, last, kept, head.kept_bytes
 
-    def _of(self, layout):
+    def ends(self, layout):
         return self._ends(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.microbatch,
                           layout.sequence_parallel, layout.recompute, layout.order)
 
     def _price(self, layout):
         """Return the :class:`Price` of a layout; a schedule from a file is played. Local."""
-        layers, first, last, (kept_bytes, falling_bytes), head_bytes = self._of(layout)
+        layers, first, last, (kept_bytes, falling_bytes), head_bytes = self.ends(layout)
         p, v, m = layout.pipeline, layout.chunks, self.num_microbatches(layout)
         busy = self._fullest(layout, m) * max(sum(first), sum(last))
         if p == 1:
@@ -223,16 +226,16 @@ class Pricer:
             # ranks; a rank has one or two neighbours to drive messages for, each both ways.
             message_s, _, busy_s = self._message_s(layout)
             waits = (2 * (p - 1) * v + 2 * m / p) * message_s + 2 * min(2, p - 1) * m * v * busy_s
-            slowest = max(f + i, sum(last[:2])) / v
+            slowest = max(f + i, sum(last[:2]))
             pipeline_s = max(busy + (p - 1) * max(ramp, 0.0), m * slowest + (p - 1) * (f + i) / v) + waits
         else:
             pipeline_s = self.timeline(layout).total_s
-        parameters = self._parameters(layout, layers)
+        parameters = self.parameters(layout, layers)
         gradients_s = self.reduction.price_s(layout, parameters, max(layers), self._is_split(layout))
         gradients_s += self._clip_s(layout, parameters)
         update_s = self._update_s(layout, parameters)
-        held, fewer = self._held(layout, m)
-        memory_bytes = self._fixed_bytes(layout, parameters, head_bytes) + (
+        held, fewer = self.held(layout, m)
+        memory_bytes = self.fixed_bytes(layout, parameters, head_bytes) + (
             falling_bytes if fewer else held * kept_bytes)
         return Price(layout, pipeline_s + gradients_s + update_s, pipeline_s, gradients_s, update_s,
                      1 - busy / pipeline_s, memory_bytes)
@@ -274,14 +277,15 @@ class Pricer:
         layout = price.layout
         if layout.data == 1:
             return ()
-        return self.reduction.buckets(layout, self.stage_sizes(layout), price.bucket_cuts or (), self._is_split(layout))
+        return self.reduction.buckets(layout, self.stage_sizes(layout), self._pace(layout), price.bucket_cuts or (),
+                                      self._is_split(layout))
 
     def _synthesised(self, price, limit_bytes):
         """Return the price of a layout with a schedule made for its times and messages within a limit of memory, which
         the layout then holds as text; or the price as it is, if that is no faster. Local."""
         layout, p = price.layout, price.layout.pipeline
-        layers, _, _, (kept_bytes, _), head_bytes = self._of(layout)
-        left = limit_bytes - self._fixed_bytes(layout, self._parameters(layout, layers), head_bytes)
+        layers, _, _, (kept_bytes, _), head_bytes = self.ends(layout)
+        left = limit_bytes - self.fixed_bytes(layout, self.parameters(layout, layers), head_bytes)
         times, message_s, link_s = self.stage_times(layout)
         most = min(max(1, int(left / kept_bytes)), DEEPEST * p)
         made = synthesise(p, self.num_microbatches(layout), *times, message_s, most, link_s=link_s)
@@ -294,17 +298,19 @@ class Pricer:
         cuts = () if given == "auto" else given
         if self.reduction.overlaps(layout):
             completed_s = unhindered_s(self._schedule(layout), *self.stage_times(layout)[0])
-            cuts = self.reduction.cuts(layout, self.stage_sizes(layout), completed_s, self._is_split(layout))
+            cuts = self.reduction.cuts(layout, self.stage_sizes(layout), self._pace(layout), completed_s,
+                                       self._is_split(layout))
             timeline = self.timeline(layout, self.buckets(replace(price, bucket_cuts=cuts)))
-            clip_s = self._clip_s(layout, self._parameters(layout, self._of(layout)[0]))
-            gradients_s = timeline.reduced_s - timeline.total_s + clip_s
+            parameters = self.parameters(layout, self.ends(layout)[0])
+            gradients_s = (timeline.reduced_s - timeline.total_s + self.reduction.gathered_s(layout, parameters)
+                           + self._clip_s(layout, parameters))
         else:
             timeline, gradients_s = self.timeline(layout), price.gradients_s
         return replace(price, step_s=timeline.total_s + gradients_s + price.update_s, pipeline_s=timeline.total_s,
                        gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction, bucket_cuts=cuts)
 
-    def _parameters(self, layout, layers):
-        """Return the parameters of the fullest rank."""
+    def parameters(self, layout, layers):
+        """Return the parameters of the fullest rank. Local."""
         model, (first, last) = self.config.model, layers
         table, each = model.vocab_size * model.hidden_size, layer_parameters(model)
         if layout.pipeline == 1:
@@ -322,10 +328,11 @@ class Pricer:
         states, wide = STATES[self.config.train.optimizer], max(4, self.item)
         own = parameters / (layout.data if layout.zero else 1)
         touched = own * wide * (3 + 2 * states) + parameters * (2 * wide + (self.item if self.item < wide else 0))
-        return touched / self.machine.memory_bytes_per_s + self.reduction.back_s(layout, parameters)
+        return touched / self.machine.memory_bytes_per_s + self.reduction.weights_s(layout, parameters)
 
-    def _held(self, layout, microbatches):
-        """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next."""
+    def held(self, layout, microbatches):
+        """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next.
+        Local."""
         p, v = layout.pipeline, layout.chunks
         if layout.schedule not in SCHEDULES:
             return max(self.timeline(layout).in_flight_max) / v, 0
@@ -333,56 +340,14 @@ class Pricer:
                 "interleaved": p + (p - 1) / v if v > 1 else p}.get(layout.schedule, p)
         return min(held, microbatches), layout.schedule == "1f1b" and microbatches >= p
 
-    def _fixed_bytes(self, layout, parameters, head_bytes):
-        """Return the memory of a rank but for the activations of its layers."""
+    def fixed_bytes(self, layout, parameters, head_bytes):
+        """Return the memory of a rank but for the activations of its layers. Local."""
         masters = STATES[self.config.train.optimizer] + (self.item == 2)
         shards = layout.data if layout.zero else 1
         state = parameters * (self.item + max(4, self.item) * (1 + masters / shards))
         # One layer at a time is there as a whole.
-        again = self._work(layout, "none")[0].kept_bytes if "full" in layout.recompute else 0.0
+        again = self.work(layout, "none")[0].kept_bytes if "full" in layout.recompute else 0.0
         return state + head_bytes + again
-
-    def mixed(self, layout, limit_bytes):
-        """Return the price of a layout whose layers recompute each in its own way, so that it just fits. Local.
-
-        The programs of :mod:`mpillm.planner.memory` choose for every pipeline rank; its layers are dealt out evenly
-        over its stages. Without whole layers recomputed there is room for one layer more.
-
-        Raises
-        ------
-        ConfigError
-            If it does not fit even with all layers recomputed.
-        """
-        found = []
-        for ways in (RECOMPUTE[:2], RECOMPUTE):
-            try:
-                found.append(self._mixed(layout, limit_bytes, ways))
-            except ConfigError:
-                if ways == RECOMPUTE and not found:
-                    raise
-        return min(found, key=lambda price: price.step_s)
-
-    def _mixed(self, layout, limit_bytes, ways):
-        """Return the price of the best mixture of some ways to recompute."""
-        p, sizes = layout.pipeline, self.stage_sizes(replace(layout, recompute="none"))
-        layers, _, _, _, head_bytes = self._of(replace(layout, recompute="none"))
-        fixed = self._fixed_bytes(replace(layout, recompute=ways), self._parameters(layout, layers), head_bytes)
-        works = [self._work(layout, mode)[0] for mode in ways]
-        time_s, kept = ([[value] for value in row] for row in zip(*(
-            (work.forward_s + work.input_s + work.weight_s, work.kept_bytes) for work in works)))
-        starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
-        most, fewer = self._held(layout, self.num_microbatches(layout))
-        for rank in range(p):
-            held = most - rank * fewer
-            # From a stage to the next, so that what is dealt out in turn is spread over them.
-            own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
-                         for place in range(sizes[stage]))
-            key = len(own), (limit_bytes - fixed) / held
-            if key not in choices:
-                choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(kept, len(own)), key[1])
-            for mode, (_, layer) in zip(sorted(choices[key].modes), own):
-                modes[layer] = ways[mode]
-        return self.price(replace(layout, recompute=tuple(modes)))
 
     def bound_s(self):
         """Return a time that no layout can beat: all products at the best rate, shared as ranks are fast. Local."""
@@ -397,52 +362,3 @@ def _dealt(sizes, p):
     the most where each rank counts them once less than the rank before."""
     layers = [sum(sizes[rank::p]) for rank in range(p)]
     return max(layers[:-1], default=layers[0]), layers[-1], max(map(int.__mul__, layers, range(p, 0, -1)))
-
-
-def to_config(price, pricer):
-    """Return the keys of ``[layout]``, and the microbatch, that a priced layout stands for.
-
-    Local.
-
-    Parameters
-    ----------
-    price : Price
-        Its buckets, if it was played, are among them.
-    pricer : Pricer
-
-    Returns
-    -------
-    dict
-        As JSON can hold it.
-    """
-    layout = price.layout
-    sizes, cuts = pricer.stage_sizes(layout), []
-    for size in sizes[:-1]:
-        cuts.append(size + (cuts[-1] if cuts else 0))
-    modes = layout.recompute if isinstance(layout.recompute, str) else list(layout.recompute)
-    found = {**asdict(layout), "recompute": modes, "stage_cuts": cuts, "order": list(layout.order)}
-    if price.bucket_cuts is not None:
-        found["bucket_cuts"] = list(price.bucket_cuts)
-    shares = pricer.shares(layout)
-    return found if shares is None or len(set(shares)) == 1 else {**found, "shares": list(shares)}
-
-
-def describe(layout):
-    """Return a layout in one line of words. Local."""
-    shown = layout if isinstance(layout, dict) else asdict(layout)
-    text = f"data={shown['data']} pipeline={shown['pipeline']} tensor={shown['tensor']}"
-    text += f" microbatch={shown['microbatch']}"
-    if shown["pipeline"] > 1:
-        text += f" {label(shown['schedule'])}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
-    text += f" zero={shown['zero']}" if shown["data"] > 1 else ""
-    text += " sequence-parallel" if shown["sequence_parallel"] else ""
-    text += f" order={','.join(shown['order'])}" if tuple(shown["order"]) != AXES else ""
-    return text + describe_recompute(shown["recompute"])
-
-
-def describe_recompute(modes):
-    """Return what backward computes again, in words for the end of a line; nothing if nothing is. Local."""
-    if isinstance(modes, str):
-        return "" if modes == "none" else f" recompute={modes}"
-    counts = [f"{mode} in {list(modes).count(mode)}" for mode in RECOMPUTE if mode in modes]
-    return f" recompute={', '.join(counts)} layers"

@@ -35,7 +35,7 @@ class Reduction:
         return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
 
     def price_s(self, layout, parameters, most_layers, is_split):
-        """Return the seconds that it adds to the pipeline's, less what backward hides of it.
+        """Return the seconds that it adds to the pipeline's, less what backward hides of it. Local.
 
         Hidden is what has arrived when backward ends, if every layer has its bucket. ``parameters`` and layers are
         those of the fullest rank; ``is_split`` tells whether input and weight halves are actions of their own.
@@ -51,13 +51,19 @@ class Reduction:
             modes = {layout.recompute} if isinstance(layout.recompute, str) else set(layout.recompute)
             hidden_s = count * min(_completes_s(self._work(layout, mode)[0], is_split) for mode in modes)
             added_s = max(added_s - hidden_s, half_s(last))
-        return added_s
+        return added_s + self.gathered_s(layout, parameters)
 
-    def back_s(self, layout, parameters):
-        """Return the seconds that updated weights take back to the data ranks. Local."""
-        if layout.data == 1 or self.keeps_one_copy(layout):
+    def gathered_s(self, layout, parameters):
+        """Return the seconds in which reduced gradients are gathered: where each data rank needs all of them. Local."""
+        if layout.zero and self.config.train.numerics != "exact":
             return 0.0
-        return self._half_s("allgather", layout.data, layout.stride("data"), parameters * self._wide)
+        return self._gather_s(layout, parameters * self._wide)
+
+    def weights_s(self, layout, parameters):
+        """Return the seconds that updated weights take to the other data ranks. Local."""
+        if not layout.zero or self.keeps_one_copy(layout):
+            return 0.0
+        return self._gather_s(layout, parameters * ITEM_BYTES[self.config.train.dtype])
 
     def overlaps(self, layout):
         """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
@@ -68,11 +74,11 @@ class Reduction:
         """Return the level over which the data axis reaches. Local."""
         return self.machine.level_for(layout.stride("data") * layout.data)
 
-    def cuts(self, layout, sizes, ends_s, is_split):
+    def cuts(self, layout, sizes, pace, ends_s, is_split):
         """Return where buckets end, unless given so that the last one arrives first. Local.
 
-        ``sizes`` are the layers of every stage, ``ends_s`` when its gradients are complete. A rank's stages follow each
-        other last to first.
+        Of every stage, ``sizes`` are its layers, ``pace`` how many times as long as on a rank of speed 1 they take, and
+        ``ends_s`` when its gradients are complete. A rank's stages follow each other last to first.
         """
         if self._given is not None:
             return self._given
@@ -82,20 +88,23 @@ class Reduction:
         for stage, (start, stop) in reversed(list(enumerate(pairwise(starts)))):
             places, left_s, n_bytes = self._gradients(layout, start, stop, is_split)
             rank = stage % layout.pipeline
-            own, free_s[rank] = bucket_cuts(ends_s[stage] - left_s, n_bytes, time_s, free_s.get(rank, 0.0))
+            ready_s = ends_s[stage] - left_s * pace[stage]
+            own, free_s[rank] = bucket_cuts(ready_s, n_bytes, time_s, free_s.get(rank, 0.0))
             found |= {places[i - 1] for i in own}
         return tuple(sorted(found))
 
-    def buckets(self, layout, sizes, cuts, is_split):
-        """Return the buckets that ``cuts`` make, of every stage in the order of its backward. Local."""
+    def buckets(self, layout, sizes, pace, cuts, is_split):
+        """Return the buckets that ``cuts`` make, of every stage in the order of its backward; a matrix that embedding and
+        head share always has its own. Local."""
         data, stride = layout.data, layout.stride("data")
         byte_s = 2 * (data - 1) / data * self.level(layout).busy_s_per_byte  # what is sent and what is received
+        cuts = {*cuts, 0, sum(sizes)} if self.config.model.tie_embeddings else {*cuts}
         found = []
-        for start, stop in pairwise(np.cumsum([0, *sizes]).tolist()):
+        for factor, (start, stop) in zip(pace, pairwise(np.cumsum([0, *sizes]).tolist())):
             places, left_s, n_bytes = self._gradients(layout, start, stop, is_split)
             ends = [i for i in range(1, len(places)) if places[i - 1] in cuts] + [len(places)]
             sums = [sum(n_bytes[low:high]) for low, high in pairwise((0, *ends))]
-            found.append(tuple(Bucket(n, float(left_s[end - 1]), float(self._half_s("reduce_scatter", data, stride, n)),
+            found.append(tuple(Bucket(n, float(left_s[end - 1] * factor), float(self._half_s("reduce_scatter", data, stride, n)),
                                       n * byte_s)
                                for n, end in zip(sums, ends)))
         return tuple(found)
@@ -103,6 +112,11 @@ class Reduction:
     def _inside(self, layout):
         """Return the data ranks that share a node."""
         return _together(self.machine, layout.data, layout.stride("data"))
+
+    def _gather_s(self, layout, n_bytes):
+        if layout.data == 1:
+            return 0.0
+        return self._half_s("allgather", layout.data, layout.stride("data"), n_bytes)
 
     def _make_half_s(self, op, data, stride, n_bytes):
         """Return the seconds of a half of an allreduce over data ranks so far apart: for each number of bytes by the

@@ -20,7 +20,7 @@ class Bucket(NamedTuple):
     """Gradients of a stage that are reduced together as soon as they are complete.
 
     ``left_s`` is what the stage's last action has still to compute then, ``time_s`` what the reduction takes where the
-    link is its own, ``busy_s`` what it takes of the processor meanwhile.
+    link is its own, ``busy_s`` what it takes of the processor meanwhile, at most all of it.
     """
 
     n_bytes: float
@@ -104,7 +104,7 @@ class Timeline:
     def bubble_fraction(self):
         """What share of its span the rank of the longest span idles (Qi et al. 2024)."""
         rank = int(self.spans_s.argmax())
-        return float(1 - self.busy_s[rank] / self.spans_s[rank])
+        return max(0.0, float(1 - self.busy_s[rank] / self.spans_s[rank]))
 
     @property
     def idle_s(self):
@@ -115,7 +115,7 @@ class Timeline:
         """Return what decides :attr:`reduced_s`, first to last: a list of :class:`Step`.
 
         Local. Each starts when the one before it has ended, on the same rank, or its message has come; a transfer
-        when its gradients are complete, or the one before it has arrived.
+        when its gradients are complete, and what was on the link before has left it.
         """
         rank = int(np.argmax([ends[-1] for ends in self.ends_s]))
         last, transfers = len(self.ends_s[rank]) - 1, []
@@ -128,7 +128,7 @@ class Timeline:
             last, transfers = _completing(self.schedule.actions[rank])[own[first].stage], own[first:]
         path = self._path_to(rank, last)
         if transfers:  # they start before the action ends
-            path[-1] = path[-1]._replace(end_s=transfers[0].start_s)
+            path[-1] = path[-1]._replace(end_s=min(path[-1].end_s, transfers[0].start_s))
         return path + [Step(rank, one, one.start_s, one.end_s) for one in transfers]
 
     @property

@@ -196,4 +196,5 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     skew_s = level.skew_s if tensor > 1 else 0.0
     talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
     meetings = 2 * loss_chunks(tokens, model.vocab_size)
-    return Work(3 * product + loss + meetings * skew_s, talk, adding, tokens * columns * 4)
+    kept = 4 * model.hidden_size * columns + tokens * model.hidden_size * item_bytes
+    return Work(3 * product + loss + meetings * skew_s, talk, adding, kept)

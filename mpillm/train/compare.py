@@ -10,7 +10,7 @@ import torch
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group
 from mpillm.errors import ConfigError
-from mpillm.planner.pricing import describe_recompute
+from mpillm.planner.keys import describe_recompute
 from mpillm.schedules.pipeline import SCHEDULES, label
 from mpillm.train.data import TokenFile, training_order
 from mpillm.train.engine import Engine

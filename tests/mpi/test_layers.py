@@ -144,9 +144,12 @@ def test_losses_in_flight_keep_gradients_of_their_own(comm, split):
     losses = [head.loss(split.spread(own, TOKENS), targets, scale) for scale in (1.0, 0.25, 0.5)]
     for loss in losses[::-1]:
         loss.backward()
-    assert_all(len(head.free) == 3, head.free, comm)
+    assert_all(len(head.spare) == 3, head.spare, comm)
     head.loss(split.spread(own, TOKENS), targets, 2.0).backward()
-    assert_all(len(head.free) == 3, head.free, comm)
+    assert_all(len(head.spare) == 3, head.spare, comm)
+    with torch.no_grad():
+        head.loss(split.spread(own, TOKENS), targets, 1.0)
+    assert_all(len(head.spare) == 3, head.spare, comm)
     head.weight.grad /= 3.75
     check_weights([head], [w], comm)
     near(own.grad / 3.75, held(x.grad, split), "gradient of x", comm)

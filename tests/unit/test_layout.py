@@ -13,9 +13,11 @@ from mpillm.cli.plan import command
 from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Level, Machine
 from mpillm.plan import Plan
-from mpillm.planner import pricing
+from mpillm.planner import mixtures, pricing
 from mpillm.planner.balance import balance
+from mpillm.planner.keys import describe
 from mpillm.planner.layout import Layout, Pricer, layouts, make_plan, predicted_timeline, price_layout
+from mpillm.planner.mixtures import mix
 from mpillm.planner.timeline import Transfer
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import make_schedule, named_or_read
@@ -84,7 +86,7 @@ def test_a_slow_link_gets_a_schedule_of_its_own(tmp_path):
     plan = make_plan(config, SLOW_LINK, 2)
     made = named_or_read(plan.layout["schedule"], 2, 8)
     check(made, 6)
-    assert pricing.describe(plan.layout) == "data=1 pipeline=2 tensor=1 microbatch=1 synthesised"
+    assert describe(plan.layout) == "data=1 pipeline=2 tensor=1 microbatch=1 synthesised"
     assert plan.predicted["step_s"] < pricing.CLEARLY * textbook.step_s
     assert predicted_timeline(plan).total_s == plan.predicted["pipeline_s"]
     plan.save(tmp_path / "plan.json")
@@ -380,7 +382,7 @@ def test_the_command_explains_and_draws(tmp_path):
              "--figure", str(figure)]
     found = CliRunner().invoke(command, words)
     assert found.exit_code == 0, found.exception
-    for text in ("where the step goes", "the longest way to all gradients", "what limits it", "next best", "s a step"):
+    for text in ("where the step goes", "the longest way to the end of backward", "what limits it", "next best", "s a step"):
         assert text in found.output
     assert figure.read_bytes().startswith(b"\x89PNG")
     plan = Plan.load(tmp_path / "plan.json")
@@ -451,7 +453,7 @@ def test_layers_are_mixed_where_memory_binds(fixed):
     lean, fast = ways["full"], ways["none"]
     for part in (0.2, 0.5, 0.8):
         limit = lean.memory_bytes + part * (fast.memory_bytes - lean.memory_bytes)
-        mixed = pricer.mixed(fast.layout, limit)
+        mixed = mix(pricer, fast.layout, limit)
         assert mixed.memory_bytes <= limit and fast.step_s <= mixed.step_s <= lean.step_s
         plan = make_plan(config, replace(MACHINE, memory_bytes=limit), ranks, top=0)
         assert plan.predicted["step_s"] <= pricer.played(mixed).step_s + 1e-12
@@ -563,6 +565,46 @@ def pass_s(plan):
     return math.log2(d) * 1e-5 + n_bytes * (d - 1) / d * 1e-8
 
 
+@pytest.mark.parametrize("keys", [
+    {"layout.zero": 0}, {"train.numerics": "exact", "train.microbatch": 1}, {"train.dtype": "bfloat16"}, {}], ids=str)
+@pytest.mark.parametrize("machine", [NETWORK, replace(MACHINE, shares_memory=True)], ids=["network", "node"])
+def test_what_is_gathered_is_what_a_step_sends(keys, machine):
+    """The times of what goes back are those of the bytes that :mod:`mpillm.planner.volume` counts, gradients and
+    weights."""
+    config = SMALL.with_values({"layout.data": 2, "layout.pipeline": 1, "layout.tensor": 1, "layout.zero": 1,
+                                "train.microbatch": 4} | keys)
+    pricer, plan = Pricer(config, machine, 2), make_plan(config, machine, 2)
+    layout = next(iter(layouts(config, 2, machine)))
+    sent = {one["operation"]: one["bytes"] for one in plan.predicted["volume"] if one["axis"] == "data"}
+    parameters = pricer.parameters(layout, pricer.ends(layout)[0])
+    link = machine.levels[-1 if machine is NETWORK else 0]
+    found = sum(max(0.0, way(layout, parameters) - link.alpha_s) for way in (
+        pricer.reduction.gathered_s, pricer.reduction.weights_s))
+    assert found == pytest.approx(sent.get("allgather", 0) / 2 * link.beta_s_per_byte, rel=0.02)  # norms are left aside
+
+
+def test_buckets_of_unequal_ranks_are_complete_in_their_time():
+    """A rank half as fast takes twice as long from bucket to bucket; its last one is complete when its action ends."""
+    config = SMALL.with_values({"layout.data": 2, "layout.pipeline": 2, "layout.tensor": 1, "layout.zero": 1,
+                                "layout.schedule": "1f1b", "layout.chunks": 1, "train.microbatch": 2,
+                                "layout.stage_cuts": [3], "layout.bucket_cuts": [1, 2]})
+    slow = replace(NETWORK, speeds=(0.5, 1.0, 0.5, 1.0), num_ranks=4)
+    (even, first), (uneven, second) = ((plan, predicted_timeline(plan)) for plan in (
+        price_layout(config, machine, 4) for machine in (NETWORK, slow)))
+    left = [[one["left_s"] for one in plan.predicted["buckets"] if one["stage"] == 0] for plan in (even, uneven)]
+    assert left[1] == pytest.approx([2 * one for one in left[0]]) and left[0][0] > left[0][-1] == 0
+    assert second.transfers[0][-1].start_s == pytest.approx(second.ends_s[0][-1])
+    assert first.ends_s[0][-1] < second.ends_s[0][-1]
+
+
+def test_a_matrix_of_both_ends_has_a_bucket_of_its_own():
+    config = SMALL.with_values({"layout.data": 2, "layout.pipeline": 1, "layout.tensor": 1, "layout.zero": 1,
+                                "layout.bucket_cuts": [], "model.tie_embeddings": True})
+    table, layer = 4 * 64 * 64, 4 * 64 * (4 * 64 + 3 * 128)
+    buckets = price_layout(config, NETWORK, 2).predicted["buckets"]
+    assert [one["n_bytes"] for one in buckets] == [table, 6 * layer, table]
+
+
 def test_inside_a_node_a_stage_has_one_bucket():
     assert make_plan(SMALL.with_values({"layout.data": 4}), MACHINE, 4).layout["bucket_cuts"] == []
     exact = SMALL.with_values({"layout.data": 4, "train.numerics": "exact", "train.microbatch": 1})
@@ -614,5 +656,5 @@ def test_where_no_mixture_fits_the_search_goes_on(monkeypatch):
     def refuse(self, layout, limit_bytes):
         raise ConfigError("layers keep more than the limit")
 
-    monkeypatch.setattr(Pricer, "mixed", refuse)
+    monkeypatch.setattr(mixtures, "mix", refuse)
     assert isinstance(make_plan(config, tight, 1).layout["recompute"], str)

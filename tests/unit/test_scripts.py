@@ -11,7 +11,8 @@ from layouts import MODELS, candidates
 from mpillm.config import Config
 from mpillm.machine import PRESETS, Machine
 from mpillm.plan import Plan
-from mpillm.planner.pricing import Pricer, to_config
+from mpillm.planner.keys import to_config
+from mpillm.planner.pricing import Pricer
 from mpillm.planner.routes import Topology
 
 

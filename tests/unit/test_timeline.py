@@ -149,6 +149,10 @@ def test_buckets_beside_actions_agree_with_a_clock_that_ticks(seed):
     path = played.critical_path()
     assert path[0].start_s == 0 and path[-1].end_s == played.reduced_s
     assert all(first.end_s <= second.start_s + 1e-9 for first, second in zip(path, path[1:]))
+    for step in path:
+        if isinstance(step.what, Action):
+            place = schedule.actions[step.rank].index(step.what)
+            assert step.start_s == played.starts_s[step.rank][place] and step.end_s <= played.ends_s[step.rank][place]
 
 
 def tick(schedule, times, message, link, buckets, shares_link, tick_s):

@@ -1,0 +1,98 @@
+"""Layouts whose layers recompute each in its own way, where memory binds."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from mpillm.errors import ConfigError
+from mpillm.planner.memory import choose_modes
+from mpillm.planner.pricing import RECOMPUTE
+
+MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
+
+
+def mixtures(pricer, priced, limit_bytes):
+    """Return prices of layouts that recompute in some layers only, where that beats all that treat layers alike.
+
+    Local. Mixing pays where one way to recompute is fast and does not fit and another fits. Its time is bounded by the
+    faster one's; the most promising, by the mean of both that would just fit, come first.
+
+    Parameters
+    ----------
+    pricer : Pricer
+    priced : list of Price
+        Of every layout in all ways to recompute, one after the other.
+    limit_bytes : float
+        Memory of a rank.
+
+    Returns
+    -------
+    list of Price
+    """
+    best = min((price.step_s for price in priced if price.memory_bytes <= limit_bytes), default=math.inf)
+    ways, candidates = len(RECOMPUTE), []
+    for alike in (priced[i:i + ways] for i in range(0, len(priced), ways)):
+        faster = [price for price in alike if price.step_s < best and price.memory_bytes > limit_bytes]
+        guesses = [lean.step_s + (limit_bytes - lean.memory_bytes) / (fast.memory_bytes - lean.memory_bytes)
+                   * (fast.step_s - lean.step_s) for fast in faster for lean in alike
+                   if lean.memory_bytes <= limit_bytes and lean.step_s > fast.step_s]
+        if guesses:
+            bound = min(price.step_s for price in faster)
+            candidates.append((min(guesses), bound, alike[0].layout))
+    found = []
+    for _, bound, layout in sorted(candidates, key=lambda one: one[0])[:MIXED]:
+        if bound < best:
+            try:
+                price = mix(pricer, layout, limit_bytes)
+            except ConfigError:  # its stages are those of nothing recomputed: the fullest may not fit
+                continue
+            if len(set(price.layout.recompute)) > 1:
+                found.append(price)
+                best = min(best, price.step_s)
+    return found
+
+
+def mix(pricer, layout, limit_bytes):
+    """Return the price of a layout whose layers recompute each in its own way, so that it just fits.
+
+    Local. The programs of :mod:`mpillm.planner.memory` choose for every pipeline rank; its layers are dealt out evenly
+    over its stages. Without whole layers recomputed there is room for one layer more.
+
+    Raises
+    ------
+    ConfigError
+        If it does not fit even with all layers recomputed.
+    """
+    found = []
+    for ways in (RECOMPUTE[:2], RECOMPUTE):
+        try:
+            found.append(_mix(pricer, layout, limit_bytes, ways))
+        except ConfigError:
+            if ways == RECOMPUTE and not found:
+                raise
+    return min(found, key=lambda price: price.step_s)
+
+
+def _mix(pricer, layout, limit_bytes, ways):
+    """Return the price of the best mixture of some ways to recompute."""
+    plain = replace(layout, recompute="none")
+    p, sizes = layout.pipeline, pricer.stage_sizes(plain)
+    layers, _, _, _, head_bytes = pricer.ends(plain)
+    fixed = pricer.fixed_bytes(replace(layout, recompute=ways), pricer.parameters(layout, layers), head_bytes)
+    works = [pricer.work(layout, mode)[0] for mode in ways]
+    time_s, kept = ([[value] for value in row] for row in zip(*(
+        (work.forward_s + work.input_s + work.weight_s, work.kept_bytes) for work in works)))
+    starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
+    most, fewer = pricer.held(layout, pricer.num_microbatches(layout))
+    for rank in range(p):
+        held = most - rank * fewer
+        # From a stage to the next, so that what is dealt out in turn is spread over them.
+        own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
+                     for place in range(sizes[stage]))
+        key = len(own), (limit_bytes - fixed) / held
+        if key not in choices:
+            choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(kept, len(own)), key[1])
+        for mode, (_, layer) in zip(sorted(choices[key].modes), own):
+            modes[layer] = ways[mode]
+    return pricer.price(replace(layout, recompute=tuple(modes)))
