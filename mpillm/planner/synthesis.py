@@ -1,5 +1,6 @@
 """Makes a pipeline schedule for given times of forward, input and weight halves, within a memory limit."""
 
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from itertools import accumulate, product
 
@@ -62,8 +63,7 @@ def synthesise(num_ranks, num_microbatches, forward_s, input_s, weight_s, messag
     played = [play(schedule, *times, between, link_s) for schedule in found]
     fitting = [t for t in played if memory_max(t.schedule, weight_memory) <= limit + 1e-9]
     best = min(fitting, key=lambda t: (t.makespan_s, t.total_s))
-    named = PipelineSchedule("auto", num_ranks, num_ranks, num_microbatches, best.schedule.actions)
-    return play(named, *times, between, link_s)
+    return replace(best, schedule=replace(best.schedule, name="auto"))
 
 
 def memory_max(schedule, weight_memory):
