@@ -294,12 +294,15 @@ class Pricer:
 
     def _played(self, price):
         """Return the price with times and bubble from the played step, and the buckets that go with it. Local."""
-        layout, given = price.layout, self.config.layout.bucket_cuts
-        cuts = () if given == "auto" else given
-        if self.reduction.overlaps(layout):
+        layout, cuts = price.layout, self.config.layout.bucket_cuts
+        overlaps = self.reduction.overlaps(layout)
+        if cuts == "auto" and overlaps:
             completed_s = unhindered_s(self._schedule(layout), *self.stage_times(layout)[0])
             cuts = self.reduction.cuts(layout, self.stage_sizes(layout), self._pace(layout), completed_s,
                                        self._is_split(layout))
+        elif cuts == "auto":
+            cuts = ()
+        if overlaps:
             timeline = self.timeline(layout, self.buckets(replace(price, bucket_cuts=cuts)))
             parameters = self.parameters(layout, self.ends(layout)[0])
             gradients_s = (timeline.reduced_s - timeline.total_s + self.reduction.gathered_s(layout, parameters)

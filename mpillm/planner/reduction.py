@@ -26,8 +26,6 @@ class Reduction:
     def __init__(self, config, machine, work):
         self.config, self.machine, self._work = config, machine, work
         self._wide = max(4, ITEM_BYTES[config.train.dtype])  # of gradients
-        cuts = config.layout.bucket_cuts
-        self._given = None if cuts == "auto" else cuts
         self._half_s = lru_cache(None)(self._make_half_s)
 
     def keeps_one_copy(self, layout):
@@ -44,7 +42,7 @@ class Reduction:
             return 0.0
         half_s = partial(self._half_s, "reduce_scatter", layout.data, layout.stride("data"))
         added_s = half_s(parameters * self._wide)
-        if self.overlaps(layout) and self._given != ():
+        if self.overlaps(layout) and self.config.layout.bucket_cuts != ():
             model = self.config.model
             count = most_layers if layout.pipeline == 1 and not model.tie_embeddings else most_layers - 1
             last = (layer_parameters(model) + model.vocab_size * model.hidden_size) / layout.tensor * self._wide
@@ -75,13 +73,11 @@ class Reduction:
         return self.machine.level_for(layout.stride("data") * layout.data)
 
     def cuts(self, layout, sizes, pace, ends_s, is_split):
-        """Return where buckets end, unless given so that the last one arrives first. Local.
+        """Return where buckets end so that the last one arrives first. Local.
 
         Of every stage, ``sizes`` are its layers, ``pace`` how many times as long as on a rank of speed 1 they take, and
         ``ends_s`` when its gradients are complete. A rank's stages follow each other last to first.
         """
-        if self._given is not None:
-            return self._given
         found, free_s = set(), {}
         time_s = partial(self._make_half_s, "reduce_scatter", layout.data, layout.stride("data"))
         starts = np.cumsum([0, *sizes]).tolist()
@@ -96,7 +92,7 @@ class Reduction:
     def buckets(self, layout, sizes, pace, cuts, is_split):
         """Return the buckets that ``cuts`` make, of every stage in the order of its backward; a matrix that embedding and
         head share always has its own. Local."""
-        data, stride = layout.data, layout.stride("data")
+        data, time_s = layout.data, partial(self._half_s, "reduce_scatter", layout.data, layout.stride("data"))
         byte_s = 2 * (data - 1) / data * self.level(layout).busy_s_per_byte  # what is sent and what is received
         cuts = {*cuts, 0, sum(sizes)} if self.config.model.tie_embeddings else {*cuts}
         found = []
@@ -104,8 +100,7 @@ class Reduction:
             places, left_s, n_bytes = self._gradients(layout, start, stop, is_split)
             ends = [i for i in range(1, len(places)) if places[i - 1] in cuts] + [len(places)]
             sums = [sum(n_bytes[low:high]) for low, high in pairwise((0, *ends))]
-            found.append(tuple(Bucket(n, float(left_s[end - 1] * factor), float(self._half_s("reduce_scatter", data, stride, n)),
-                                      n * byte_s)
+            found.append(tuple(Bucket(n, float(left_s[end - 1] * factor), float(time_s(n)), n * byte_s)
                                for n, end in zip(sums, ends)))
         return tuple(found)
 
