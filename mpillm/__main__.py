@@ -7,7 +7,7 @@ import click
 
 from mpillm import __version__
 from mpillm.errors import FAILURE, USAGE, MpillmError
-from mpillm.train.stop import hold
+from mpillm.guard.stop import hold
 
 COMMANDS = {
     "doctor": "say what this launch is: MPI library, ranks, nodes, threads, binding, GPU, HDF5 (under mpirun or srun)",

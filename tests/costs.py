@@ -12,12 +12,12 @@ import time
 from functools import partial
 from statistics import median
 
+from mpillm.checkpoint import saving
 from mpillm.comm.recorder import Checker, Recorder
 from mpillm.comm.world import comm_world
 from mpillm.config import Config
-from mpillm.train import saving
+from mpillm.guard.watchdog import Watchdog
 from mpillm.train.run import Run
-from mpillm.train.watchdog import Watchdog
 
 SAVES, NOTES = 7, 100_000
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from mpillm import __main__
+from mpillm.checkpoint import saving
 from mpillm.comm import collectives, world
 from mpillm.pipeline import stage
-from mpillm.train import engine, run, saving
+from mpillm.train import engine, run
 
 
 def ask():

@@ -111,7 +111,7 @@ same_weights() { # VENV RUN RUN
     "$1/bin/python" - "$2" "$3" <<'P'
 import sys
 import numpy as np
-from mpillm.train.checkpoint import Checkpoint
+from mpillm.checkpoint.reading import Checkpoint
 one, other = map(Checkpoint, sys.argv[1:])
 raise SystemExit(not all(np.array_equal(one.read(name), other.read(name)) for name in one.names()))
 P

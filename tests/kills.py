@@ -24,8 +24,8 @@ import tomli_w
 from helpers import AS_ROOT, OVERSUBSCRIBE, mpiexec, run_mpi
 from tiny import MODEL, write_token_file
 
+from mpillm.checkpoint.reading import Checkpoint, complete_checkpoints
 from mpillm.errors import CheckpointError
-from mpillm.train.checkpoint import Checkpoint, complete_checkpoints
 
 RANKS, STEPS, KEPT, LIMIT_S = 2, 60, 3, 60
 TRAIN = {"steps": STEPS, "seq_len": 12, "global_batch": 2, "microbatch": 1, "eval_every": 0, "checkpoint_every": 1,

@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import torch
 
+from mpillm.comm.devices import pick_device
 from mpillm.comm.group import as_group
 from mpillm.comm.probe import measure_machine
 from mpillm.comm.world import comm_world, set_threads
@@ -24,7 +25,7 @@ from mpillm.planner.keys import describe, to_config
 from mpillm.planner.layout import layouts, make_plan
 from mpillm.planner.pricing import Pricer
 from mpillm.train.choose import time_step
-from mpillm.train.engine import Engine, pick_device
+from mpillm.train.engine import Engine
 
 # Bound by products, by gradients and by activations. The one for links has three layers: stages are uneven, so that
 # what a pipeline saves on the wire it pays for in waiting.

@@ -22,8 +22,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from mpillm.checkpoint import reading
 from mpillm.errors import CheckpointError, ConfigError
-from mpillm.train import checkpoint
 
 CANARY = np.float32(12345.678)
 ROOM_BYTES = 16 << 20
@@ -159,7 +159,7 @@ def read(path, shapes):
     """Read everything that the model has; return it, or None if anything was refused."""
     found = None
     try:
-        source = checkpoint.Checkpoint(path)
+        source = reading.Checkpoint(path)
         found = [source.read(name, kind, shape=shape)
                  for kind in ("weight", "exp_avg") for name, shape in shapes.items()]
         source.model()
@@ -172,12 +172,12 @@ def read(path, shapes):
 
 def main(original, first, count):
     """Change and read; return the exit code."""
-    whole = checkpoint.Checkpoint(original)
+    whole = reading.Checkpoint(original)
     shapes, outcomes = {name: whole.shape(name) for name in whole.names()}, Counter()
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (256 << 20),) * 2)
     # Where memory was asked for that is not there, it was too much.
-    checkpoint._MALFORMED = tuple(kind for kind in checkpoint._MALFORMED if kind is not MemoryError)
+    reading._MALFORMED = tuple(kind for kind in reading._MALFORMED if kind is not MemoryError)
     tracemalloc.start()
     for seed in range(first, first + count):
         kind = KINDS[seed % len(KINDS)]

@@ -20,8 +20,8 @@ from mpillm.comm.tables import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
 from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
-from mpillm.train.compare import all_layouts, compare_layout, describe
 from mpillm.train.engine import Engine
+from mpillm.verify.compare import all_layouts, compare_layout, describe
 
 MODELS = {
     "as many key/value heads": {},

@@ -6,12 +6,12 @@ from dataclasses import replace
 import h5py
 import numpy as np
 
+from mpillm.checkpoint.reading import Checkpoint
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config
-from mpillm.train import compare
-from mpillm.train.checkpoint import Checkpoint
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
+from mpillm.verify import compare
 
 MODEL = {"hidden_size": 40, "num_layers": 7, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}
 TRAIN = {

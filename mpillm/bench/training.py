@@ -13,9 +13,9 @@ import numpy as np
 
 from mpillm.bench.launch import mpiexec, run_job
 from mpillm.config import AXES, Config
+from mpillm.data.tokenizers import token_dtype
+from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import ConfigError
-from mpillm.train.data import with_vocabulary
-from mpillm.train.text import token_dtype
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
 # What a configuration may say of an axis is left out of layouts that do not split it.

@@ -6,8 +6,10 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from mpillm.data.text import Documents
+from mpillm.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
+from mpillm.data.tokens import write_tokens
 from mpillm.errors import ConfigError, DataError
-from mpillm.train.text import ByteTokenizer, Documents, load_tokenizer, train_bpe, write_tokens
 
 DEFAULT_VOCAB_SIZE = 8192
 

@@ -14,7 +14,7 @@ def command(run):
 
     Reads RUN/flight, which every rank writes when it makes no progress for longer than it ever did.
     """
-    from mpillm.train.diagnose import diagnose, read_flights
+    from mpillm.guard.diagnose import diagnose, read_flights
 
     found = read_flights(run / "flight")
     if not found:

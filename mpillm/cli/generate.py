@@ -22,7 +22,7 @@ def command(path, rest, prompt, count, temperature, seed):
     The ranks share the heads (--layout.tensor) or the layers (--layout.pipeline), whatever the layout of training.
     --train.dtype and --train.numerics override the run's.
     """
-    from mpillm.generate import Generator
+    from mpillm.inference.generator import Generator
 
     generator = Generator(path, overrides=parse_overrides(rest))
     start, found = _encode(generator.tokenizer, prompt), 0

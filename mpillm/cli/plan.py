@@ -28,7 +28,7 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
 
     machine = Machine.load(name)
     if config.model.vocab_size is None and Path(config.data.path).exists():
-        from mpillm.train.data import with_vocabulary
+        from mpillm.data.tokens import with_vocabulary
 
         config = with_vocabulary(config)
     made = layout.price_layout(config, machine, ranks) if price else layout.make_plan(config, machine, ranks, top)

@@ -19,11 +19,11 @@ def command(output, device, dtype):
     """
     import torch
 
+    from mpillm.comm.devices import pick_device
     from mpillm.comm.group import as_group
     from mpillm.comm.probe import measure_machine
     from mpillm.comm.world import comm_world, set_threads
     from mpillm.errors import on_rank_0
-    from mpillm.train.engine import pick_device
 
     comm = comm_world()
     set_threads(comm)

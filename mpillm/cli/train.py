@@ -29,10 +29,10 @@ def command(config, resume, plan, probe_top):
     """
     from mpillm.comm.world import comm_world
     from mpillm.errors import ConfigError, together
+    from mpillm.guard.stop import StopRequest
     from mpillm.plan import Plan
     from mpillm.train.choose import choose_plan, is_open
     from mpillm.train.run import Run
-    from mpillm.train.stop import StopRequest
 
     comm, stop = comm_world(), StopRequest()
     obeyed = together(comm, lambda: Plan.load(plan, comm.size), "plan") if plan else None
@@ -71,7 +71,7 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line every few seconds."""
 
     def __init__(self, run):
-        from mpillm.train.compare import describe
+        from mpillm.verify.compare import describe
 
         self.train, self.is_terminal, self.last_line_s = run.config.train, sys.stderr.isatty(), 0.0
         start = f"going on from step {run.step_number}" if run.step_number else "starting"

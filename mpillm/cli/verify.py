@@ -20,7 +20,7 @@ RANDOM_VOCAB_SIZE = 257  # of the tokens that take the place of a missing file, 
 def command(config, steps, all_layouts):
     """Hold layouts of this launch's ranks against the serial reference; exit 17 if any differs beyond 1e-10."""
     from mpillm.comm.world import comm_world
-    from mpillm.train import compare
+    from mpillm.verify import compare
 
     comm = comm_world()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def command(config, steps, all_layouts):
 
 def _with_vocabulary(config):
     """Return the configuration with the vocabulary of its data, or where they are missing, of the random tokens."""
-    from mpillm.train.data import with_vocabulary
+    from mpillm.data.tokens import with_vocabulary
 
     if Path(config.data.path).exists():
         return with_vocabulary(config)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from mpillm.comm.buffers import as_words, synchronize
+from mpillm.comm.devices import device_name
 from mpillm.comm.group import Group
 from mpillm.comm.tables import make_call, measure_table, medians, time_calls
 from mpillm.errors import ConfigError
@@ -157,17 +157,6 @@ def as_of_now(comm, machine, device, dtype):
     Collective over ``comm``; all ranks return the same. Takes half a second.
     """
     return replace(machine, memory_bytes=_free_bytes(comm, device), speeds=_speeds(comm, machine.matmul, device, dtype))
-
-
-def device_name(device):
-    """Return the name of this rank's processor, or GPU. Local."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _wave(device):

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from mpillm.comm.buffers import synchronize
+from mpillm.comm.devices import device_name, pick_device
 from mpillm.comm.group import as_group
-from mpillm.comm.probe import as_of_now, device_name, measure_machine
+from mpillm.comm.probe import as_of_now, measure_machine
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
+from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import MpillmError, on_rank_0, together
 from mpillm.machine import Level, Machine
 from mpillm.plan import Plan
 from mpillm.planner.layout import make_plan, price_layout
-from mpillm.train.data import with_vocabulary
-from mpillm.train.engine import Engine, pick_device
+from mpillm.train.engine import Engine
 
 TRIED_STEPS = 5
 MEASURED = 2  # counts what the figures of a remembered machine have come to mean

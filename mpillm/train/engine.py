@@ -1,15 +1,16 @@
 """The engine: a model, its optimiser and its schedule on this launch's ranks; a batch goes in, an update comes out."""
 
 import math
-import os
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from mpillm.comm import collectives
+from mpillm.comm.devices import pick_device
 from mpillm.comm.mesh import Mesh
 from mpillm.errors import ConfigError
+from mpillm.guard.digests import Digests
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initialise
 from mpillm.nn.split import TensorSplit
@@ -21,7 +22,6 @@ from mpillm.report.trace import Trace
 from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import make_schedule, named_or_read
-from mpillm.train.digests import Digests
 from mpillm.train.gradients import GradientSync
 from mpillm.train.optimizers import ShardedOptimizer
 from mpillm.train.storage import Bucket, MicrobatchTree, bucket_parts
@@ -292,36 +292,6 @@ class Engine:
             for microbatch, loss in losses.items():
                 values[first + microbatch] = float(loss)
         return float(collectives.allreduce(values, self.mesh.world).sum())
-
-
-def pick_device(name, comm):
-    """Return the device of this rank: GPUs are dealt out by the rank's place on its node.
-
-    Collective over ``comm``.
-
-    Parameters
-    ----------
-    name : {"auto", "cpu", "cuda"}
-        ``"auto"`` is a GPU on the ranks where torch sees one.
-    comm : Comm
-
-    Returns
-    -------
-    torch.device
-
-    Raises
-    ------
-    ConfigError
-        On every rank, if ``"cuda"`` is asked for and some rank sees no GPU.
-    """
-    nodes, gpus = zip(*comm.allgather((os.uname().nodename, torch.cuda.device_count())))
-    if name == "cuda" and not all(gpus):
-        without = sorted({node for node, count in zip(nodes, gpus) if not count})
-        raise ConfigError(f"train.device = cuda: torch sees no GPU on {', '.join(without)}: ask for nodes with GPUs, "
-                          "install torch with CUDA, or set train.device = auto or cpu")
-    if name == "cpu" or not gpus[comm.rank]:
-        return torch.device("cpu")
-    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % gpus[comm.rank])
 
 
 def _by_name(ranges):

@@ -8,22 +8,23 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from mpillm.checkpoint import reading, saving
+from mpillm.checkpoint.start import check_model, check_same, find_start, newest
 from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
+from mpillm.data.samples import training_order
+from mpillm.data.tokenizers import copy_tokenizer
+from mpillm.data.tokens import TokenFile, file_digest, with_vocabulary
 from mpillm.errors import CheckpointError, CollectiveError, NumbersError, on_rank_0, together
+from mpillm.guard.stragglers import Stragglers
+from mpillm.guard.watchdog import Watchdog
 from mpillm.plan import Plan
-from mpillm.train import checkpoint, saving
-from mpillm.train.data import TokenFile, file_digest, training_order, with_vocabulary
 from mpillm.train.engine import Engine
 from mpillm.train.metrics import Metrics
 from mpillm.train.optimizers import learning_rate
 from mpillm.train.selftest import check_exact
-from mpillm.train.start import check_model, check_same, find_start, newest
-from mpillm.train.stragglers import Stragglers
-from mpillm.train.text import copy_tokenizer
-from mpillm.train.watchdog import Watchdog
 
 
 class Run:
@@ -301,7 +302,7 @@ class Run:
     def _load_weights(self):
         path = self.config.train.init_from
         action = f"train.init_from = {path}"
-        source = on_rank_0(self.comm, lambda: checkpoint.Checkpoint(path), action)
+        source = on_rank_0(self.comm, lambda: reading.Checkpoint(path), action)
         check_model(source, self.config.model)
         together(self.comm, lambda: self.engine.optimizer.restore_weights(
             lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape)), action)

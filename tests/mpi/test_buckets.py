@@ -18,10 +18,10 @@ from mpillm.comm.tables import only
 from mpillm.machine import Machine
 from mpillm.planner.layout import price_layout
 from mpillm.schedules.blocks import align
-from mpillm.train.compare import compare_layout, describe
 from mpillm.train.engine import Engine
 from mpillm.train.run import Run
 from mpillm.train.storage import Bucket
+from mpillm.verify.compare import compare_layout, describe
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 FOUR = {"model.num_layers": 4}

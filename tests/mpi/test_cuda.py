@@ -6,13 +6,14 @@ from helpers import assert_all
 from tiny import LAYOUTS, alone, tiny, train
 
 from mpillm.comm import allgather, allreduce, alltoall, bcast, gather, iallreduce, reduce_scatter, scatter
+from mpillm.comm.devices import pick_device
 from mpillm.comm.group import as_group
 from mpillm.comm.p2p import irecv, isend
 from mpillm.comm.probe import as_of_now, measure_machine
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE
 from mpillm.planner.layout import make_plan
-from mpillm.train.engine import Engine, pick_device
+from mpillm.train.engine import Engine
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpillm.comm import shared
 from mpillm.comm.single import SingleComm
 from mpillm.schedules.blocks import align, counts
-from mpillm.train.compare import describe
 from mpillm.train.engine import Engine
+from mpillm.verify.compare import describe
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 

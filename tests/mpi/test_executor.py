@@ -9,8 +9,8 @@ from mpillm.comm import executor, scheduled
 from mpillm.comm.collectives import allgather_blocks, ireduce_scatter_blocks, reduce_scatter_blocks
 from mpillm.comm.executor import Executor
 from mpillm.comm.group import as_group
-from mpillm.comm.tables import only
 from mpillm.comm.scheduled import Scheduled, checked, keep, release
+from mpillm.comm.tables import only
 from mpillm.planner.routes import Topology
 from mpillm.planner.trees import pack_trees
 from mpillm.schedules.blocks import all_bounds

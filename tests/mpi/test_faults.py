@@ -14,10 +14,11 @@ from helpers import assert_all
 from tiny import LAYOUTS, configure, everything, same, tiny
 
 from mpillm import comm as mpi
+from mpillm.checkpoint import reading, saving
 from mpillm.comm.group import Group
 from mpillm.errors import CollectiveError, DataError, MpillmError, NumbersError
+from mpillm.guard import stragglers
 from mpillm.pipeline import stage
-from mpillm.train import checkpoint, saving, stragglers
 from mpillm.train.run import Run
 
 pytestmark = pytest.mark.mpi
@@ -102,7 +103,7 @@ def test_a_flipped_bit_is_found_and_named(comm, data_path, what, bit, before):
     named = what in str(caught.value) and (piece.name if comm.rank == comm.size - 1 else "") in str(caught.value)
     located = comm.size == 1 or f"failed on ranks [{comm.size - 1}] of" in str(caught.value)
     assert_all(named and located, caught.value, comm)
-    assert_all(not checkpoint.complete_checkpoints(data_path / "run" / "checkpoints"), "saved", comm)
+    assert_all(not reading.complete_checkpoints(data_path / "run" / "checkpoints"), "saved", comm)
     trainer.free()
 
 
@@ -134,7 +135,7 @@ def test_resume_takes_the_newest_whole_checkpoint(comm, data_path, damage):
         files = sorted(newest.glob("*.h5"))
         raw = files[-1].read_bytes()
         if damage == "flipped":
-            with checkpoint.h5py.File(files[-1], "a") as file:
+            with reading.h5py.File(files[-1], "a") as file:
                 file.visititems(lambda where, item: item.__setitem__(0, item[0] + 1) if hasattr(item, "shape") and len(
                     item) else None)
         elif damage == "cut":
@@ -184,7 +185,7 @@ def test_a_full_disk_is_an_error_of_all_and_costs_no_checkpoint(comm, data_path,
     with pytest.raises(MpillmError, match="No space left") as caught:
         trainer.save()
     assert_all(caught.value.exit_code == 74, caught.value, comm)
-    assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == [kept], "announced", comm)
+    assert_all(reading.complete_checkpoints(data_path / "run" / "checkpoints") == [kept], "announced", comm)
     monkeypatch.undo()
     trainer.save()
     trainer.free()
@@ -200,18 +201,18 @@ def test_all_ranks_resume_from_one_checkpoint(comm, data_path, what, monkeypatch
     for _ in trainer:
         pass
     trainer.free()
-    found, read = checkpoint.complete_checkpoints, checkpoint.Checkpoint._read_shard
+    found, read = reading.complete_checkpoints, reading.Checkpoint._read_shard
 
     def unreadable(self, *shard):
         if self.step == 4:
-            raise checkpoint.CheckpointError("Input/output error")
+            raise reading.CheckpointError("Input/output error")
         return read(self, *shard)
 
     if comm.rank == comm.size - 1:
         if what == "listing":
-            monkeypatch.setattr(checkpoint, "complete_checkpoints", lambda folder: found(folder)[:-1])
+            monkeypatch.setattr(reading, "complete_checkpoints", lambda folder: found(folder)[:-1])
         else:
-            monkeypatch.setattr(checkpoint.Checkpoint, "_read_shard", unreadable)
+            monkeypatch.setattr(reading.Checkpoint, "_read_shard", unreadable)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resumed = make(comm, data_path, "run", **more)
@@ -229,7 +230,7 @@ def test_a_save_that_is_pending_is_finished(comm, data_path, then):
         kept.append(trainer.save())
     trainer.free()
     comm.Barrier()
-    assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
+    assert_all(reading.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("of the thread")])
@@ -247,7 +248,7 @@ def test_a_save_that_failed_is_told_once_and_the_next_is_not_disturbed(comm, dat
     kept = [trainer.save()]
     trainer.free()
     comm.Barrier()
-    assert_all(checkpoint.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
+    assert_all(reading.complete_checkpoints(data_path / "run" / "checkpoints") == kept, kept, comm)
 
 
 def test_checkpoints_in_the_background_hold_the_same(comm, data_path, monkeypatch):

@@ -8,16 +8,16 @@ import torch
 from helpers import assert_all
 from mpi4py import MPI
 
+from mpillm.checkpoint import reading, saving
 from mpillm.cli import generate as cli
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Model
+from mpillm.data.tokenizers import ByteTokenizer
 from mpillm.errors import CheckpointError, ConfigError, DataError
-from mpillm.generate import Generator, choose
+from mpillm.inference.generator import Generator, choose
 from mpillm.nn.attention import KeyValueCache
 from mpillm.nn.init import initial_values, parameter_table
-from mpillm.train import checkpoint, saving
-from mpillm.train.reference import Reference
-from mpillm.train.text import ByteTokenizer
+from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -71,7 +71,7 @@ def shared_run(comm, path, model):
 
 def oracle(run, model, prompt, count, temperature, seed):
     """Return the tokens that the serial reference gives, without a cache, in float64."""
-    source, reference, row = checkpoint.Checkpoint(run), Reference(model, 0), list(prompt)
+    source, reference, row = reading.Checkpoint(run), Reference(model, 0), list(prompt)
     with torch.no_grad():
         for name, weight in reference.parameters.items():
             weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))

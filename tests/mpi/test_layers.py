@@ -23,7 +23,7 @@ from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initial_values, initialise
 from mpillm.nn.norm import RMSNorm
 from mpillm.schedules.blocks import CHUNK_BYTES, bounds
-from mpillm.train.reference import Reference
+from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 

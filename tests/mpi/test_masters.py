@@ -6,11 +6,11 @@ import torch
 from helpers import assert_all
 from tiny import LAYOUTS, configure, tiny
 
+from mpillm.checkpoint.reading import Checkpoint
 from mpillm.nn.init import initial_values, parameter_table
-from mpillm.train import compare
-from mpillm.train.checkpoint import Checkpoint
 from mpillm.train.engine import Engine
 from mpillm.train.run import Run
+from mpillm.verify import compare
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 

@@ -38,9 +38,9 @@ from mpillm.report.planned import compare_volume
 from mpillm.report.records import read_trace
 from mpillm.schedules.blocks import all_bounds
 from mpillm.train import choose
-from mpillm.train.compare import compare_layout
 from mpillm.train.engine import Engine
 from mpillm.train.run import Run
+from mpillm.verify.compare import compare_layout
 
 pytestmark = pytest.mark.mpi
 

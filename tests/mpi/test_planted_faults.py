@@ -20,7 +20,7 @@ from mpillm.nn import attention, embedding, linear, norm, split
 from mpillm.pipeline import runner, stage
 from mpillm.planner.stages import default_cuts
 from mpillm.train import engine, gradients, optimizers, storage
-from mpillm.train.compare import compare_layout
+from mpillm.verify.compare import compare_layout
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 

@@ -11,9 +11,9 @@ from helpers import assert_all
 from tiny import LAYOUTS, configure, everything, same, tiny, write_token_file
 
 from mpillm.errors import DataError, MpillmError
+from mpillm.guard.stop import StopRequest
 from mpillm.train import optimizers
 from mpillm.train.run import Run
-from mpillm.train.stop import StopRequest
 
 pytestmark = pytest.mark.mpi
 

@@ -11,8 +11,8 @@ from helpers import assert_all
 from tiny import LAYOUTS, configure, tiny, write_token_file
 
 from mpillm.errors import MpillmError
-from mpillm.train.reference import Reference
 from mpillm.train.run import Run
+from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 

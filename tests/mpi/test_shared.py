@@ -16,8 +16,8 @@ from mpillm.comm.levels import Levels, make_levels
 from mpillm.comm.tables import measure_table, only
 from mpillm.errors import LaunchError
 from mpillm.plan import OPERATIONS, DecisionTable
-from mpillm.train import compare
 from mpillm.train.engine import Engine
+from mpillm.verify import compare
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 

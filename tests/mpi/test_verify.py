@@ -13,10 +13,10 @@ from tiny import GROUPED, one_for_every_degrees, reference_steps, representative
 from mpillm.comm.single import SingleComm
 from mpillm.planner.synthesis import TEXTBOOK, synthesise
 from mpillm.schedules import make_schedule
-from mpillm.train import compare
-from mpillm.train.compare import all_layouts, compare_layout, describe
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
+from mpillm.verify import compare
+from mpillm.verify.compare import all_layouts, compare_layout, describe
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 

@@ -84,7 +84,7 @@ same_weights() { # RUN RUN: whether the last checkpoints hold the same bits
     "$venv/bin/python" - "$1" "$2" <<'P'
 import sys
 import numpy as np
-from mpillm.train.checkpoint import Checkpoint
+from mpillm.checkpoint.reading import Checkpoint
 one, other = map(Checkpoint, sys.argv[1:])
 same = all(np.array_equal(one.read(name, kind), other.read(name, kind))
            for kind in one.tensors for name in one.names(kind))

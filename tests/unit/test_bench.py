@@ -18,7 +18,7 @@ from mpillm.cli.bench import behind_best, command
 from mpillm.config import Config
 from mpillm.errors import ConfigError, LaunchError, MpillmError
 from mpillm.machine import PRESETS
-from mpillm.train.reference import Reference
+from mpillm.verify.reference import Reference
 
 MIB = 1 << 20
 TINY = {

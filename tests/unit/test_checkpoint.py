@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+from mpillm.checkpoint import reading, saving
+from mpillm.checkpoint.reading import Checkpoint, complete_checkpoints, interrupted_saves, step_of
+from mpillm.checkpoint.saving import Saving, save
 from mpillm.comm.single import SingleComm
 from mpillm.config import Model
 from mpillm.errors import INPUT_OUTPUT, CheckpointError, DataError
 from mpillm.nn.init import parameter_table
-from mpillm.train import checkpoint, saving
-from mpillm.train.checkpoint import Checkpoint, complete_checkpoints, interrupted_saves, step_of
-from mpillm.train.saving import Saving, save
 
 SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
 MUTATIONS = int(os.environ.get("MPILLM_MUTATIONS", "100"))
@@ -222,7 +222,7 @@ def test_nothing_there(tmp_path):
 def test_a_manifest_that_cannot_be_used(path, text, monkeypatch):
     (path / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))
     if not text.strip() and text:
-        monkeypatch.setattr(checkpoint, "MANIFEST_BYTES", 1999)
+        monkeypatch.setattr(reading, "MANIFEST_BYTES", 1999)
         text = "longer than 1999"
     else:
         text = "manifest.json cannot be used"
@@ -468,7 +468,7 @@ import resource, sys
 import torch
 from mpillm.comm.single import SingleComm
 from mpillm.errors import DataError
-from mpillm.train.saving import save
+from mpillm.checkpoint.saving import save
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:

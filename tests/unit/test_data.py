@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny import write_token_file
 
+from mpillm.data.samples import training_order
+from mpillm.data.tokens import TokenFile, file_digest
 from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError
-from mpillm.train.data import TokenFile, file_digest, training_order
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_the_order_depends_on_seed_and_sample_number_alone():
     for first, count in ((0, 9), (45, 9), (99, 1), (149, 51)):  # across the ends of epochs, in any portions
         assert training_order(50, 3, first, count) == whole[first:first + count]
     assert whole != training_order(50, 4, 0, 200)
-    code = "from mpillm.train.data import training_order; print(training_order(50, 3, 0, 200))"
+    code = "from mpillm.data.samples import training_order; print(training_order(50, 3, 0, 200))"
     again = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert json.loads(again) == whole
 

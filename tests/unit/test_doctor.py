@@ -96,7 +96,7 @@ def test_the_report_of_one_rank(monkeypatch, tmp_path):
 
 @pytest.mark.launches
 @pytest.mark.slow
-def test_a_sound_launch():
+def test_one_process_is_a_sound_launch():
     job = run_mpi(0, ["-m", "mpillm", "doctor", "--json"])
     found = json.loads(job.stdout)
     assert job.returncode == 0 and found["sound"] and found["faults"] == [], found

@@ -12,7 +12,7 @@ import tomli_w
 from helpers import AS_ROOT, OVERSUBSCRIBE, mpiexec, run_mpi
 from tiny import MODEL, same, write_token_file
 
-from mpillm.train.checkpoint import complete_checkpoints
+from mpillm.checkpoint.reading import complete_checkpoints
 
 pytestmark = [pytest.mark.launches, pytest.mark.slow]  # under Open MPI in tests/soak.sh
 

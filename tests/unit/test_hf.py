@@ -10,19 +10,21 @@ import torch
 from click.testing import CliRunner
 
 from mpillm import hf
+from mpillm.checkpoint import reading, saving
 from mpillm.cli.convert import command
 from mpillm.comm.group import Group
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Model
+from mpillm.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, train_bpe
 from mpillm.errors import CheckpointError, ConfigError, DataError
-from mpillm.generate import load_weights
+from mpillm.hf.folder import INDEX
+from mpillm.hf.writing import FILE_ELEMENTS
+from mpillm.inference.generator import load_weights
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initial_values, parameter_table
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
-from mpillm.train import checkpoint, saving
-from mpillm.train.reference import Reference
-from mpillm.train.text import END_OF_DOCUMENT, ByteTokenizer, train_bpe
+from mpillm.verify.reference import Reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,7 +78,7 @@ def hf_logits(folder):
 
 def stage_logits(run):
     """Return the logits of mpillm's own layers."""
-    source = checkpoint.Checkpoint(run)
+    source = reading.Checkpoint(run)
     model = Model(**source.manifest["model"])
     stage = TransformerStage(model, TensorSplit(Group(SingleComm())), 0, model.num_layers)
     load_weights(stage, source)
@@ -88,7 +90,7 @@ def stage_logits(run):
 
 def reference_logits(run):
     """Return the logits of the serial reference."""
-    source = checkpoint.Checkpoint(run)
+    source = reading.Checkpoint(run)
     reference = Reference(Model(**source.manifest["model"]), 0, torch.float32)
     with torch.no_grad():
         for name, weight in reference.parameters.items():
@@ -104,7 +106,7 @@ def assert_same_logits(folder, run):
 
 
 def weights(path):
-    source = checkpoint.Checkpoint(path)
+    source = reading.Checkpoint(path)
     return {name: (source.shape(name), source.read(name)) for name in source.names()}
 
 
@@ -118,7 +120,7 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("file_elements", [hf.FILE_ELEMENTS, 5000], ids=["one-file", "many-files"])
+@pytest.mark.parametrize("file_elements", [FILE_ELEMENTS, 5000], ids=["one-file", "many-files"])
 def test_to_hf_and_back(tmp_path, changes, file_elements):
     run = make_run(tmp_path / "run", make_model(**changes))
     hf.to_hf(run, tmp_path / "hf", file_elements)
@@ -251,10 +253,10 @@ def test_damaged_folders(tmp_path):
     weights_path.unlink()
     with pytest.raises(DataError, match="no model.safetensors.*safetensors files only"):
         hf.from_hf(tmp_path / "run", tmp_path / "hf")
-    (tmp_path / "hf" / hf.INDEX).write_text('{"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}')
+    (tmp_path / "hf" / INDEX).write_text('{"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}')
     with pytest.raises(DataError, match=r"hf: has no elsewhere\.safetensors"):
         hf.from_hf(tmp_path / "run", tmp_path / "hf")
-    (tmp_path / "hf" / hf.INDEX).write_text("[]")
+    (tmp_path / "hf" / INDEX).write_text("[]")
     with pytest.raises(DataError, match="not a JSON object"):
         hf.from_hf(tmp_path / "run", tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text("{")
@@ -291,7 +293,7 @@ def test_command(tmp_path):
         assert str(words[0]) in result.output and str(words[2]) in result.output
     assert_same_bits(run, again)
     assert {path.name for path in again.iterdir()} == {"checkpoints", "config.toml"}
-    assert [path.name for path in checkpoint.complete_checkpoints(again / "checkpoints")] == ["step-00000000"]
+    assert [path.name for path in reading.complete_checkpoints(again / "checkpoints")] == ["step-00000000"]
 
 
 @pytest.mark.parametrize("words", [["run"], ["run", "--to-hf", "a", "--from-hf", "b"]], ids=["neither", "both"])

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
+from mpillm.comm.devices import pick_device
 from mpillm.comm.single import SingleComm
 from mpillm.comm.world import set_threads
 from mpillm.errors import USAGE, ConfigError
-from mpillm.train.engine import pick_device
 
 NODE = os.uname().nodename
 

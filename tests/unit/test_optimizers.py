@@ -8,8 +8,8 @@ from tiny import tiny
 
 from mpillm.schedules.blocks import align, bounds
 from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate
-from mpillm.train.reference import make_optimizer
 from mpillm.train.storage import ALIGNMENT, Piece
+from mpillm.verify.reference import make_optimizer
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "adagrad"]
 SHAPES = {"head": (9, 7), "norm": (7,), "query": (8, 40), "up": (54, 40)}

@@ -9,7 +9,7 @@ import tomli_w
 from helpers import run_mpi
 from tiny import MODEL, same, write_token_file
 
-from mpillm.train import stop
+from mpillm.guard import stop
 
 TRAIN = {"steps": 8, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 3, "checkpoint_every": 2}
 FAULTY = Path(__file__).parents[1] / "faulty.py"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mpillm.train.stragglers import slow_ranks
+from mpillm.guard.stragglers import slow_ranks
 
 
 def everybody(one, other):

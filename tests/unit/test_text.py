@@ -12,21 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from mpillm.cli.data import command
+from mpillm.data import tokenizers
+from mpillm.data.text import Documents
+from mpillm.data.tokenizers import ByteTokenizer, copy_tokenizer, load_tokenizer, token_dtype, train_bpe
+from mpillm.data.tokens import Split, write_tokens
 from mpillm.errors import ConfigError, DataError
-from mpillm.train import text
-from mpillm.train.text import (
-    ByteTokenizer,
-    Documents,
-    Split,
-    copy_tokenizer,
-    load_tokenizer,
-    token_dtype,
-    train_bpe,
-    write_tokens,
-)
 
 ROOT = Path(__file__).parents[2]
-SOURCE = Path(text.__file__).read_text(encoding="utf-8")
+SOURCE = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(tokenizers.__file__).parent.glob("*.py")))
 AWKWARD = "\n\n  tabs\t \r\n naïve — ελληνικά 漢字 🙂\u200d\x00\x85 \u00a0end <|endoftext|> </s>\n"
 
 
@@ -64,7 +57,7 @@ def test_bpe_training_repeats_in_another_process(bpe, tmp_path):
     (tmp_path / "awkward.txt").write_bytes(AWKWARD.encode())
     script = (
         "import sys\n"
-        "from mpillm.train.text import Documents, train_bpe\n"
+        "from mpillm.data.text import Documents\nfrom mpillm.data.tokenizers import train_bpe\n"
         "print(train_bpe(Documents(tuple(sys.argv[1:])), 400).to_json())"
     )
     files = [str(tmp_path / "source.txt"), str(tmp_path / "awkward.txt")]
@@ -75,8 +68,8 @@ def test_bpe_training_repeats_in_another_process(bpe, tmp_path):
 @pytest.mark.parametrize("size", [1, 50, 1000])
 def test_pieces_of_long_text_give_the_tokens_of_the_whole(bpe, monkeypatch, size):
     whole = bpe.encode(SOURCE + AWKWARD * 5)
-    monkeypatch.setattr(text, "_PIECE_CHARACTERS", size)
-    assert len(list(text._pieces(SOURCE))) > 10
+    monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", size)
+    assert len(list(tokenizers._pieces(SOURCE))) > 10
     assert bpe.encode(SOURCE + AWKWARD * 5).tolist() == whole.tolist()
 
 

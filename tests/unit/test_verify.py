@@ -6,7 +6,7 @@ from helpers import run_mpi
 from tiny import MODEL, TRAIN, tiny, write_token_file
 
 from mpillm.errors import ConfigError
-from mpillm.train.compare import all_layouts
+from mpillm.verify.compare import all_layouts
 
 pytestmark = [pytest.mark.launches, pytest.mark.slow]
 

@@ -6,8 +6,8 @@ import pytest
 
 from mpillm.comm.recorder import Recorder
 from mpillm.errors import FAILURE
-from mpillm.train import watchdog
-from mpillm.train.diagnose import diagnose
+from mpillm.guard import watchdog
+from mpillm.guard.diagnose import diagnose
 
 
 class Left(BaseException):

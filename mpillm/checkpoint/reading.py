@@ -1,7 +1,7 @@
 """Checkpoints: one plain HDF5 file per writing rank and a JSON manifest, readable at any layout.
 
 Every shard is a contiguous range of the row-major order of one whole tensor. ``step-00000100/`` appears by one rename,
-after all files are written, synced and agreed on (:mod:`mpillm.train.saving`); what the manifest lists is whole.
+after all files are written, synced and agreed on (:mod:`mpillm.checkpoint.saving`); what the manifest lists is whole.
 """
 
 import hashlib

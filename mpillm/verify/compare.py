@@ -9,13 +9,14 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group
+from mpillm.data.samples import training_order
+from mpillm.data.tokens import TokenFile
 from mpillm.errors import ConfigError
 from mpillm.planner.keys import describe_recompute
 from mpillm.schedules.pipeline import SCHEDULES, label
-from mpillm.train.data import TokenFile, training_order
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import decays, learning_rate
-from mpillm.train.reference import Reference, make_optimizer
+from mpillm.verify.reference import Reference, make_optimizer
 
 TOLERANCE = 1e-10  # of max|a - b| / max|b|, per tensor
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpillm.comm.recorder import BETWEEN, RESTING
 from mpillm.errors import FAILURE
-from mpillm.train.diagnose import diagnose, read_flights
+from mpillm.guard.diagnose import diagnose, read_flights
 
 PATIENCE = 20  # times the longest quiet seen in a kind of span
 KNOWN = 5  # how often progress must have been seen in a kind to know it

@@ -1,13 +1,6 @@
-"""Text to tokens and back: tokenizers, the documents in files, and the HDF5 file that training reads."""
+"""Tokenizers: bytes, byte-pair encodings learned or brought along; where they are kept."""
 
-import contextlib
-import hashlib
-import json
-import os
 import re
-import tempfile
-from array import array
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -22,10 +15,8 @@ SMALLEST_BPE = 257  # every byte, and the end of a document
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 _RUN_FILE = "tokenizer.json"
 _PIECE_CHARACTERS = 1 << 20
-_BLOCK_TOKENS = 1 << 20
 # The byte-level pattern always cuts here, so that the tokens of the pieces are the tokens of the whole.
 _SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
-
 
 class ByteTokenizer:
     """The bytes of the text are the tokens 0 to 255; token 256 ends a document. Any bytes pass unchanged."""
@@ -156,167 +147,15 @@ def copy_tokenizer(tokens_path, folder):
         (Path(folder) / _RUN_FILE).write_text(text, encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Documents:
-    """The documents in files, as bytes, read anew at every iteration; empty ones are left out.
-
-    Local. A ``.jsonl`` file has a document a line, under the key ``"text"``; any other file is one document.
-    One document at a time is in memory.
-
-    Parameters
-    ----------
-    paths : sequence of str
-    low, high : float
-        Only documents whose place in [0, 1) lies in ``low <= place < high``. The place is a SHA-256 of the
-        path as it was given, or of a JSON line's text, and so does not depend on the other documents.
-    utf8 : bool
-        Whether documents must be valid UTF-8.
-
-    Raises
-    ------
-    DataError
-        When iterated, if a file cannot be read or does not hold what it must.
-    """
-
-    paths: tuple
-    low: float = 0.0
-    high: float = 1.0
-    utf8: bool = True
-
-    def __iter__(self):
-        for path in self.paths:
-            try:
-                for key, text in (_json_lines if path.endswith(".jsonl") else self._whole_file)(path):
-                    if text and self.low <= _place(key) < self.high:
-                        yield text
-            except IsADirectoryError:
-                raise DataError(f"text file {path}: is a directory: name the files in it") from None
-            except OSError as error:
-                raise error if isinstance(error, DataError) else DataError(
-                    f"text file {path}: cannot be read ({error.strerror or error})") from error
-
-    def _whole_file(self, path):
-        """Yield the one document of a text file."""
-        data = Path(path).read_bytes()
-        if self.utf8:
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"text file {path}: byte {error.start} is not UTF-8 ({error.reason}): convert the file, "
-                    "or use --tokenizer bytes, which takes any bytes"
-                ) from None
-        yield os.fsencode(Path(path).as_posix()), data
-
-
-@dataclass(frozen=True)
-class Split:
-    """How much one split of a token file holds."""
-
-    documents: int
-    bytes: int
-    tokens: int
-
-
-def write_tokens(path, train, validation, tokenizer):
-    """Write a token file: both splits, the tokenizer, and the bytes of text behind each split.
-
-    Local. The file appears whole or not at all. Tokens are contiguous, so that they can be memory-mapped.
-
-    Parameters
-    ----------
-    path : str or Path
-    train, validation : iterable of bytes or str
-        Documents, read once.
-    tokenizer : ByteTokenizer or LibraryTokenizer
-
-    Returns
-    -------
-    train, validation : Split
-
-    Raises
-    ------
-    DataError
-        If the file cannot be written.
-    """
-    try:
-        with _replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
-            file.attrs.update(tokenizer=tokenizer.kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end)
-            file["tokenizer"] = tokenizer.to_json()
-            return tuple(
-                _write_split(file.create_group(name), documents, tokenizer, temporary.parent)
-                for name, documents in (("train", train), ("validation", validation))
-            )
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"token file {path}: cannot be written ({error.strerror or error})") from error
-
-
 def token_dtype(vocab_size):
     """Return the unsigned integer type that tokens of a vocabulary are stored in."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def _write_split(group, documents, tokenizer, folder):
-    """Write tokens, starts of documents and bytes of text; tokens are spooled until their number is known."""
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    end, starts, num_tokens, num_bytes = dtype.type(tokenizer.end).tobytes(), array("Q"), 0, 0
-    with tempfile.TemporaryFile(dir=folder) as spool:
-        for document in documents:
-            tokens = tokenizer.encode(document)
-            starts.append(num_tokens)
-            spool.write(tokens.astype(dtype).tobytes() + end)
-            num_tokens += len(tokens) + 1
-            num_bytes += len(document.encode() if isinstance(document, str) else document)
-        spool.seek(0)
-        dataset = group.create_dataset("tokens", (num_tokens,), dtype)
-        for first in range(0, num_tokens, _BLOCK_TOKENS):
-            block = np.frombuffer(spool.read(_BLOCK_TOKENS * dtype.itemsize), dtype)
-            dataset[first:first + len(block)] = block
-    group["documents"] = np.frombuffer(starts, np.uint64) if starts else np.empty(0, np.uint64)
-    group.attrs["bytes"] = num_bytes
-    return Split(len(starts), num_bytes, num_tokens)
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """Give a temporary path beside ``path`` that takes its place when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _inside(tokens_path):
     """Return the text of the tokenizer in a token file, or None."""
     with h5py.File(tokens_path, "r") as file:
         return file["tokenizer"].asstr()[()] if "tokenizer" in file else None
-
-
-def _json_lines(path):
-    """Yield the text of every line of a JSON lines file, as its own key."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"].encode()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"text file {path}: line {number} is no JSON object with text under the key \"text\" "
-                    f"({type(error).__name__}: {error})"
-                ) from None
-            yield text, text
-
-
-def _place(key):
-    """Map a key to [0, 1), evenly and for ever the same."""
-    return (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 11) / (1 << 53)
 
 
 def _pieces(text):

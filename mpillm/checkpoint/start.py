@@ -3,8 +3,8 @@
 import warnings
 from dataclasses import asdict
 
+from mpillm.checkpoint import reading
 from mpillm.errors import CheckpointError, ConfigError, DataError
-from mpillm.train import checkpoint
 
 
 def find_start(folder, resume):
@@ -24,19 +24,19 @@ def find_start(folder, resume):
     CheckpointError
         If there are complete checkpoints and none can be opened.
     """
-    own = checkpoint.complete_checkpoints(folder / "checkpoints")
+    own = reading.complete_checkpoints(folder / "checkpoints")
     if resume == "never" and (own or (folder / "metrics.jsonl").exists()):
         raise ConfigError(
             f"--resume never: {folder} holds a run already: choose another train.run_dir, or --resume auto"
         )
     if resume in ("auto", "never"):
-        left = checkpoint.interrupted_saves(folder / "checkpoints")
+        left = reading.interrupted_saves(folder / "checkpoints")
         if left:
             warnings.warn(f"{folder / 'checkpoints'}: {', '.join(left)} is of a save that was interrupted; the next "
                           "save removes it", stacklevel=2)
         return newest(folder)
     start = _of_a_run(resume)
-    newer = [path.name for path in own if checkpoint.step_of(path) > start.step]
+    newer = [path.name for path in own if reading.step_of(path) > start.step]
     if newer:  # they would count as the newest, and push out those of this run
         raise ConfigError(
             f"--resume {resume}: is of step {start.step}, and {folder / 'checkpoints'} holds newer ones "
@@ -54,8 +54,8 @@ def newest(folder, before=None):
         If there are some, and none can be opened.
     """
     refusal = None
-    for path in reversed(checkpoint.complete_checkpoints(folder / "checkpoints")):
-        if before is None or checkpoint.step_of(path) < before:
+    for path in reversed(reading.complete_checkpoints(folder / "checkpoints")):
+        if before is None or reading.step_of(path) < before:
             try:
                 return _of_a_run(path)
             except CheckpointError as error:
@@ -103,7 +103,7 @@ def check_model(source, model):
 
 def _of_a_run(path):
     """Open a checkpoint and see that its manifest says what a run needs."""
-    found = checkpoint.Checkpoint(path)
+    found = reading.Checkpoint(path)
     saved = {"skipped": 0, **found.manifest}
     data = saved.get("data")
     counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]

@@ -1,4 +1,4 @@
-"""Writing of checkpoints (:mod:`mpillm.train.checkpoint`): every rank its file, announced by one rename."""
+"""Writing of checkpoints (:mod:`mpillm.checkpoint.reading`): every rank its file, announced by one rename."""
 
 import hashlib
 import io
@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import torch
 
+from mpillm.checkpoint.reading import VERSION, complete_checkpoints, digest_of, step_of
 from mpillm.errors import DataError, on_rank_0, together
-from mpillm.train.checkpoint import VERSION, complete_checkpoints, digest_of, step_of
 
 SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
 

@@ -1,13 +1,84 @@
-"""Token files: memory-mapped samples in an order that depends only on the seed and the global sample number."""
+"""Token files, written and read: HDF5, whose tokens are memory-mapped."""
 
 import hashlib
-from functools import lru_cache
+import tempfile
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from mpillm.data.tokenizers import token_dtype
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import replacing
+
+_BLOCK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Split:
+    """How much one split of a token file holds."""
+
+    documents: int
+    bytes: int
+    tokens: int
+
+
+def write_tokens(path, train, validation, tokenizer):
+    """Write a token file: both splits, the tokenizer, and the bytes of text behind each split.
+
+    Local. The file appears whole or not at all. Tokens are contiguous, so that they can be memory-mapped.
+
+    Parameters
+    ----------
+    path : str or Path
+    train, validation : iterable of bytes or str
+        Documents, read once.
+    tokenizer : ByteTokenizer or LibraryTokenizer
+
+    Returns
+    -------
+    train, validation : Split
+
+    Raises
+    ------
+    DataError
+        If the file cannot be written.
+    """
+    try:
+        with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+            file.attrs.update(tokenizer=tokenizer.kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end)
+            file["tokenizer"] = tokenizer.to_json()
+            return tuple(
+                _write_split(file.create_group(name), documents, tokenizer, temporary.parent)
+                for name, documents in (("train", train), ("validation", validation))
+            )
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"token file {path}: cannot be written ({error.strerror or error})") from error
+
+
+def _write_split(group, documents, tokenizer, folder):
+    """Write tokens, starts of documents and bytes of text; tokens are spooled until their number is known."""
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    end, starts, num_tokens, num_bytes = dtype.type(tokenizer.end).tobytes(), array("Q"), 0, 0
+    with tempfile.TemporaryFile(dir=folder) as spool:
+        for document in documents:
+            tokens = tokenizer.encode(document)
+            starts.append(num_tokens)
+            spool.write(tokens.astype(dtype).tobytes() + end)
+            num_tokens += len(tokens) + 1
+            num_bytes += len(document.encode() if isinstance(document, str) else document)
+        spool.seek(0)
+        dataset = group.create_dataset("tokens", (num_tokens,), dtype)
+        for first in range(0, num_tokens, _BLOCK_TOKENS):
+            block = np.frombuffer(spool.read(_BLOCK_TOKENS * dtype.itemsize), dtype)
+            dataset[first:first + len(block)] = block
+    group["documents"] = np.frombuffer(starts, np.uint64) if starts else np.empty(0, np.uint64)
+    group.attrs["bytes"] = num_bytes
+    return Split(len(starts), num_bytes, num_tokens)
 
 
 class TokenFile:
@@ -84,20 +155,6 @@ def with_vocabulary(config):
         return config
     tokens = TokenFile(config.data.path, "train", config.train.seq_len)
     return config.with_values({"model.vocab_size": tokens.vocab_size})
-
-
-def training_order(num_samples, seed, first, count):
-    """Return the samples that global sample numbers ``first ... first + count`` stand for.
-
-    Local. Epoch ``e`` visits all samples once, in an order drawn from ``(seed, e)``.
-    """
-    places = (divmod(number, num_samples) for number in range(first, first + count))
-    return [int(_epoch_order(num_samples, seed, epoch)[place]) for epoch, place in places]
-
-
-@lru_cache(maxsize=2)  # a step may see the end of one epoch and the beginning of the next
-def _epoch_order(num_samples, seed, epoch):
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
 
 
 def file_digest(path):

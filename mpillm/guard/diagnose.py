@@ -8,7 +8,7 @@ from mpillm.errors import DataError
 
 
 def read_flights(folder):
-    """Read what :class:`mpillm.train.watchdog.Watchdog` wrote. Local.
+    """Read what :class:`mpillm.guard.watchdog.Watchdog` wrote. Local.
 
     Parameters
     ----------

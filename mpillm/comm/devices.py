@@ -1,0 +1,50 @@
+"""Which processor or GPU a rank computes on, and what it is called."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from mpillm.errors import ConfigError
+
+
+def pick_device(name, comm):
+    """Return the device of this rank: GPUs are dealt out by the rank's place on its node.
+
+    Collective over ``comm``.
+
+    Parameters
+    ----------
+    name : {"auto", "cpu", "cuda"}
+        ``"auto"`` is a GPU on the ranks where torch sees one.
+    comm : Comm
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if ``"cuda"`` is asked for and some rank sees no GPU.
+    """
+    nodes, gpus = zip(*comm.allgather((os.uname().nodename, torch.cuda.device_count())))
+    if name == "cuda" and not all(gpus):
+        without = sorted({node for node, count in zip(nodes, gpus) if not count})
+        raise ConfigError(f"train.device = cuda: torch sees no GPU on {', '.join(without)}: ask for nodes with GPUs, "
+                          "install torch with CUDA, or set train.device = auto or cpu")
+    if name == "cpu" or not gpus[comm.rank]:
+        return torch.device("cpu")
+    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % gpus[comm.rank])
+
+
+def device_name(device):
+    """Return the name of this rank's processor, or GPU. Local."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

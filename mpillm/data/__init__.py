@@ -1,0 +1,1 @@
+"""Texts and tokens: knows files, not models. No MPI, no torch."""

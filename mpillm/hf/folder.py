@@ -1,0 +1,48 @@
+"""What reading and writing of Hugging Face folders share: names of files, JSON, errors that name the folder."""
+
+import json
+from contextlib import contextmanager
+
+from mpillm.errors import ConfigError, DataError, MpillmError
+
+CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
+
+
+def refuse_used(folder, what):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{what} {folder}: is in use already: name an empty directory or a new one")
+
+
+def read_json(path):
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return values
+
+
+def write_json(path, values):
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def reporting(safetensors, folder):
+    """Turn what the system and the library raise into errors that name the folder."""
+    try:
+        yield
+    except MpillmError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"{folder}: {error}") from error
+
+
+def safetensors_library():
+    """Import the safetensors library, which is optional."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ConfigError(f"convert needs the safetensors package ({error}): pip install 'mpillm[hf]'") from error
+    return safetensors

@@ -1,0 +1,1 @@
+"""Uses trained weights: continues rows of tokens, on any layout. Never trains."""

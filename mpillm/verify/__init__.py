@@ -1,0 +1,1 @@
+"""Holds a layout against the serial model in float64."""
