@@ -92,7 +92,7 @@ def scatter_to(x, comm, dim=0):
     -----
     Backward sends ``(p-1)/p n`` bytes a rank, with ``n`` those of ``x``.
     """
-    whole = x.shape[dim]
+    whole = x.shape[collectives.check_dim("scatter_to", x, dim)]
     return _Movement.apply(x, as_group(comm), _slice(dim), _allgather(dim, whole))
 
 
@@ -171,7 +171,7 @@ def reduce_scatter_from(x, comm, dim=0):
     -----
     Sends ``(p-1)/p n`` bytes a rank each way, with ``n`` those of ``x``.
     """
-    whole = x.shape[dim]
+    whole = x.shape[collectives.check_dim("reduce_scatter_from", x, dim)]
     return _Movement.apply(x, as_group(comm), _reduce_scatter(dim), _allgather(dim, whole))
 
 
@@ -215,6 +215,7 @@ def _reduce_scatter(dim):
 def _whole_size(x, group, dim, size):
     """Return the whole size of ``dim``, asking the other ranks where it was not given; blocks that are not those of
     scatter are refused on all of them."""
+    collectives.check_dim("allgather", x, dim)
     if size is not None:
         return size
     lengths = group.comm.allgather(x.shape[dim])

@@ -118,6 +118,7 @@ def reduce_scatter(x, comm, dim=0):
 def ireduce_scatter(x, comm, dim=0, may_block=False):
     """Start :func:`reduce_scatter`."""
     group = as_group(comm)
+    check_dim("reduce_scatter", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
@@ -153,7 +154,8 @@ def allgather(x, comm, dim=0, size=None):
     Raises
     ------
     ShapeError
-        On this rank, before any message, if ``size`` was given and ``x`` is not this rank's block of it.
+        On this rank, before any message, if ``x`` has no ``dim``, as in all operations that have one, or ``size`` was
+        given and ``x`` is not this rank's block of it.
 
     Notes
     -----
@@ -165,9 +167,9 @@ def allgather(x, comm, dim=0, size=None):
 def iallgather(x, comm, dim=0, size=None, may_block=False):
     """Start :func:`allgather`."""
     group = as_group(comm)
+    dim = check_dim("allgather", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    dim %= x.dim()
     group.enter("allgather", (group.size - 1) * x.nbytes, x.dtype, (*x.shape[:dim], size, *x.shape[dim + 1:]))
     if size is None:
         lengths = group.comm.allgather(x.shape[dim])
@@ -274,6 +276,7 @@ def alltoall(x, comm, dim=0):
 def ialltoall(x, comm, dim=0, may_block=False):
     """Start :func:`alltoall`."""
     group = as_group(comm)
+    check_dim("alltoall", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
@@ -302,6 +305,7 @@ def scatter(x, comm, dim=0, root=0):
 def iscatter(x, comm, dim=0, root=0, may_block=False):
     """Start :func:`scatter`."""
     group = as_group(comm)
+    check_dim("scatter", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
     rows = staged(x.movedim(dim, 0))
@@ -331,9 +335,9 @@ def gather(x, comm, dim=0, root=0):
 def igather(x, comm, dim=0, root=0, may_block=False):
     """Start :func:`gather`; the ranks tell each other their sizes first."""
     group = as_group(comm)
+    dim = check_dim("gather", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    dim %= x.dim()
     group.enter("gather", 0 if group.rank == root else x.nbytes, x.dtype, (*x.shape[:dim], *x.shape[dim + 1:]), root)
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(x.movedim(dim, 0))
@@ -363,6 +367,14 @@ class Pending:
             self._result, self._finish = self._finish(), None
         self._keep = ()
         return self._result
+
+
+def check_dim(operation, x, dim):
+    """Return ``dim`` of ``x`` counted from the front; refuse one that ``x`` does not have. Local."""
+    if not -x.dim() <= dim < x.dim():
+        what = f"has the {x.dim()} dimensions {list(x.shape)}" if x.dim() else "is a single number: pass x[None]"
+        raise ShapeError(f"{operation}: there is no dim {dim}: x {what}")
+    return dim % x.dim()
 
 
 def _described(x):

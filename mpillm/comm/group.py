@@ -12,6 +12,7 @@ from mpillm.comm.recorder import Checker, Recorder
 from mpillm.comm.repaired import repaired
 from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
+from mpillm.comm.single import SingleComm
 from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
 from mpillm.schedules.repair import COMPOSED, as_if
 
@@ -116,8 +117,15 @@ class Group:
         if self._checker:
             self._checker.check(f"{operation} {op}" if op else operation, self.recorder.step, dtype, shape, root)
 
+    @property
+    def is_freed(self):
+        """Whether :meth:`free` was called, on this group or on one that shares its communicator."""
+        return not self.comm
+
     def free(self):
-        """Release the shared memory and the communicator. Collective."""
+        """Release the shared memory and the communicator; once is enough. Collective."""
+        if self.is_freed:
+            return
         if self._checker:
             self._checker.check("free", self.recorder.step)
         for made in (self.__dict__.get(name) for name in ("handover", "levels", "node", "schedules")):
@@ -131,15 +139,15 @@ class Group:
 def as_group(comm):
     """Return ``comm`` as a :class:`Group`: itself if it is one, else one over a clone that is kept with ``comm``.
 
-    Collective over ``comm`` the first time a communicator is seen.
+    Collective over ``comm`` the first time a communicator is seen, and again once its group was freed.
     """
     if isinstance(comm, Group):
         return comm
     if comm.size == 1:
-        return Group(comm)
+        return Group(SingleComm())
     key = _attribute_key()
     group = comm.Get_attr(key)
-    if group is None:
+    if group is None or group.is_freed:
         group = Group(comm.Clone())
         comm.Set_attr(key, group)
     return group

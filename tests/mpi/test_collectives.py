@@ -8,6 +8,7 @@ import torch
 from helpers import assert_all
 
 from mpillm import comm as mpi
+from mpillm.autograd import allgather_to, gather_from, reduce_scatter_from, scatter_to
 from mpillm.comm import collectives, shared
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.single import SingleComm
@@ -350,3 +351,43 @@ def test_one_item_with_a_stride_of_its_own_is_moved_like_any(comm):
 def test_waiting_twice_gives_the_same_result(comm):
     pending = mpi.iallreduce(torch.ones(5), comm)
     assert_all(torch.equal(pending.wait(), pending.wait()), "another result", comm)
+
+
+def test_shapes_at_the_edge(comm):
+    """A single number can be summed and given to all, and has no dim to cut or join; nothing and one item can."""
+    joins = ["allgather", "gather", "reduce_scatter", "scatter", "alltoall"]
+    regions = [scatter_to, gather_from, allgather_to, reduce_scatter_from]
+    for dtype, group in itertools.product(DTYPES, groups(comm)):
+        x = torch.tensor(comm.rank + 1).to(dtype)
+        sums, first = mpi.allreduce(x, group), mpi.bcast(x, group, comm.size - 1)
+        ok = sums.shape == first.shape == () and int(sums) == comm.size * (comm.size + 1) // 2 and int(first) == comm.size
+        for call in [*(getattr(mpi, kind + name) for name in joins for kind in ("", "i")), *regions]:
+            with pytest.raises(ShapeError, match=r"no dim 0: x is a single number: pass x\[None\]"):
+                call(x, group)
+            with pytest.raises(ShapeError, match=r"no dim -3: x has the 2 dimensions \[0, 1\]"):
+                call(x.new_zeros(0, 1), group, dim=-3)
+        whole = mpi.allgather(x[None], group, -1), mpi.gather(x[None], group)
+        ok &= [int(item) for item in whole[0]] == list(range(1, comm.size + 1)) and len(whole[1]) == comm.size * (
+            group.rank == 0)
+        for shape in ((0,), (1,), (1, 1), (1, 0, 3)):
+            empty = x.new_ones(shape)
+            for name, parts in (("allgather", comm.size), ("alltoall", None), ("reduce_scatter", None), ("scatter", None)):
+                found, block = getattr(mpi, name)(empty, group), counts(shape[0], comm.size)[comm.rank]
+                right = parts * shape[0] if parts else block * (comm.size if name == "alltoall" else 1)
+                ok &= found.shape == (right, *shape[1:]) and bool((found == (comm.size if "reduce" in name else 1)).all())
+        assert_all(ok, f"{dtype} {sums} {first} {whole}", comm)
+
+
+def test_a_group_that_was_freed_is_not_handed_out_again(comm):
+    """Nor freed twice; also where a group of the same ranks under another table was freed, and with its communicator."""
+    part = comm.Clone()
+    for free in (lambda group: group.free(), lambda group: group.with_table(DecisionTable(())).free()):
+        group = as_group(part)
+        free(group)
+        group.free()
+        assert_all(comm.size == 1 or as_group(part) is not group, "the same group", comm)
+        assert_all(mpi.allreduce(torch.ones(3), part).tolist() == 3 * [comm.size], "not the sum", comm)
+    kept = as_group(part)
+    assert_all(part.allgather(1) == comm.size * [1], "the caller's own communicator was freed", comm)
+    part.Free()
+    assert_all(comm.size == 1 or kept.is_freed, "the group outlives its communicator", comm)
