@@ -1,9 +1,11 @@
 """What can go wrong, and how every rank learns of it.
 
 Three kinds (docs/sharp-bits.rst): errors every rank sees by itself are raised before the first message;
-errors of one rank at set-up, load or save go through :func:`agree`; inside a step a rank that fails ends
+errors of one rank at set-up, load or save go through :func:`agreed`; inside a step a rank that fails ends
 the job (:func:`mpillm.comm.world.abort`), because its peers may already wait for it.
 """
+
+from contextlib import contextmanager
 
 OK, FAILURE, USAGE, VALIDATION, INPUT_OUTPUT, RESUME = 0, 1, 2, 17, 74, 85
 
@@ -54,31 +56,41 @@ class CollectiveError(MpillmError, RuntimeError):
         self.exit_code = exit_code
 
 
-def agree(comm, error=None, action="set-up"):
-    """Raise on every rank if any rank failed.
+@contextmanager
+def agreed(comm, action):
+    """Raise what fails in the block on every rank if it fails on any.
 
-    Collective over ``comm``.
+    Collective over ``comm``. The block itself must not communicate: a rank that fails would leave the others in it.
 
     Parameters
     ----------
     comm : Comm
         An mpi4py communicator or the one-rank stand-in.
-    error : Exception or None
-        What this rank caught, or ``None`` if it is fine.
     action : str
-        What was being done, for the message.
+        What is being done, for the message.
 
     Raises
     ------
     CollectiveError
-        On every rank, the same message on each, if ``error`` was given on some. If it is the same on all, each raises
-        its own.
+        On every rank, the same message on each, if the block raised an :class:`MpillmError` or :class:`OSError` on
+        some. If it is the same on all, each raises its own. Any other exception is a bug and passes through at once,
+        for :func:`mpillm.comm.world.launch` to end the job: the other ranks wait here.
 
     Notes
     -----
     Cost: one allgather of a short string.
+
+    Examples
+    --------
+    >>> with agreed(comm, "data"):
+    ...     text = Path("input.txt").read_text()
     """
-    mine = None if error is None else (f"{type(error).__name__}: {error}", getattr(error, "exit_code", FAILURE))
+    error = None
+    try:
+        yield
+    except _AGREED as caught:
+        error = _on_purpose(caught, action)
+    mine = None if error is None else (f"{type(error).__name__}: {error}", error.exit_code)
     reports = comm.allgather(mine)
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
@@ -91,33 +103,26 @@ def agree(comm, error=None, action="set-up"):
     ) from error
 
 
-def together(comm, work, action):
-    """Do ``work()`` on every rank and return its result; raise on every rank if it failed on any.
+def on_rank_0(comm, action, function, *arguments):
+    """Return what ``function(*arguments)`` returns on rank 0, which alone calls it; or raise its error. On every rank.
 
-    Collective over ``comm``; ``work`` itself must not communicate. Errors of files and on-purpose errors are agreed on
-    (:func:`agree`), any other is a bug and passes through.
+    Collective over ``comm``; errors are those of :func:`agreed`. What is returned travels as an object.
     """
-    error, result = _attempt(work, action)
-    agree(comm, error, action)
-    return result
-
-
-def on_rank_0(comm, work, action):
-    """Do ``work()`` on rank 0 alone; return its result, or raise its error, on every rank.
-
-    Collective over ``comm``; otherwise as :func:`together`. What is returned travels as an object.
-    """
-    error, result = comm.bcast(_attempt(work, action) if comm.rank == 0 else None)
+    error = result = None
+    if comm.rank == 0:
+        try:
+            result = function(*arguments)
+        except _AGREED as caught:
+            error = _on_purpose(caught, action)
+    error, result = comm.bcast((error, result))
     if error is not None:
         raise error
     return result
 
 
-def _attempt(work, action):
-    """Return the error that is to be agreed on, or None, and the result."""
-    try:
-        return None, work()
-    except MpillmError as error:
-        return error, None
-    except OSError as error:
-        return DataError(f"{action}: {error}"), None
+_AGREED = MpillmError, OSError
+
+
+def _on_purpose(error, action):
+    """Return the error to raise for one of :data:`_AGREED`."""
+    return error if isinstance(error, MpillmError) else DataError(f"{action}: {error}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mpillm.checkpoint.reading import VERSION, complete_checkpoints, digest_of, step_of
-from mpillm.errors import DataError, on_rank_0, together
+from mpillm.errors import DataError, agreed, on_rank_0
 
 SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
 
@@ -62,7 +62,7 @@ class Saving:
         self.step, self._comm, self._keep, self._manifest = step, comm, keep, manifest
         self._final, self._temporary = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
         self._action, self._error, self._entries, self._thread = f"save {self._final}", None, None, None
-        on_rank_0(comm, self._clear, self._action)
+        on_rank_0(comm, self._action, self._clear)
         self._is_copied = threading.Event()
         if in_background:
             self._thread = threading.Thread(target=self._write, args=(shards,), daemon=True)
@@ -110,19 +110,16 @@ class Saving:
         """
         if self._thread:
             self._thread.join()
-
-        def written():
+        with agreed(self._comm, self._action):
             if self._error:
                 what = f"{type(self._error).__name__}: {self._error}"
                 raise DataError(f"{self._action}: {what}: free some space, or choose another train.run_dir"
                                 ) from self._error
-            return self._entries
-
-        gathered = self._comm.gather(together(self._comm, written, self._action))
-        on_rank_0(self._comm, lambda: self._publish(gathered), self._action)
+        on_rank_0(self._comm, self._action, self._announce, self._comm.gather(self._entries))
         return self._final
 
-    def _publish(self, gathered):
+    def _announce(self, gathered):
+        """Write the manifest from all ranks' entries and give the checkpoint its name; drop old ones."""
         tensors = {}
         for kind, name, shape, dtype, shard in (entry for part in gathered for entry in part):
             known = tensors.setdefault(kind, {}).setdefault(name, {"shape": shape, "dtype": dtype, "shards": []})

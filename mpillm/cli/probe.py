@@ -28,7 +28,7 @@ def command(output, device, dtype):
     comm = comm_world()
     set_threads(comm)
     machine = measure_machine(as_group(comm), device=pick_device(device, comm), dtype=getattr(torch, dtype))
-    on_rank_0(comm, lambda: machine.save(output), f"-o {output}")
+    on_rank_0(comm, f"-o {output}", machine.save, output)
     if comm.rank == 0:
         for width, rate in machine.matmul:
             click.echo(f"products of width {width:5}: {rate / 1e9:8.1f} GFLOP/s a rank")

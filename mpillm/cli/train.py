@@ -28,14 +28,15 @@ def command(config, resume, plan, probe_top):
     goes on from there.
     """
     from mpillm.comm.world import comm_world
-    from mpillm.errors import ConfigError, together
+    from mpillm.errors import ConfigError, agreed
     from mpillm.guard.stop import StopRequest
     from mpillm.plan import Plan
     from mpillm.train.choose import choose_plan, is_open
     from mpillm.train.run import Run
 
     comm, stop = comm_world(), StopRequest()
-    obeyed = together(comm, lambda: Plan.load(plan, comm.size), "plan") if plan else None
+    with agreed(comm, "plan"):
+        obeyed = Plan.load(plan, comm.size) if plan else None
     if plan and probe_top:
         raise ConfigError("--plan and --probe-top: a plan is obeyed, not searched for; give one of them")
     if probe_top or not plan and comm.size > 1 and is_open(config):

@@ -1,14 +1,13 @@
 """``mpillm verify``: loss, gradients and weights of a layout against the serial reference, in float64."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import click
 import torch
 
 from mpillm.cli.options import CONTEXT, with_config
-from mpillm.errors import OK, VALIDATION, together
+from mpillm.errors import OK, VALIDATION, agreed
 
 RANDOM_VOCAB_SIZE = 257  # of the tokens that take the place of a missing file, where the model names none
 
@@ -24,10 +23,12 @@ def command(config, steps, all_layouts):
 
     comm = comm_world()
     torch.set_num_threads(1)
-    config = together(comm, partial(_with_vocabulary, config), "data")
+    with agreed(comm, "data"):
+        config = _with_vocabulary(config)
     config = replace(config, train=replace(config.train, dtype="float64", device="cpu"))
     layouts = list(compare.all_layouts(config, comm.size)) if all_layouts else [config.resolve(comm.size)]
-    batches = together(comm, partial(compare.batches, layouts[0], steps), "data")
+    with agreed(comm, "data"):
+        batches = compare.batches(layouts[0], steps)
     reference = compare.ReferenceTrainer(layouts[0]) if comm.rank == 0 else None
     expected = [reference.step(*batch) if reference else None for batch in batches]
     differing = 0

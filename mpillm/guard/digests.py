@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from mpillm.errors import NumbersError, together
+from mpillm.errors import NumbersError, agreed
 
 VOTERS = 3  # the fewest among whom a majority can be right
 REMEDY = "the memory of this rank, or its node, is not to be trusted; go on from the last checkpoint elsewhere"
@@ -46,16 +46,13 @@ class Digests:
         found = self._sums()
         changed = [name for name, kept in self._kept.items() if found[name] != kept]
         differing = self._outvoted(found)
-
-        def refuse():
+        with agreed(self._engine.mesh.world.comm, "digests of weights and optimiser state"):
             if changed:
                 raise NumbersError(f"{changed[0]} has changed since the last update, and not by training "
                                    f"({len(changed)} tensors have): {REMEDY}")
             if differing:
                 raise NumbersError(f"{differing[0]} is not what most replicas hold ({len(differing)} tensors are not): "
                                    f"{REMEDY}")
-
-        together(self._engine.mesh.world.comm, refuse, "digests of weights and optimiser state")
 
     def _outvoted(self, found):
         """Return the names of the tensors of which most data ranks have another sum than this one."""

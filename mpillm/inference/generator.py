@@ -20,7 +20,7 @@ from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config, Layout
 from mpillm.data.tokenizers import load_tokenizer
-from mpillm.errors import CheckpointError, ConfigError, together
+from mpillm.errors import CheckpointError, ConfigError, agreed
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
@@ -60,8 +60,8 @@ class Generator:
 
     def __init__(self, path, comm=None, overrides=None):
         comm = as_group(comm_world() if comm is None else comm).comm
-        source, self.config, self.tokenizer = together(
-            comm, lambda: _open(Path(path), overrides or {}, comm.size), f"open {path}")
+        with agreed(comm, f"open {path}"):
+            source, self.config, self.tokenizer = _open(Path(path), overrides or {}, comm.size)
         model, train, layout = self.config.model, self.config.train, self.config.layout
         is_exact = train.numerics == "exact"
         torch.set_num_threads(1 if is_exact else set_threads(comm))
@@ -72,7 +72,8 @@ class Generator:
         self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
         if model.tie_embeddings and layout.pipeline == 1:
             self.stage.head.linear.weight = self.stage.embedding.weight
-        together(comm, lambda: load_weights(self.stage, source), f"read {source.path}")
+        with agreed(comm, f"read {source.path}"):
+            load_weights(self.stage, source)
         chooses = self.stage.is_last and self.mesh.coord("tensor") == 0
         self._is_chooser, self._chooser = chooses, comm.allgather(chooses).index(True)
 

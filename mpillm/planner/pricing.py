@@ -110,7 +110,7 @@ class Pricer:
 
         Unequal ranks are made up for along one axis: along the pipeline by its cuts, else by shares of the batch.
         """
-        d, p, t = layout.data, layout.pipeline, layout.tensor
+        d, p = layout.data, layout.pipeline
         if not self.machine.speeds:
             return np.ones(d), np.ones(p)
         speeds = np.reshape(self.machine.speeds, [getattr(layout, axis) for axis in layout.order])

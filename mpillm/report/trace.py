@@ -7,7 +7,7 @@ import uuid
 from contextlib import contextmanager
 
 from mpillm.config import AXES
-from mpillm.errors import together
+from mpillm.errors import agreed
 
 
 class Trace:
@@ -29,12 +29,9 @@ class Trace:
         self.recorder, self._spans, self._file = mesh.recorder, [], None
         if folder is None:
             return
-
-        def opened():
+        with agreed(mesh.world.comm, "trace"):
             folder.mkdir(parents=True, exist_ok=True)
-            return open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
-
-        self._file = together(mesh.world.comm, opened, "trace")
+            self._file = open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
         launch = mesh.world.comm.bcast(uuid.uuid4().hex[:12])
         mesh.world.comm.Barrier()
         self._origin_s = time.perf_counter()

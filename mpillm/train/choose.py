@@ -5,7 +5,6 @@ import json
 import os
 import time
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from mpillm.comm.probe import as_of_now, measure_machine
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
 from mpillm.data.tokens import with_vocabulary
-from mpillm.errors import MpillmError, on_rank_0, together
+from mpillm.errors import MpillmError, agreed, on_rank_0
 from mpillm.machine import Level, Machine
 from mpillm.plan import Plan
 from mpillm.planner.layout import make_plan, price_layout
@@ -58,19 +57,14 @@ def choose_plan(config, comm, probe_top=1):
         On every rank, if no layout is left or none fits the memory, the data cannot be read, or some ranks would train
         on GPUs and others not.
     """
-    config = together(comm, partial(with_vocabulary, config), "data")
+    with agreed(comm, "data"):
+        config = with_vocabulary(config)
     num_nodes = len(set(nodes_of(comm)))
-    kept = on_rank_0(comm, lambda: _kept_plan(config, comm.size, num_nodes), "plan")
+    kept = on_rank_0(comm, "plan", _kept_plan, config, comm.size, num_nodes)
     if kept:
         return kept, f"plan of {config.train.run_dir}"
     machine, origin = known_machine(comm, pick_device(config.train.device, comm), getattr(torch, config.train.dtype))
-
-    def plan():
-        made = make_plan(config, machine, comm.size, top=probe_top - 1)
-        return [made, *(price_layout(Plan(0, 0, layout=other["layout"]).applied_to(config), machine, comm.size)
-                        for other in made.alternatives)]
-
-    plans = on_rank_0(comm, plan, "plan")  # planned once: all obey the same
+    plans = on_rank_0(comm, "plan", _best_plans, config, machine, comm.size, probe_top)  # once: all obey the same
     return (plans[0] if len(plans) == 1 else _fastest(plans, config, comm)), origin
 
 
@@ -93,7 +87,7 @@ def known_machine(comm, device, dtype):
     figures = [field.name for of in (Machine, Level) for field in fields(of)]  # an earlier version's say less
     digest = hashlib.sha256(json.dumps([kinds, nodes_of(comm), figures, MEASURED]).encode()).hexdigest()[:16]
     cache = _cache_folder() / f"machine-{digest}.json"
-    machine = on_rank_0(comm, lambda: _remembered(cache), "machine")
+    machine = on_rank_0(comm, "machine", _remembered, cache)
     if machine:
         return as_of_now(comm, machine, device, dtype), f"machine as measured before, {cache}; remove it to measure again"
     machine = measure_machine(as_group(comm), device=device, dtype=dtype)
@@ -117,6 +111,13 @@ def _kept_plan(config, num_ranks, num_nodes):
     except MpillmError:
         return None
     return plan if plan.layout else None
+
+
+def _best_plans(config, machine, num_ranks, count):
+    """Return the best plans, the best first."""
+    best = make_plan(config, machine, num_ranks, top=count - 1)
+    return [best, *(price_layout(Plan(0, 0, layout=other["layout"]).applied_to(config), machine, num_ranks)
+                    for other in best.alternatives)]
 
 
 def _cache_folder():

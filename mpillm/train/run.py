@@ -17,7 +17,7 @@ from mpillm.config import AXES
 from mpillm.data.samples import training_order
 from mpillm.data.tokenizers import copy_tokenizer
 from mpillm.data.tokens import TokenFile, file_digest, with_vocabulary
-from mpillm.errors import CheckpointError, CollectiveError, NumbersError, on_rank_0, together
+from mpillm.errors import CheckpointError, CollectiveError, NumbersError, agreed, on_rank_0
 from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
 from mpillm.plan import Plan
@@ -81,15 +81,17 @@ class Run:
         self.plan = Plan(self.comm.size, num_nodes) if plan is None else plan
         self.plan.check(self.comm.size, num_nodes)
         config = self.plan.applied_to(config).resolve(self.comm.size)
-        self.config = together(self.comm, lambda: self._open_data(config), "data")
+        with agreed(self.comm, "data"):
+            self.config = self._open_data(config)
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
-        start = on_rank_0(self.comm, lambda: find_start(self.folder, resume), "resume")  # not all may see the files
+        start = on_rank_0(self.comm, "resume", find_start, self.folder, resume)  # not all may see the files
         writing = f"train.run_dir = {self.folder} cannot be written, choose another"
-        on_rank_0(self.comm, lambda: (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True), writing)
+        on_rank_0(self.comm, writing, partial((self.folder / "checkpoints").mkdir, parents=True, exist_ok=True))
         self.threads = set_threads(self.comm)
         if self.config.train.numerics == "exact":
-            together(self.comm, lambda: check_exact(self.config), "self-test of train.numerics = exact")
+            with agreed(self.comm, "self-test of train.numerics = exact"):
+                check_exact(self.config)
         trace = self.folder / "trace" if self.config.train.trace else None
         self.engine = Engine(self.config, self.comm, trace, self.plan.table)
         self.watchdog, self.stragglers = self._watch(), Stragglers(self.engine)
@@ -98,8 +100,8 @@ class Run:
         self.stop, self.stopped_by = stop, None
         self._restore(start, resume)
         self._metrics = None  # kept by rank 0
-        on_rank_0(self.comm, self._open_metrics, writing)
-        on_rank_0(self.comm, self._describe, writing)
+        on_rank_0(self.comm, writing, self._open_metrics)
+        on_rank_0(self.comm, writing, self._describe)
 
     def __iter__(self):
         train = self.config.train
@@ -170,7 +172,8 @@ class Run:
         Returns nothing if told to stop before the end.
         """
         if self.validation_tokens is None:  # a run that never evaluates by itself needs none
-            self.validation_tokens = together(self.comm, self._open_validation, "data")
+            with agreed(self.comm, "data"):
+                self.validation_tokens = self._open_validation()
         train, tokens = self.config.train, self.validation_tokens
         count = min(tokens.num_samples, train.eval_batches * train.global_batch or tokens.num_samples)
         total = 0.0
@@ -190,7 +193,7 @@ class Run:
     def _finish_evaluation(self):
         """Make up for the evaluation that the run was stopped in, before it goes on; collective."""
         if self.step_number and self._evaluates_now():
-            last = on_rank_0(self.comm, lambda: self._metrics.last, str(self.folder))
+            last = self.comm.bcast(self._metrics and self._metrics.last)
             is_lacking = last.get("step") == self.step_number and "validation_loss" not in last
             found = self.evaluate() if is_lacking else {}
             if found and self._metrics:
@@ -264,7 +267,7 @@ class Run:
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
-        self.data_digest = on_rank_0(self.comm, lambda: file_digest(self.config.data.path), "data")
+        self.data_digest = on_rank_0(self.comm, "data", file_digest, self.config.data.path)
         if start is not None:
             with self.engine.trace.span("load", "checkpoint"):
                 self._load_or_older(start, resume)
@@ -277,12 +280,14 @@ class Run:
     def _load_or_older(self, start, resume):
         """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""
         action, older = f"resume from {start.path}", None
-        together(self.comm, lambda: check_same(start, self.config, self.data_digest), action)
+        with agreed(self.comm, action):
+            check_same(start, self.config, self.data_digest)
         try:
-            return together(self.comm, lambda: self._load(start), action)
+            with agreed(self.comm, action):
+                return self._load(start)
         except (CheckpointError, CollectiveError) as error:
             if resume == "auto":
-                older = on_rank_0(self.comm, lambda: newest(self.folder, start.step), action)
+                older = on_rank_0(self.comm, action, newest, self.folder, start.step)
             if older is None:
                 raise
             if self.comm.rank == 0:
@@ -302,15 +307,16 @@ class Run:
     def _load_weights(self):
         path = self.config.train.init_from
         action = f"train.init_from = {path}"
-        source = on_rank_0(self.comm, lambda: reading.Checkpoint(path), action)
+        source = on_rank_0(self.comm, action, reading.Checkpoint, path)
         check_model(source, self.config.model)
-        together(self.comm, lambda: self.engine.optimizer.restore_weights(
-            lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape)), action)
+        with agreed(self.comm, action):
+            self.engine.optimizer.restore_weights(
+                lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape))
 
     def _watch(self):
         """Return what ends the job if it hangs, or None. Records of an earlier hang are put away first."""
         folder = self.folder / "flight"
-        on_rank_0(self.comm, lambda: shutil.rmtree(folder, ignore_errors=True), f"remove {folder}")
+        on_rank_0(self.comm, f"remove {folder}", partial(shutil.rmtree, folder, ignore_errors=True))
         if not self.config.train.hang_limit_s or self.comm.size == 1:
             return None
         mesh = self.engine.mesh
