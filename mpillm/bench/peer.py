@@ -24,6 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from mpillm.comm.limits import usable_cores
+
 MODES = ("single", "ddp", "tp", "pp")
 
 
@@ -209,7 +211,7 @@ def clip(mode, model, limit):
 
 def train(mode, rank, ranks, work):
     """Train ``work.steps`` steps on random tokens; return the line to print. Collective over the ranks."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.set_num_threads(max(1, usable_cores() // ranks))
     trainer = (Pipelined if mode == "pp" else Accumulated)(mode, rank, ranks, work)
     optimizer = make_optimizer(mode, trainer.model, work)
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ from mpillm.bench.collectives import measure as measure_collectives
 from mpillm.bench.training import make_cases, make_rows, measure, mpillm_program, peer_program, prepare
 from mpillm.cli.options import CONTEXT, with_config
 from mpillm.comm.group import as_group
+from mpillm.comm.limits import usable_cores
 from mpillm.comm.world import launched_size
 from mpillm.errors import ConfigError, DataError, LaunchError
 from mpillm.machine import Machine
@@ -32,10 +33,6 @@ print(MPI.Get_library_version())
 """
 
 
-def _cores():
-    return len(os.sched_getaffinity(0))
-
-
 @click.group("bench")
 def command():
     """Measure, beside PyTorch when asked."""
@@ -48,7 +45,7 @@ def command():
 @click.option("--pairs", default=5, show_default=True, type=click.IntRange(min=1), help="timed jobs of each program")
 @click.option("--steps", default=6, show_default=True, type=click.IntRange(min=2),
               help="steps of a job; the first is not counted")
-@click.option("--ranks", default=_cores, show_default="one a core", type=click.IntRange(min=1),
+@click.option("--ranks", default=usable_cores, show_default="one a core", type=click.IntRange(min=1),
               help="of layouts that do not say theirs")
 @click.option("--layouts", metavar="NAME[=RANKS],...", help="of single, data, tensor, pipeline; all if not given")
 def bench_train(config, peers, output, pairs, steps, ranks, layouts):
@@ -162,7 +159,7 @@ def machine():
     model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     mpi = subprocess.run([sys.executable, "-c", _MPI_VERSION], capture_output=True, text=True)
     return {
-        "cores": _cores(), "cpu": model[0] if model else platform.processor() or platform.machine(),
+        "cores": usable_cores(), "cpu": model[0] if model else platform.processor() or platform.machine(),
         "torch": importlib.metadata.version("torch"),
         "mpi": mpi.stdout.strip("\n\0").split("\n")[0] or "none",
     }

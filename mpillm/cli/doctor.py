@@ -2,9 +2,9 @@
 
 import ctypes
 import json
+import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,10 +92,12 @@ def describe_rank(comm):
     import numpy
     import torch
 
+    from mpillm.comm import limits
     from mpillm.comm.single import SingleComm
     from mpillm.comm.world import launched_size, set_threads
 
-    threads = set_threads(comm)
+    threads, bounds, (quota, _) = set_threads(comm), limits.memory_bounds(), limits.core_quota()
+    memory_bytes, memory_limit = limits.memory_of_rank(comm, bounds)
     library, level, versions = "none: one rank without MPI", "serialized", None
     if not isinstance(comm, SingleComm):
         from mpi4py import MPI
@@ -110,11 +112,12 @@ def describe_rank(comm):
     return {
         "rank": comm.rank, "size": comm.size, "node": os.uname().nodename, "launcher": variable or "none",
         "launched": announced, "mpi": library, "mpi_versions": versions, "thread_level": level,
-        "cores": sorted(os.sched_getaffinity(0)), "threads": threads, "cpu": platform.machine(),
+        "cores": sorted(os.sched_getaffinity(0)), "core_quota": quota if quota < math.inf else None, "threads": threads,
+        "cpu": platform.machine(), "memory_bytes": memory_bytes, "memory_limit": memory_limit,
         "threads_set_by_user": "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda_aware": cuda_aware(versions),
-        "shm_free_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
+        "shm_free_bytes": limits.shared_memory_bytes("/dev/shm", bounds) if os.path.isdir("/dev/shm") else 0,
         "hdf5": h5py.version.hdf5_version, "hdf5_is_parallel": bool(h5py.get_config().mpi),
         "versions": {"mpillm": __version__, "python": platform.python_version(), "torch": torch.__version__,
                      "mpi4py": mpi4py.__version__, "numpy": numpy.__version__, "h5py": h5py.__version__},
@@ -144,12 +147,13 @@ def find_faults(ranks):
     faults = []
     for node in dict.fromkeys(rank["node"] for rank in ranks):
         here = [rank for rank in ranks if rank["node"] == node]
-        cores = set().union(*(rank["cores"] for rank in here))
+        quotas = [rank["core_quota"] for rank in here if rank["core_quota"]]
+        cores = min([len(set().union(*(rank["cores"] for rank in here))), *quotas])
         threads = sum(rank["threads"] for rank in here)
-        if threads > len(cores):
+        if threads > cores:
             unset = "" if all(rank["threads_set_by_user"] for rank in here) else "; OMP_NUM_THREADS is not set"
             faults.append({
-                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {len(cores)} cores"
+                "fault": f"node {node}: {len(here)} ranks with {threads} threads together share {cores:g} cores"
                          f"{unset}",
                 "remedy": "start fewer ranks a node, or set OMP_NUM_THREADS so that ranks x threads fits the cores",
             })
@@ -165,7 +169,7 @@ def find_faults(ranks):
                 "fault": f"node {node}: /dev/shm has {here[0]['shm_free_bytes'] / 2**20:.0f} MiB free for {len(here)} "
                          "ranks, whose gradients and weights it holds",
                 "remedy": "give it more (mount -o remount,size=..., docker run --shm-size=...), or clear what is left "
-                          "there; mpillm goes over messages where it does not fit",
+                          "there, or ask for more memory, of which it is a part; mpillm goes over messages where it does not fit",
             })
     lost = [rank["rank"] for rank in ranks if rank["shares_folder"] is False]
     if lost or ranks[0]["shares_folder"] is None:
@@ -211,6 +215,7 @@ def to_text(ranks, faults):
         f"launch     {len(ranks)} ranks on {len(nodes)} nodes; launcher says {first['launched']} ({first['launcher']})",
         f"HDF5       {first['hdf5']}, parallel: {'yes' if first['hdf5_is_parallel'] else 'no (not needed)'}",
         f"GPUs       {', '.join(first['gpus']) or 'none'}",
+        f"memory     {first['memory_bytes'] / 2**30:.1f} GiB a rank, by {first['memory_limit']}",
         f"/dev/shm   {first['shm_free_bytes'] / 2**30:.1f} GiB free",
     ]
     for rank in ranks:

@@ -1,15 +1,14 @@
 """Measures what a launch can do: what its ranks compute, remember and send while all others do the same."""
 
 import math
-import os
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from mpillm.comm import limits
 from mpillm.comm.buffers import as_words, synchronize
 from mpillm.comm.devices import device_name
 from mpillm.comm.group import Group
@@ -166,15 +165,14 @@ def _wave(device):
 
 def _free_bytes(comm, device):
     """Return the memory that a rank may have: its share of what is free on its device, files that are kept in memory
-    counted as that, on the fullest one."""
-    if device.type == "cuda":
-        free, place = torch.cuda.mem_get_info(device)[0], str(torch.cuda.get_device_properties(device).uuid)
+    counted as that, on the fullest one. Of a node's memory no more counts than its cgroup, RLIMIT_AS and SLURM_MEM_PER_NODE
+    leave the job."""
+    if device.type == "cuda":  # ranks of a node may each see another GPU as their first
+        name = str(torch.cuda.get_device_properties(device).uuid)
+        bounds = [limits.Bound(name, torch.cuda.mem_get_info(device)[0])]
     else:
-        place = os.uname().nodename
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    places = comm.allgather(place)  # ranks of a node may each see another GPU as their first
-    return min(comm.allgather(free / places.count(places[comm.rank])))
+        bounds = limits.memory_bounds()
+    return min(comm.allgather(limits.memory_of_rank(comm, bounds)[0]))
 
 
 def _speeds(comm, matmul, device, dtype):

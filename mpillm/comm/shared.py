@@ -19,6 +19,7 @@ import os
 
 import torch
 
+from mpillm.comm import limits
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.progress import advance
 from mpillm.comm.sums import combine_tree
@@ -354,9 +355,8 @@ def set_aside(memory):
 
 
 def _room_bytes():
-    """Return the free bytes of this node's shared memory."""
-    free = os.statvfs(SHARED_MEMORY)
-    return free.f_bavail * free.f_frsize
+    """Return the free bytes of this node's shared memory, of which this job may have no more than memory."""
+    return limits.shared_memory_bytes(SHARED_MEMORY, limits.memory_bounds())
 
 
 def _pieces(blocks):

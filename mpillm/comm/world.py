@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 
+from mpillm.comm.limits import cores_of_rank
 from mpillm.comm.single import SingleComm
 from mpillm.errors import FAILURE, LaunchError, MpillmError
 
@@ -58,14 +59,13 @@ def comm_world():
 def set_threads(comm):
     """Give each rank its share of the node's cores unless the user set the number; return the threads in use.
 
-    Collective over ``comm``. Local cores are those this process may run on.
+    Collective over ``comm``. The node's cores are those this process may run on and its job may keep busy.
     """
     import torch
 
-    cores = sorted(os.sched_getaffinity(0))
-    sharing = comm.allgather((os.uname().nodename, cores)).count((os.uname().nodename, cores))
+    threads = cores_of_rank(comm)
     if "OMP_NUM_THREADS" not in os.environ and "MKL_NUM_THREADS" not in os.environ:  # may differ between nodes
-        torch.set_num_threads(max(1, len(cores) // sharing))
+        torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 

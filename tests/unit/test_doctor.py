@@ -17,7 +17,8 @@ from mpillm.comm.single import SingleComm
 RANK = {
     "rank": 0, "size": 4, "node": "n1", "launcher": "PMI_SIZE", "launched": 4, "mpi": "MPICH Version: 5.0.2",
     "mpi_versions": {"compiled_for": "mpich", "compiled_standard": [4, 1], "standard": [5, 0]},
-    "thread_level": "multiple", "cores": [0], "threads": 1, "threads_set_by_user": True, "cpu": "x86_64", "gpus": [],
+    "thread_level": "multiple", "cores": [0], "core_quota": None, "threads": 1, "threads_set_by_user": True, "cpu": "x86_64",
+    "gpus": [], "memory_bytes": 1 << 40, "memory_limit": "the node",
     "cuda_aware": None, "shm_free_bytes": 1 << 40, "hdf5": "2.0.0", "hdf5_is_parallel": False,
     "versions": {"mpillm": "0", "python": "3", "torch": "2", "mpi4py": "4", "numpy": "2", "h5py": "3"},
     "shares_folder": True,
@@ -39,6 +40,8 @@ def test_a_sound_launch(ranks):
 @pytest.mark.parametrize("changes, fault, remedy", [
     ({3: {"threads": 2}}, "node n2: 2 ranks with 3 threads together share 2 cores", "OMP_NUM_THREADS"),
     ({3: {"threads": 2, "threads_set_by_user": False}}, "share 2 cores; OMP_NUM_THREADS is not set", "OMP_NUM_THREADS"),
+    ({2: {"core_quota": 1.5}, 3: {"core_quota": 1.5}}, "2 ranks with 2 threads together share 1.5 cores",
+     "fits the cores"),
     ({0: {"cores": [1]}, 2: {"node": "n1", "cores": [2, 3]}}, "several ranks are bound to core 1 alone",
      "--cpu-bind=cores"),
     ({2: {"shm_free_bytes": 1 << 20}}, "node n2: /dev/shm has 1 MiB free", "--shm-size"),
