@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "click",
-        "h5py",
+        "h5py>=3.5",
         "mpi4py>=4.1",
         "numpy",
         "pydantic>=2",

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import h5py
 import torch
 
 from mpillm import __main__
@@ -111,7 +112,7 @@ def plant_in_save(phase, step, die):
         setattr(where, name, spoilt)
 
     if phase == "middle":
-        create = saving.h5py.Group.create_dataset
+        create = h5py.Group.create_dataset
 
         def spoilt(self, *arguments, **options):
             found = create(self, *arguments, **options)
@@ -119,7 +120,7 @@ def plant_in_save(phase, step, die):
                 die()
             return found
 
-        saving.h5py.Group.create_dataset = spoilt
+        h5py.Group.create_dataset = spoilt
     elif phase == "written":
         after("_write_file", saving)
     elif phase == "manifest":

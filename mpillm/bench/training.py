@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from mpillm.bench.launch import mpiexec, run_job
@@ -16,6 +15,7 @@ from mpillm.config import AXES, Config
 from mpillm.data.tokenizers import token_dtype
 from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import ConfigError
+from mpillm.hdf5 import writing
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
 # What a configuration may say of an axis is left out of layouts that do not split it.
@@ -125,7 +125,7 @@ def prepare(config, steps, folder):
 def write_random_tokens(path, vocab_size, count):
     """Write a token file of one document of ``count`` random tokens in either split. Local."""
     generator = np.random.default_rng(0)
-    with h5py.File(path, "w") as file:
+    with writing(path) as file:
         file.attrs["vocab_size"] = vocab_size
         for split in ("train", "validation"):
             group = file.create_group(split)

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from mpillm.config import Config
 from mpillm.errors import CheckpointError
+from mpillm.hdf5 import open_to_read
 from mpillm.nn.init import parameter_table
 
 VERSION = 1
@@ -211,7 +212,7 @@ class Checkpoint:
         try:
             if not stat.S_ISREG(os.lstat(file_path).st_mode):
                 raise CheckpointError(f"checkpoint file {file_path}: is a link or device: checkpoints hold plain files")
-            with h5py.File(file_path, "r") as file:
+            with open_to_read(file_path) as file:
                 dataset = _plain_dataset(file, where)
                 if dataset is None or dataset.shape != (shard.stop - shard.start,) or dataset.dtype != dtype:
                     raise CheckpointError(

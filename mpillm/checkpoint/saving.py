@@ -1,17 +1,16 @@
 """Writing of checkpoints (:mod:`mpillm.checkpoint.reading`): every rank its file, announced by one rename."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
 import threading
 import warnings
 
-import h5py
 import numpy as np
 import torch
 
+from mpillm import hdf5
 from mpillm.checkpoint.reading import VERSION, complete_checkpoints, digest_of, step_of
 from mpillm.errors import DataError, agreed, on_rank_0
 
@@ -154,17 +153,13 @@ class Saving:
 def _write_file(path, shards):
     """Write this rank's shards, sync, and return their manifest entries."""
     entries = []
-    with _KeepsItsError(path, "w") as raw:
-        with h5py.File(raw, "w") as file:
-            for kind, name, shape, start, tensor in _cut(shards):
-                values, where = _as_numpy(tensor), f"{kind}/{name}/{start}"
-                file.create_dataset(where, data=values)
-                shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
-                         "sha256": hashlib.sha256(values).hexdigest()}
-                entries.append((kind, name, list(shape), values.dtype.name, shard))
-        if raw.error:
-            raise raw.error
-        os.fsync(raw.fileno())
+    with hdf5.writing(path) as file:
+        for kind, name, shape, start, tensor in _cut(shards):
+            values, where = _as_numpy(tensor), f"{kind}/{name}/{start}"
+            file.create_dataset(where, data=values)
+            shard = {"file": path.name, "dataset": where, "start": start, "stop": start + len(values),
+                     "sha256": hashlib.sha256(values).hexdigest()}
+            entries.append((kind, name, list(shape), values.dtype.name, shard))
     return entries
 
 
@@ -174,35 +169,6 @@ def _cut(shards):
         for kind, tensor in tensors.items():
             for low in range(0, len(tensor), SHARD_ELEMENTS):
                 yield kind, name, shape, start + low, tensor[low:low + SHARD_ELEMENTS]
-
-
-class _KeepsItsError(io.FileIO):
-    """A file for HDF5 that never fails to write but keeps the first error, to be raised once HDF5 has closed it.
-
-    HDF5 cannot close what it could not write, and ends the process with a segmentation fault when it leaves. Writing
-    also lets other threads run, which HDF5's own writing does not.
-    """
-
-    error = None
-
-    def write(self, data):
-        """Write all of ``data``, or keep the error."""
-        left = memoryview(data).cast("B")
-        size = len(left)
-        try:
-            while len(left) and not self.error:
-                left = left[super().write(left):]
-        except OSError as error:
-            self.error = error
-        return size
-
-    def truncate(self, size=None):
-        """Set the size, or keep the error."""
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size
 
 
 def _as_numpy(tensor):

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 from mpillm.errors import ConfigError, DataError
+from mpillm.hdf5 import open_to_read
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_BPE = 257  # every byte, and the end of a document
@@ -154,7 +155,7 @@ def token_dtype(vocab_size):
 
 def _inside(tokens_path):
     """Return the text of the tokenizer in a token file, or None."""
-    with h5py.File(tokens_path, "r") as file:
+    with open_to_read(tokens_path) as file:
         return file["tokenizer"].asstr()[()] if "tokenizer" in file else None
 
 

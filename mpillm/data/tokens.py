@@ -6,12 +6,12 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from mpillm.data.tokenizers import token_dtype
 from mpillm.errors import ConfigError, DataError
 from mpillm.files import replacing
+from mpillm.hdf5 import open_to_read, writing
 
 _BLOCK_TOKENS = 1 << 20
 
@@ -47,7 +47,7 @@ def write_tokens(path, train, validation, tokenizer):
         If the file cannot be written.
     """
     try:
-        with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+        with replacing(Path(path)) as temporary, writing(temporary) as file:
             file.attrs.update(tokenizer=tokenizer.kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end)
             file["tokenizer"] = tokenizer.to_json()
             return tuple(
@@ -168,7 +168,7 @@ def file_digest(path):
 
 def _open(path):
     try:
-        return h5py.File(path, "r")
+        return open_to_read(path)
     except FileNotFoundError:
         raise DataError(f"data.path = {path}: no such file: make one with `mpillm data FILES -o {path}`") from None
     except OSError as error:

@@ -1,5 +1,6 @@
 """Checkpoints on one process: written, read with h5py and numpy alone, joined at other ranges, damaged."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -210,6 +211,12 @@ def refused(path, match):
             for name in SHAPES:
                 found.read(name, kind)
     assert caught.value.exit_code == INPUT_OUTPUT and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_somebody_has_locked(path):
+    with open(path / "rank-00000.h5", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert Checkpoint(path).read("norm.weight").shape == (7,)
 
 
 def test_nothing_there(tmp_path):

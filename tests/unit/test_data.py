@@ -1,5 +1,6 @@
 """Token files: which tokens a sample has, in which order samples come, and what is refused."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from tiny import write_token_file
 
 from mpillm.data.samples import training_order
+from mpillm.data.tokenizers import load_tokenizer
 from mpillm.data.tokens import TokenFile, file_digest
 from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError
 
@@ -99,6 +101,15 @@ def refused(path, error=DataError, **options):
     assert str(path) in str(caught.value) and caught.value.exit_code == (
         USAGE if error is ConfigError else INPUT_OUTPUT)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["lock", "r", "a"])
+def test_a_file_that_others_have_locked_or_this_process_has_open(path, mode):
+    with open(path, "rb") if mode == "lock" else h5py.File(path, mode) as file:
+        if mode == "lock":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        assert TokenFile(path, "train", 12).num_samples == 8
+        assert load_tokenizer(path).vocab_size == 257
 
 
 def test_a_missing_file(tmp_path):

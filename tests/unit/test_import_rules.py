@@ -13,7 +13,7 @@ import mpillm
 PACKAGE = Path(mpillm.__file__).parent
 # From the ground up; what stands on one line does not import each other, but where ALLOWED says so.
 FLOORS = [
-    ["errors", "files"],
+    ["errors", "files", "hdf5"],
     ["config", "machine", "schedules", "data"],
     ["plan"],
     ["planner", "comm"],
@@ -120,6 +120,11 @@ tiny.write_token_file(path / "tokens.h5")
 assert len(list(mpillm.Run(tiny.tiny(tiny.configure(path, "run"))))) == 6
 """)
     assert "torch" in found and "torch._dynamo" not in found
+
+
+def test_hdf5_files_are_opened_in_one_place():
+    """Elsewhere it would be forgotten that a file system may have no locks."""
+    assert {path.name for path in PACKAGE.rglob("*.py") if "h5py.File(" in path.read_text(encoding="utf-8")} == {"hdf5.py"}
 
 
 def test_no_public_name_is_that_of_a_submodule():
