@@ -48,6 +48,27 @@ def test_the_documented_example(comm):
                              f"data={comm.rank // 2} pipeline=0 tensor={comm.rank % 2}")
 
 
+def test_groups_over_sets_of_axes(comm):
+    """Of meshes with axes beside the usual ones: against a numpy array of the ranks, in any order of the names."""
+    sizes = {1: {}, 2: {"expert": 2}, 3: {"context": 3, "expert": 1}, 4: {"context": 2, "data": 2}}[comm.size]
+    names = (*AXES, *(name for name in sizes if name not in AXES))
+    for order in (names, names[::-1]):
+        ranks = np.arange(comm.size).reshape([sizes.get(axis, 1) for axis in order])
+        place = dict(zip(order, np.argwhere(ranks == comm.rank)[0]))
+        with Mesh(comm, order=order, **sizes) as mesh:
+            ok = mesh.axes == order and mesh.group(*names) is mesh.world
+            for count in range(1, len(order)):
+                for axes in itertools.combinations(names, count):
+                    plane = ranks[tuple(slice(None) if name in axes else place[name] for name in order)]
+                    group = mesh.group(*axes)
+                    ok &= group.comm.allgather(comm.rank) == plane.reshape(-1).tolist()
+                    ok &= group is mesh.group(*axes[::-1])
+            assert_all(ok, f"{order}: {mesh}", comm)
+            for axes in ((), ("data", "data"), ("data", "expertise")):
+                with pytest.raises(ConfigError, match="must name axes of .*, each once"):
+                    mesh.group(*axes)
+
+
 def test_a_wrong_product_is_refused_on_every_rank(comm):
     wrong = {"data": comm.size, "pipeline": 2, "tensor": 3}
     with pytest.raises(ConfigError) as caught:
