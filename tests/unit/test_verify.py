@@ -1,5 +1,7 @@
 """The command: its exit code and what it says, with and without tokens, and with a fault planted."""
 
+from pathlib import Path
+
 import pytest
 import tomli_w
 from helpers import run_mpi
@@ -47,6 +49,12 @@ def test_a_planted_fault(folder):
     job = verify(folder, 2, ("-c", LEARNS_TOO_FAST))
     assert job.returncode == 17, job.stderr
     assert "DIFFERS data=2" in job.stdout and "step 1: weight of head.weight" in job.stdout, job.stdout
+
+
+def test_data_pipeline_and_tensor_all_above_one():
+    """Against the serial reference, and the bits of one rank."""
+    job = run_mpi(8, [Path(__file__).parents[1] / "eight.py"], timeout=180)
+    assert job.returncode == 0 and job.stdout.count("agrees ") == 3, job.stdout + job.stderr
 
 
 def test_no_layout_at_all():
