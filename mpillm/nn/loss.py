@@ -1,7 +1,8 @@
 """The output head and its loss, computed together over chunks of tokens and blocks of the vocabulary.
 
 The logits of a chunk are turned into their gradients where they lie and used at once for the gradients of input and
-weight, so that no rank ever holds the logits of more than one chunk of its own part of the vocabulary.
+weight, so that no rank ever holds the logits of more than one chunk of its own part of the vocabulary. In flat storage
+the weight's is added up there and then, in forward: no microbatch in flight holds one of its own.
 Legend: T tokens, C tokens of a chunk, D width, V vocabulary.
 """
 
@@ -23,9 +24,6 @@ class VocabularyHead(nn.Module):
         self.split, self.vocab_size = split, vocab_size
         self.linear = ColumnParallelLinear(name, split, width, vocab_size, std=std)
         self.blocks = split.owned_blocks(vocab_size)
-        # Gradients of the weight whose memory is free again: a new one would be handed out page by page, which takes
-        # half as long as a microbatch of a few tokens.
-        self.spare = []
 
     @property
     def weight(self):
@@ -33,11 +31,21 @@ class VocabularyHead(nn.Module):
         return self.linear.weight
 
     def loss(self, x_TD, targets_T, scale):
-        """Return ``scale`` times the sum over tokens of the cross-entropy, in float32 at least.
+        """Return ``scale`` (a number) times the sum over tokens of the cross-entropy, in float32 at least.
 
         Collective over the tensor axis. ``x`` is varying (behind :meth:`TensorSplit.enter`); the loss is replicated.
+
+        With the weight in flat storage it is the end of what is computed: backward must follow, and start from it. The
+        weight's gradient is added to ``main_grad`` by forward, as that of ``scale`` times the loss. It is not where
+        there is no ``main_grad``, nor in ``exact``, which sums microbatches along a tree: backward adds it then, to any
+        gradient of the loss, and each microbatch in flight holds a gradient as large as the weight.
         """
         return _HeadLoss.apply(x_TD, self.weight, self, targets_T, scale, torch.is_grad_enabled())
+
+    @property
+    def adds_at_once(self):
+        """Tell whether forward adds the weight's gradient to that of the other microbatches."""
+        return not self.split.is_exact and getattr(self.weight, "main_grad", None) is not None
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
@@ -50,10 +58,12 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x, weight, head, targets, scale, is_recorded):
         needs_grad = is_recorded and any(ctx.needs_input_grad[:2])
         wide = torch.promote_types(x.dtype, torch.float32)
-        dw = None
-        if needs_grad:  # chunks add up in float32 at least
-            dw = head.spare.pop() if head.spare else torch.empty_like(weight, dtype=wide)
-        dx = torch.empty_like(x) if needs_grad else None
+        dw = dx = own = None
+        if needs_grad:
+            dx = torch.empty_like(x)
+            if not head.adds_at_once:
+                own = torch.empty_like(weight, dtype=wide)  # chunks add up in float32 at least
+            dw = gradient_of(weight) if own is None else own
         losses = []
         chunks = loss_chunks(len(x), head.vocab_size, x.device.type)
         for low, high in (bounds(len(x), chunks, i) for i in range(chunks)):
@@ -64,16 +74,20 @@ class _HeadLoss(torch.autograd.Function):
                 dx[low:high] = tree_sum([slope @ _rows(weight, head, block)
                                          for slope, block in zip(slopes, head.blocks)], torch.add)
                 for slope, block in zip(slopes, head.blocks):
-                    add_product(_rows(dw, head, block), slope, x[low:high], is_new=low == 0)
-        ctx.head, ctx.gradients = head, (dx, dw)
+                    add_product(_rows(dw, head, block), slope, x[low:high], is_new=low == 0 and own is not None)
+        ctx.head, ctx.gradients = head, (dx, own)
         return torch.stack(losses).sum() * scale
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.gradients
-        ctx.gradients = None
-        ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head, dw, grad))
-        return dx if grad == 1 else dx * grad, None, None, None, None, None
+        (dx, own), ctx.gradients = ctx.gradients, None
+        if own is not None:
+            ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head.weight, own, grad))
+            dx = dx.mul_(grad)  # without asking whether it is one, which would have the host wait for a GPU
+        elif grad.device.type == "cpu" and grad != 1:
+            raise ValueError(f"backward from {float(grad):.4g} times the head's loss: forward has added the weight's "
+                             "gradient to main_grad already; give the factor to loss() as its scale")
+        return dx, None, None, None, None, None
 
 
 def _cross_entropy(logits, targets_C, head, scale):
@@ -112,6 +126,6 @@ def _rows(tensor, head, block):
     return tensor[slice(*head.linear.rows(block))]
 
 
-def _accumulate(head, dw, scale):
-    gradient_of(head.weight).add_(dw if scale == 1 else dw * scale)
-    head.spare.append(dw)
+def _accumulate(weight, own, grad):
+    """Add ``grad`` (a scalar on the device) times the gradient of a microbatch to the weight's."""
+    gradient_of(weight).addcmul_(own, grad)

@@ -178,9 +178,6 @@ class Engine:
         self.optimizer = self.reduced = None
         for bucket in self.all_buckets:
             bucket.free()
-        for stage in self.stages:
-            if stage.is_last:
-                stage.module.head.spare.clear()
         self.mesh.free()
 
     def _make_stages(self):

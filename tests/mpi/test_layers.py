@@ -137,19 +137,27 @@ def test_head_loss(comm, split, vocab_size, chunk_rows, monkeypatch):
         near(head.logits(split.spread(own, TOKENS)), x.detach() @ w.detach().T, "logits", comm)
 
 
-def test_losses_in_flight_keep_gradients_of_their_own(comm, split):
-    """As in a pipeline: three forwards before the first backward, and then a fourth in the memory of one of them."""
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_losses_in_flight(comm, split, is_flat):
+    """As in a pipeline: three forwards before the first backward, and then a fourth. In flat storage, which takes the
+    weight's gradient from forward; else each keeps its own."""
     head, x, w, targets, _ = head_and_reference(split, 257)
     own = held(x.detach(), split).clone().requires_grad_()
+    if is_flat:
+        head.weight.main_grad = torch.zeros_like(head.weight)
     losses = [head.loss(split.spread(own, TOKENS), targets, scale) for scale in (1.0, 0.25, 0.5)]
     for loss in losses[::-1]:
         loss.backward()
-    assert_all(len(head.spare) == 3, head.spare, comm)
-    head.loss(split.spread(own, TOKENS), targets, 2.0).backward()
-    assert_all(len(head.spare) == 3, head.spare, comm)
+    loss = head.loss(split.spread(own, TOKENS), targets, 2.0)
+    split.weight_gradients.keep()
+    loss.backward()
+    split.weight_gradients.take()()
     with torch.no_grad():
         head.loss(split.spread(own, TOKENS), targets, 1.0)
-    assert_all(len(head.spare) == 3, head.spare, comm)
+    if is_flat:
+        with pytest.raises(ValueError, match="scale"):
+            (2 * head.loss(split.spread(own, TOKENS), targets, 0.0)).backward()
+        head.weight.grad = head.weight.main_grad
     head.weight.grad /= 3.75
     check_weights([head], [w], comm)
     near(own.grad / 3.75, held(x.grad, split), "gradient of x", comm)
