@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mpillm.errors import ConfigError
+from mpillm.files import to_json
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Machine:
 
     def save(self, path):
         """Write the machine as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(to_json(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, name):

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mpillm.errors import ConfigError
+from mpillm.files import to_json
 from mpillm.schedules.generators import ALGORITHMS
 from mpillm.schedules.repair import COMPOSED, PADDED, PIECES, WHOLE, as_if
 
@@ -176,7 +177,7 @@ class Plan:
         parts = {name: getattr(self, name) for name in PARTS}
         found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, **parts, "table": self.table.to_dict()}
         temporary = Path(f"{path}.tmp")  # a job that starts meanwhile sees the old one, or this, whole
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     @staticmethod

@@ -15,6 +15,7 @@ from mpillm.config import AXES, Config
 from mpillm.data.tokenizers import token_dtype
 from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import ConfigError
+from mpillm.files import to_json
 from mpillm.hdf5 import writing
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
@@ -152,7 +153,7 @@ def peer_program(case, folder):
         If the peer cannot do this work.
     """
     mode, path = PEER_MODES[case.kind], folder / f"{case.layout}.json"
-    path.write_text(json.dumps(peer_work(case)), encoding="utf-8")
+    path.write_text(to_json(peer_work(case)), encoding="utf-8")
     return Program(mode, case, (sys.executable, "-m", "mpillm.bench.peer", mode, str(case.ranks), str(path)))
 
 

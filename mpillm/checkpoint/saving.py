@@ -177,7 +177,7 @@ def _as_numpy(tensor):
 
 def _write_manifest(folder, manifest):
     with open(folder / "manifest.json", "w", encoding="utf-8") as file:
-        json.dump({**manifest, "sha256": digest_of(manifest)}, file, indent=1)
+        json.dump({**manifest, "sha256": digest_of(manifest)}, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(folder)

@@ -14,6 +14,7 @@ import click
 
 from mpillm import __version__
 from mpillm.errors import FAILURE, OK, LaunchError
+from mpillm.files import to_json
 
 SHM_BYTES = 1 << 26  # a rank; less than any model worth a node needs
 CUDA_SWITCHES = ("MPICH_GPU_SUPPORT_ENABLED", "MPIR_CVAR_ENABLE_GPU", "OMPI_MCA_opal_cuda_support")
@@ -60,7 +61,7 @@ def examine(comm, as_json):
 def report(ranks, faults, as_json):
     """Print ranks and faults."""
     if as_json:
-        click.echo(json.dumps({"sound": not faults, "faults": faults, "ranks": ranks}, indent=1))
+        click.echo(to_json({"sound": not faults, "faults": faults, "ranks": ranks}, indent=1))
     else:
         click.echo(to_text(ranks, faults))
 

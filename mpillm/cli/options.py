@@ -1,13 +1,13 @@
 """What several commands share: the configuration argument with its ``--section.key VALUE`` overrides."""
 
 import functools
-import json
 from pathlib import Path
 
 import click
 
 from mpillm.config import Config
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import to_json
 
 
 def with_config(function):
@@ -43,7 +43,7 @@ def parse_overrides(words):
 
 def write_json(path, found):
     """Write JSON to a file, or to standard output for ``-``."""
-    text = json.dumps(found, indent=1)
+    text = to_json(found, indent=1)
     if path == "-":
         click.echo(text)
     else:

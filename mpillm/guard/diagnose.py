@@ -101,7 +101,7 @@ def _where(record):
     spans = [call for call in record["calls"] if "kind" in call]
     name = spans[-1]["name"] if spans else record["kind"]
     return (f"rank {record['rank']} on {record['host']}: step {record['step']}, {name}, quiet for "
-            f"{record['quiet_s']:.0f} s (limit {record['limit_s']:.0f} s)")
+            f"{record['quiet_s']:.0f} s (limit {float(record['limit_s']):.0f} s)")
 
 
 def _last(record):

@@ -1,6 +1,5 @@
 """Ends a job that hangs: every rank writes its last calls, one prints what they say, all leave."""
 
-import json
 import math
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from mpillm.comm.recorder import BETWEEN, RESTING
 from mpillm.errors import FAILURE
+from mpillm.files import to_json
 from mpillm.guard.diagnose import diagnose, read_flights
 
 PATIENCE = 20  # times the longest quiet seen in a kind of span
@@ -80,7 +80,7 @@ class Watchdog:
         path = self.folder / f"rank-{self.rank:05d}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".tmp").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            path.with_suffix(".tmp").write_text(to_json(record, indent=1), encoding="utf-8")
             path.with_suffix(".tmp").rename(path)
             deadline = time.monotonic() + GRACE_S
             while time.monotonic() < deadline and len(read_flights(self.folder)) < self.size:

@@ -4,6 +4,7 @@ import json
 from contextlib import contextmanager
 
 from mpillm.errors import ConfigError, DataError, MpillmError
+from mpillm.files import to_json
 
 CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
 
@@ -24,7 +25,7 @@ def read_json(path):
 
 
 def write_json(path, values):
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(values, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def read_metrics(path):
     for where, line in _lines(path):
         try:
             record = json.loads(line)
-            records[int(record["step"])] = record | {key: float(record[key]) for key in ("loss", "step_s")}
+            step = int(record["step"])
+            numbers = {"loss", "step_s"} | {key for key, value in record.items() if isinstance(value, str)}  # "NaN"
+            records[step] = record | {key: float(record[key]) for key in numbers}
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{where}: no step, loss and step_s: is this the file of a run?") from None
     if not records:

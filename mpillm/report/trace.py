@@ -1,6 +1,5 @@
 """The trace of a rank: what it did when, as lines of JSON."""
 
-import json
 import os
 import time
 import uuid
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 
 from mpillm.config import AXES
 from mpillm.errors import agreed
+from mpillm.files import to_json
 
 
 class Trace:
@@ -80,4 +80,4 @@ class Trace:
             self._file.flush()
 
     def _write(self, record):
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_json(record) + "\n")

@@ -4,6 +4,7 @@ import json
 import os
 
 from mpillm.errors import DataError
+from mpillm.files import to_json
 
 
 class Metrics:
@@ -49,7 +50,7 @@ class Metrics:
             if instead_of_last:
                 self._file.truncate(self._last_start)
             start = self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(metrics).encode() + b"\n")
+            self._file.write(to_json(metrics).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise DataError(f"write {self.path}: {error}: free some space, or choose another train.run_dir") from error

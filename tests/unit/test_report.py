@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from mpillm.cli.report import command, find_restarts, loss_rows, running_mean, timeline_rows
 from mpillm.comm.recorder import Recorder
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import to_json
 from mpillm.plan import Plan
 from mpillm.planner import timeline
 from mpillm.report.chrome import trace_events
@@ -102,6 +103,15 @@ def test_metrics_come_by_step_the_later_of_two_and_without_a_torn_end(tmp_path):
     write_lines(path, records, '{"step": 4, "lo')
     found = [(record["step"], record["loss"]) for record in read_metrics(path)]
     assert found == [(1, 5.0), (2, 4.5), (3, 3.0)]
+
+
+@pytest.mark.parametrize("write", [to_json, json.dumps], ids=["JSON", "as before"])
+def test_metrics_that_are_not_finite_come_back_as_they_were(tmp_path, write):
+    path, wanted = tmp_path / "metrics.jsonl", {"step": 1, "loss": math.inf, "step_s": 1.0, "grad_norm": math.nan,
+                                                "validation_loss": -math.inf}
+    path.write_text(write(wanted) + "\n")
+    (found,) = read_metrics(path)
+    assert str(found) == str(wanted)  # NaN is not equal to itself
 
 
 @pytest.mark.parametrize("text", ["", "{}", "\n", "[1]\n", '{"step": 1, "loss": null, "step_s": 1}\n', "x\n",
