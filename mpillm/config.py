@@ -4,8 +4,6 @@
 Keys left out of ``[layout]`` (or ``"auto"``) are filled by :meth:`Config.resolve` for a rank count.
 """
 
-import difflib
-import json
 import math
 import sys
 from dataclasses import field, fields, is_dataclass, replace
@@ -13,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import tomli_w
-from pydantic import ConfigDict, Field, Strict, StrictBool, TypeAdapter, ValidationError
+from pydantic import Field, Strict, StrictBool
 from pydantic.dataclasses import dataclass
 
 from mpillm.errors import ConfigError, DataError
+from mpillm.plain import KNOWN_KEYS, checked
 from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import SCHEDULES, named_or_read
@@ -37,7 +36,7 @@ Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
 Auto = Literal["auto"]
 Recompute = Literal["none", "selective", "full"]
 
-_section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+_section = dataclass(frozen=True, config=KNOWN_KEYS)
 
 
 @_section
@@ -191,10 +190,7 @@ class Config:
             if not name or not isinstance(values.setdefault(section, {}), dict):
                 raise ConfigError(f"--{key}: an override names a section and a key, as in --train.steps 50")
             values[section][name] = _parse_override(text)
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise ConfigError(_explain(error, source)) from None
+        return checked(cls, values, source)
 
     def to_dict(self):
         """Return nested dicts of plain values; what is unset is left out."""
@@ -254,38 +250,6 @@ def _parse_override(text):
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _explain(error, source):
-    """Turn pydantic's report into one line per fault: key, value, what is allowed."""
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"] if not _is_union_tag(part))
-        shown = json.dumps(fault["input"], default=str)
-        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            line = f"{key}: unknown key{_suggest(key)}"
-        elif fault["type"] in ("missing", "missing_argument"):
-            line = f"{key}: required, but not given"
-        elif fault["type"] == "value_error":
-            line = f"{key}: {fault['ctx']['error']}"
-        else:
-            line = f"{key} = {shown}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-        if line not in lines:
-            lines.append(line)
-    return f"{source}: " + "; ".join(lines)
-
-
-def _is_union_tag(part):
-    """Tell pydantic's names of union members from real keys."""
-    return isinstance(part, str) and ("[" in part or "(" in part or part in ("int", "constrained-int", "str", "bool"))
-
-
-def _suggest(key):
-    section, _, name = key.rpartition(".")
-    owner = {"": Config, "model": Model, "data": Data, "train": Train, "layout": Layout}.get(section)
-    allowed = [item.name for item in fields(owner)] if owner else []
-    near = difflib.get_close_matches(name, allowed, n=1)
-    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(allowed)}"
 
 
 def _fill_layout(config, ranks):

@@ -1,14 +1,15 @@
 """Machine: what the hardware can do, as the planner sees it; measured by ``mpillm probe``, or a preset."""
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import StrictInt
 
 from mpillm.errors import ConfigError
 from mpillm.files import to_json
+from mpillm.plain import KNOWN_KEYS, load_json
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,13 @@ class Level:
         network. Inside a node, where pipelines hand over in memory, it is not measured.
     """
 
+    __pydantic_config__ = KNOWN_KEYS
     name: str
-    size: int
+    size: StrictInt
     alpha_s: float
     beta_s_per_byte: float
     gamma_s_per_byte: float = 0.0
-    points: tuple = ()
+    points: tuple[tuple[float, float], ...] = ()
     skew_s: float = 0.0
     busy_s_per_byte: float = 0.0
 
@@ -96,10 +98,11 @@ class Machine:
         For measured figures the median relative deviation between repetitions.
     """
 
+    __pydantic_config__ = KNOWN_KEYS
     name: str
     source: str
-    levels: tuple
-    matmul: tuple
+    levels: tuple[Level, ...]
+    matmul: tuple[tuple[StrictInt, float], ...]
     memory_bytes: float
     memory_bytes_per_s: float
     call_s: float = 0.0
@@ -107,12 +110,12 @@ class Machine:
     attention_flops_per_s: float = 0.0
     shares_memory: bool = False
     hides_calls: bool = False
-    wave: tuple = ()
-    num_ranks: int = 0
-    num_nodes: int = 0
-    table: tuple = ()
-    speeds: tuple = ()
-    repeatability: dict = field(default_factory=dict)
+    wave: tuple[StrictInt, ...] = ()
+    num_ranks: StrictInt = 0
+    num_nodes: StrictInt = 0
+    table: tuple[tuple, ...] = ()
+    speeds: tuple[float, ...] = ()
+    repeatability: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if len(self.wave) not in (0, 3) or min(self.elementwise_bytes_per_s, self.attention_flops_per_s) < 0:
@@ -213,20 +216,7 @@ class Machine:
         """
         if name in PRESETS:
             return PRESETS[name]
-        try:
-            found = json.loads(Path(name).read_text(encoding="utf-8"))
-            found["levels"] = tuple(Level(**{**level, "points": tuple(map(tuple, level.get("points", ())))})
-                                    for level in found["levels"])
-            found["matmul"] = tuple((int(width), float(rate)) for width, rate in found["matmul"])
-            found["table"] = tuple(tuple(row) for row in found.get("table", ()))
-            found["wave"] = tuple(int(size) for size in found.get("wave", ()))
-            found["speeds"] = tuple(float(speed) for speed in found.get("speeds", ()))
-            return cls(**found)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"machine {name}: {type(error).__name__}: {error}: give a file that mpillm probe wrote, or one of "
-                f"{', '.join(PRESETS)}"
-            ) from None
+        return load_json(cls, name, "machine", f"give a file that mpillm probe wrote, or one of {', '.join(PRESETS)}")
 
 
 EVERYWHERE = 1 << 20  # the size of a preset's last level

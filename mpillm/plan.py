@@ -1,14 +1,17 @@
 """What a run obeys: the layout, and which algorithm each collective takes; beside it what was predicted."""
 
-import json
 import os
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from pydantic import StrictInt
 
 from mpillm.errors import ConfigError
 from mpillm.files import to_json
+from mpillm.plain import KNOWN_KEYS, checked, load_json
 from mpillm.schedules.generators import ALGORITHMS
 from mpillm.schedules.repair import COMPOSED, PADDED, PIECES, WHOLE, as_if
 
@@ -31,7 +34,8 @@ class DecisionTable:
         bcast ``"padded:M"`` and ``"pieces:M"``, by what the table says for a message of M bytes.
     """
 
-    rows: tuple
+    __pydantic_config__ = KNOWN_KEYS
+    rows: tuple[tuple, ...]
 
     def choose(self, op, axis, dtype, n_bytes):
         """Return the algorithm for a message; ``"mpi"`` where no row fits. Local."""
@@ -65,12 +69,24 @@ class DecisionTable:
                                   "algorithm, but another size to go by: name a size that has one")
         return found
 
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != 5 or not (row[3] is None or isinstance(row[3], int)) or row[0] not in OPERATIONS:
+                raise ConfigError(f"decision table: row {list(row)}: needs [op, axis, dtype, up_to_bytes or null, "
+                                  "algorithm]")
+            names = [LIBRARY, WINDOW, *ALGORITHMS[row[0]], *([COMPOSED] if row[0] == "allreduce" else [])]
+            if row[4] not in names and not (row[0] in WHOLE and as_if(row[4])) or row[4] == "trees":
+                names += [f"{PADDED}:BYTES", f"{PIECES}:BYTES"] if row[0] in WHOLE else []
+                known = ", ".join(name for name in names if name != "trees")
+                raise ConfigError(f"decision table: row {list(row)}: {row[0]} has no algorithm {row[4]}; known are "
+                                  f"{known}")
+
     def to_dict(self):
         """Return the table as what JSON can hold."""
-        return {"rows": [list(row) for row in self.rows]}
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, found):
+    def from_dict(cls, values):
         """Read what :meth:`to_dict` wrote.
 
         Raises
@@ -78,15 +94,7 @@ class DecisionTable:
         ConfigError
             If a row has another form or names an algorithm that its operation does not have.
         """
-        for row in found["rows"]:
-            if len(row) != 5 or not (row[3] is None or isinstance(row[3], int)) or row[0] not in OPERATIONS:
-                raise ConfigError(f"decision table: row {row}: needs [op, axis, dtype, up_to_bytes or null, algorithm]")
-            names = [LIBRARY, WINDOW, *ALGORITHMS[row[0]], *([COMPOSED] if row[0] == "allreduce" else [])]
-            if row[4] not in names and not (row[0] in WHOLE and as_if(row[4])) or row[4] == "trees":
-                names += [f"{PADDED}:BYTES", f"{PIECES}:BYTES"] if row[0] in WHOLE else []
-                known = ", ".join(name for name in names if name != "trees")
-                raise ConfigError(f"decision table: row {row}: {row[0]} has no algorithm {row[4]}; known are {known}")
-        return cls(tuple(tuple(row) for row in found["rows"]))
+        return checked(cls, values, "decision table")
 
 
 # Without a measured one: small messages by the library, others through shared memory where ranks share a node. The
@@ -122,15 +130,16 @@ class Plan:
         ``layout predicted_s measured_s`` of the plans that were run for a few steps before this one was taken.
     """
 
-    num_ranks: int
-    num_nodes: int
+    __pydantic_config__ = KNOWN_KEYS
+    num_ranks: StrictInt
+    num_nodes: StrictInt
     table: DecisionTable = DEFAULT_TABLE
-    model: dict = field(default_factory=dict)
-    layout: dict = field(default_factory=dict)
-    predicted: dict = field(default_factory=dict)
-    binding: list = field(default_factory=list)
-    alternatives: list = field(default_factory=list)
-    tried: list = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    binding: list[dict] = field(default_factory=list)
+    alternatives: list[dict] = field(default_factory=list)
+    tried: list[dict] = field(default_factory=list)
 
     def check(self, num_ranks, num_nodes):
         """Refuse a launch that the plan was not made for.
@@ -174,10 +183,8 @@ class Plan:
 
     def save(self, path):
         """Write the plan as JSON."""
-        parts = {name: getattr(self, name) for name in PARTS}
-        found = {"num_ranks": self.num_ranks, "num_nodes": self.num_nodes, **parts, "table": self.table.to_dict()}
         temporary = Path(f"{path}.tmp")  # a job that starts meanwhile sees the old one, or this, whole
-        temporary.write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     @staticmethod
@@ -194,16 +201,7 @@ class Plan:
         ConfigError
             If the file is missing or no plan.
         """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            parts = {name: kind(found.get(name, ())) for name, kind in PARTS.items()}
-            if found["num_ranks"] != ranks and ranks is not None and cls.path_for(path, ranks).is_file():
-                return cls.load(cls.path_for(path, ranks))
-            return cls(found["num_ranks"], found["num_nodes"], DecisionTable.from_dict(found["table"]), **parts)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"plan {path}: {type(error).__name__}: {error}: give a file that mpillm plan wrote"
-            ) from None
-
-
-PARTS = {"model": dict, "layout": dict, "predicted": dict, "binding": list, "alternatives": list, "tried": list}
+        made = load_json(cls, path, "plan", "give a file that mpillm plan wrote")
+        if ranks not in (None, made.num_ranks) and cls.path_for(path, ranks).is_file():
+            return cls.load(cls.path_for(path, ranks))
+        return made

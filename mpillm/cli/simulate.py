@@ -1,12 +1,11 @@
 """``mpillm simulate``: play a schedule on a clock."""
 
-import json
 from pathlib import Path
 
 import click
 
 from mpillm.cli.options import write_json, write_text
-from mpillm.errors import ConfigError, ScheduleError
+from mpillm.errors import ConfigError
 
 
 @click.group("simulate")
@@ -102,10 +101,7 @@ def read_collective(op, schedule, ranks, machine):
 
     if schedule in ALGORITHMS.get(op, ()) or not Path(schedule).is_file():
         return make_collective(op, schedule, ranks, nodes=[machine.node_of(rank) for rank in range(ranks)])
-    try:
-        made = CollectiveSchedule.from_dict(json.loads(Path(schedule).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ScheduleError(f"--schedule {schedule}: cannot be read as a schedule ({error})") from error
+    made = CollectiveSchedule.load(schedule)
     if (made.op, made.num_ranks) != (op, ranks):
         raise ConfigError(f"--schedule {schedule}: holds {made.op} of {made.num_ranks} ranks, not {op} of {ranks}")
     return made

@@ -233,7 +233,7 @@ def _too_small(pricer):
 def _table(machine, ranks):
     """Return the measured table; without one, shared memory inside a node, else what the levels make best."""
     if machine.table:
-        return DecisionTable.from_dict({"rows": machine.table})
+        return DecisionTable(machine.table)
     return DEFAULT_TABLE if machine.shares_memory and ranks <= machine.ranks_per_node else decide(machine, ranks)
 
 

@@ -1,18 +1,44 @@
 """Linear programs on a network: how fast any collective could be, and which links decide it."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, StrictBool
 from scipy.optimize import linprog
 from scipy.sparse import block_array, coo_array, csgraph, eye_array, kron
 
 from mpillm.errors import ConfigError
+from mpillm.plain import KNOWN_KEYS, load_json
 
+_NAMED = KNOWN_KEYS | {"coerce_numbers_to_str": True}  # a node may be called 3
 OPERATIONS = ("allgather", "reduce_scatter", "allreduce", "alltoall")
+
+
+@dataclass(frozen=True)
+class _Node:
+    __pydantic_config__ = _NAMED
+    name: str
+    compute: StrictBool = True
+
+
+@dataclass(frozen=True)
+class _Link:
+    __pydantic_config__ = _NAMED
+    source: Annotated[str, Field(alias="from")]
+    target: Annotated[str, Field(alias="to")]
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The file of a :class:`Topology`."""
+
+    __pydantic_config__ = KNOWN_KEYS
+    nodes: list[_Node]
+    links: list[_Link]
 
 
 @dataclass(frozen=True)
@@ -50,17 +76,10 @@ class Topology:
         ConfigError
             If the file is none, or ranks cannot all reach each other.
         """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            names = [str(node["name"]) for node in found["nodes"]]
-            computes = [bool(node.get("compute", True)) for node in found["nodes"]]
-            links = [(str(link["from"]), str(link["to"]), link["bytes_per_s"]) for link in found["links"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"topology {path}: {type(error).__name__}: {error}: it needs nodes with name and compute, and "
-                "links with from, to and bytes_per_s"
-            ) from None
-        return cls.make(names, computes, links, path)
+        found = load_json(_Network, path, "topology",
+                          "it needs nodes with name and compute, and links with from, to and bytes_per_s")
+        return cls.make([node.name for node in found.nodes], [node.compute for node in found.nodes],
+                        [(link.source, link.target, link.bytes_per_s) for link in found.links], path)
 
     @classmethod
     def make(cls, names, is_compute, links, source="topology"):

@@ -33,17 +33,20 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from pydantic import StrictInt
 
 from mpillm.errors import ScheduleError
+from mpillm.plain import KNOWN_KEYS, checked, load_json
 
 
 class Step(NamedTuple):
     """What a rank does in a round: ``kind`` is ``"copy"`` (without a peer), ``"send"``, ``"recv"`` or ``"reduce"``."""
 
-    kind: str
-    peer: int | None
-    chunks: tuple[int, ...]
+    kind: Literal["copy", "send", "recv", "reduce"]
+    peer: StrictInt | None
+    chunks: tuple[StrictInt, ...]
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,14 @@ class CollectiveSchedule:
         ``rounds[rank][round]``. Ranks may differ in their number of rounds.
     """
 
+    __pydantic_config__ = KNOWN_KEYS
     op: str
     algorithm: str
-    num_ranks: int
-    sources: tuple
-    targets: tuple
-    shares: tuple
-    rounds: tuple
+    num_ranks: StrictInt
+    sources: tuple[StrictInt | None, ...]
+    targets: tuple[StrictInt | None, ...]
+    shares: tuple[StrictInt, ...]
+    rounds: tuple[tuple[tuple[Step, ...], ...], ...]
 
     @property
     def num_chunks(self):
@@ -87,24 +91,21 @@ class CollectiveSchedule:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, found):
-        """Read what :meth:`to_dict` wrote.
+    def from_dict(cls, values):
+        """Read what :meth:`to_dict` gave. It is not checked otherwise.
 
         Raises
         ------
         ScheduleError
-            If a part is missing or of another form. It is not checked otherwise.
+            If a part is missing or of another form.
         """
-        try:
-            rounds = tuple(tuple(tuple(Step(kind, peer, tuple(chunks)) for kind, peer, chunks in steps)
-                                 for steps in own) for own in found["rounds"])
-            ends = tuple(found["sources"]), tuple(found["targets"]), tuple(found["shares"])
-            return cls(found["op"], found["algorithm"], found["num_ranks"], *ends, rounds)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ScheduleError(
-                f"a collective schedule needs op, algorithm, num_ranks, sources, targets, shares and rounds of steps "
-                f"[kind, peer, chunks]; this one: {type(error).__name__} {error}"
-            ) from None
+        return checked(cls, values, "collective schedule", "it needs rounds of steps [kind, peer, chunks]",
+                       refusal=ScheduleError)
+
+    @classmethod
+    def load(cls, path):
+        """Read a JSON file of what :meth:`to_dict` gave; raises as :meth:`from_dict` does."""
+        return load_json(cls, path, "collective schedule", "give a file that mpillm bound --trees wrote", ScheduleError)
 
 
 def traffic(schedule):

@@ -13,7 +13,8 @@ import mpillm
 PACKAGE = Path(mpillm.__file__).parent
 # From the ground up; what stands on one line does not import each other, but where ALLOWED says so.
 FLOORS = [
-    ["errors", "files", "hdf5"],
+    ["errors"],
+    ["files", "hdf5", "plain"],
     ["config", "machine", "schedules", "data"],
     ["plan"],
     ["planner", "comm"],
@@ -28,7 +29,7 @@ FLOORS = [
     ["__main__"],
 ]
 ALLOWED = {("config", "schedules")}
-PLANNING_WING = {"config", "errors", "files", "machine", "plan", "planner", "schedules"}
+PLANNING_WING = {"config", "errors", "files", "machine", "plain", "plan", "planner", "schedules"}
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 
