@@ -16,9 +16,9 @@ export PATH=$VENV/bin:$PATH
 ranks=(srun --mpi="$MPI_TYPE" --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --label
        python -m mpillm)
 
-# A request to stop may come at any time: USR1 from Slurm before the walltime (--signal=B:USR1@...) or from scancel, TERM when
-# Slurm ends the job. It is noted, and what runs now hears of it as USR1: of TERM Slurm tells the ranks itself, and srun would
-# kill them.
+# A request to stop may come at any time: USR1 from Slurm before the walltime (--signal=B:USR1@..., in the templates as many
+# seconds as mpillm.guard.stop.MARGIN_S) or from scancel, TERM when Slurm ends the job. It is noted, and what runs now hears of it
+# as USR1: of TERM Slurm tells the ranks itself, and srun would kill them.
 is_to_stop=
 trap 'is_to_stop=1; [ -z "${!:-}" ] || kill -USR1 "$!" 2>/dev/null || true' USR1 TERM
 

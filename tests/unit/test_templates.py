@@ -1,12 +1,15 @@
 """The job templates with a stand-in for Slurm: what they do when asked to stop at any moment, and when a rank fails."""
 
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+
+from mpillm.guard.stop import MARGIN_S
 
 SLURM = Path(__file__).parents[2] / "slurm"
 # srun hands USR1 to its ranks and, as the real one, kills them when it gets TERM. The ranks save, and leave with 85.
@@ -98,3 +101,9 @@ def test_an_element_of_an_array_goes_back_by_itself(tmp_path):
     (tmp_path / "sweep.txt").write_text("--train.lr 1e-3\n--train.lr 2e-3\n")
     code, log, _ = run(tmp_path, "exit-85", template="sweep.sbatch", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
     assert (code, log) == (85, ["doctor begins", "train begins", "requeue 7_1"])
+
+
+def test_the_templates_are_asked_as_long_before_the_walltime_as_a_run_stops_by_itself():
+    asked = {path.name: re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", path.read_text(), re.MULTILINE)
+             for path in SLURM.glob("*.sbatch")}
+    assert len(asked) == 4 and all(margins == [f"{MARGIN_S:.0f}"] for margins in asked.values()), asked
