@@ -85,7 +85,9 @@ class Progress:
         """Show a step's metrics."""
         text = f"loss {metrics['loss']:.4f} {metrics['tokens_per_s']:,.0f} tokens/s"
         if "validation_loss" in metrics:
-            text += f" validation {metrics['validation_loss']:.4f} ({metrics['bits_per_byte']:.4f} bits/byte)"
+            text += f" validation {metrics['validation_loss']:.4f}"
+        if "bits_per_byte" in metrics:
+            text += f" ({metrics['bits_per_byte']:.4f} bits/byte)"
         self.bar.update(1)
         if metrics["step"] % self.train.log_every == 0:
             self.bar.set_postfix_str(text)

@@ -1,11 +1,14 @@
-"""Token files, written and read: HDF5, whose tokens are memory-mapped."""
+"""Token files, written and read: HDF5, whose tokens are memory-mapped, or read a sample at a time."""
 
+import contextlib
 import hashlib
 import tempfile
 from array import array
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from mpillm.data.tokenizers import token_dtype
@@ -85,6 +88,8 @@ class TokenFile:
     """The samples of one split of a ``tokens.h5``.
 
     Sample ``i`` is tokens ``i * seq_len`` to ``(i + 1) * seq_len`` inclusive. Local: every rank opens the file itself.
+    Contiguous rows are mapped. Others (chunked, compressed, virtual) are read a sample at a time, through the file, which
+    then stays open; of a compressed one a chunk is in memory.
 
     Parameters
     ----------
@@ -93,6 +98,14 @@ class TokenFile:
     seq_len : int
     vocab_size : int, optional
         Of the model; by default the file's.
+
+    Attributes
+    ----------
+    tokens, documents : numpy.memmap or h5py.Dataset
+        All tokens of the split, and where each document starts.
+    num_samples, vocab_size : int
+    bytes : int
+        Of the text behind the split; 0 where the tokens are no text.
 
     Raises
     ------
@@ -104,26 +117,33 @@ class TokenFile:
 
     def __init__(self, path, split, seq_len, vocab_size=None):
         self.path, self.split, self.seq_len = Path(path), split, seq_len
-        with _open(path) as file:
+        with contextlib.ExitStack() as closing:
+            self._file = closing.enter_context(_open(path))
             try:
-                dataset, documents = file[split]["tokens"], file[split]["documents"]
-                self.vocab_size, self.bytes = int(file.attrs["vocab_size"]), int(file[split].attrs["bytes"])
-                self.documents = documents[:].astype(np.int64)
-                self.tokens = _map(self.path, dataset)
+                group = self._file[split]
+                self.vocab_size, self.bytes = int(self._file.attrs["vocab_size"]), int(group.attrs.get("bytes", 0))
+                self.tokens, self.documents = _row(path, group, "tokens", "u"), _row(path, group, "documents", "iu")
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"data.path = {path}: not a token file ({error}): make one with `mpillm data FILES -o {path}`"
                 ) from None
+            self._check(vocab_size)
+            if not all(isinstance(row, np.memmap) for row in (self.tokens, self.documents)):
+                closing.pop_all()
+
+    def _check(self, vocab_size):
+        """Refuse a split without a sample, and one that the model has no words for."""
+        seq_len = self.seq_len
         self.num_samples = (len(self.tokens) - 1) // seq_len
         if self.num_samples < 1:
-            remedy = ", or set train.eval_every = 0" if split == "validation" else ""
+            remedy = ", or set train.eval_every = 0" if self.split == "validation" else ""
             raise DataError(
-                f"data.path = {path}: its {split} split has {len(self.tokens)} tokens, one sample needs "
+                f"data.path = {self.path}: its {self.split} split has {len(self.tokens)} tokens, one sample needs "
                 f"train.seq_len + 1 = {seq_len + 1}: lower train.seq_len or add text{remedy}"
             )
         if vocab_size is not None and self.vocab_size > vocab_size:
             raise ConfigError(
-                f"model.vocab_size = {vocab_size}, but the tokens of {path} go up to {self.vocab_size - 1}: "
+                f"model.vocab_size = {vocab_size}, but the tokens of {self.path} go up to {self.vocab_size - 1}: "
                 f"set model.vocab_size >= {self.vocab_size}, or leave it out"
             )
 
@@ -145,8 +165,18 @@ class TokenFile:
 
     def documents_of(self, indices):
         """Return the number of the document of every input token, ``[len(indices), seq_len]``."""
-        places = np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len)
-        return np.searchsorted(self.documents, places, side="right")
+        return np.stack([self._documents_between(i * self.seq_len, (i + 1) * self.seq_len) for i in indices])
+
+    def _documents_between(self, start, stop):
+        first = bisect_right(self.documents, start)
+        begun = self.documents[first:bisect_right(self.documents, stop - 1, first)].astype(np.int64)
+        return first + np.searchsorted(begun, np.arange(start, stop), side="right")
+
+
+def has_tokens(path, split):
+    """Return whether a token file has anything in a split. Local."""
+    with _open(path) as file:
+        return f"{split}/tokens" in file and file[split]["tokens"].size > 0
 
 
 def with_vocabulary(config):
@@ -175,14 +205,22 @@ def _open(path):
         raise DataError(f"data.path = {path}: cannot be read as HDF5 ({error}): is it a token file?") from None
 
 
-def _map(path, dataset):
-    """Map a contiguous dataset of unsigned integers from the file."""
-    if dataset.dtype.kind != "u" or dataset.ndim != 1:
+def _row(path, group, name, kinds):
+    """Map a row of integers from the file, or return the dataset to read slices of."""
+    dataset = group[name]
+    if dataset.dtype.kind not in kinds or dataset.ndim != 1:
         raise DataError(
             f"data.path = {path}: {dataset.name} is {dataset.dtype} {dataset.shape}, not a row of unsigned integers: "
             "make it with `mpillm data`"
         )
-    offset = dataset.id.get_offset()
-    if offset is None:  # compressed, chunked or empty: nothing to map
-        return dataset[:]
-    return np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+    offset, dtype, shape = dataset.id.get_offset(), dataset.dtype, dataset.shape
+    if offset is not None:  # else compressed, chunked, virtual or empty: nothing to map
+        return np.memmap(dataset.file.filename, dtype=dtype, mode="r", offset=offset, shape=shape)
+    if dataset.chunks is None:
+        return dataset
+    # As read, a chunk that passed no filter need not be in memory whole; one that did is kept for the next sample.
+    chunk_bytes = dataset.chunks[0] * dtype.itemsize if dataset.id.get_create_plist().get_nfilters() else 0
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    access.set_chunk_cache(1, chunk_bytes, 1.0)
+    del dataset  # while it is open, its cache stays as it is
+    return h5py.Dataset(h5py.h5d.open(group.id, name.encode(), access))

@@ -58,7 +58,7 @@ def _styled(draw):
 
 @_styled
 def draw_loss(rows, restarts=()):
-    """Return the figure of losses over steps and, where evaluated, bits per byte over minutes of training.
+    """Return the figure of losses over steps and, where evaluated on text, bits per byte over minutes of training.
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ def draw_loss(rows, restarts=()):
     restarts : collection of int
         Steps to mark: before each the run was taken up again.
     """
-    evaluated = [row for row in rows if row["validation_loss"] is not None]
-    panels = 2 if evaluated else 1
+    evaluated, on_text = ([row for row in rows if row[key] is not None] for key in ("validation_loss", "bits_per_byte"))
+    panels = 2 if on_text else 1
     figure = _figure(0.3 + 2.1 * panels)
     top, *bottom = figure.subplots(panels, squeeze=False).flat
     steps, losses, means = ([row[key] for row in rows] for key in ("step", "loss", "loss_smoothed"))
@@ -79,7 +79,8 @@ def draw_loss(rows, restarts=()):
     if evaluated:
         places, losses = ([row[key] for row in evaluated] for key in ("step", "validation_loss"))
         top.plot(places, losses, "o", color=POINT, markersize=3.5, label="validation")
-        _draw_bits(bottom[0], evaluated)
+    if on_text:
+        _draw_bits(bottom[0], on_text)
         _mark(bottom[0], [before["minutes"] for before, row in pairwise(rows) if row["step"] in restarts])
     _mark(top, [step - 0.5 for step in restarts])
     top.legend()

@@ -16,7 +16,7 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
 from mpillm.data.samples import training_order
 from mpillm.data.tokenizers import copy_tokenizer
-from mpillm.data.tokens import TokenFile, file_digest, with_vocabulary
+from mpillm.data.tokens import TokenFile, file_digest, has_tokens, with_vocabulary
 from mpillm.errors import CheckpointError, CollectiveError, NumbersError, agreed, on_rank_0
 from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
@@ -169,7 +169,7 @@ class Run:
     def evaluate(self):
         """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples.
 
-        Returns nothing if told to stop before the end.
+        Tokens that are no text have no ``bits_per_byte``. Returns nothing if told to stop before the end.
         """
         if self.validation_tokens is None:  # a run that never evaluates by itself needs none
             with agreed(self.comm, "data"):
@@ -184,11 +184,12 @@ class Run:
                 order = list(range(first, min(first + train.global_batch, count)))
                 total += self.engine.loss(self._reader(tokens, order), len(order))
         loss = total / (count * train.seq_len)
-        return {"validation_loss": loss, "bits_per_byte": loss / math.log(2) * len(tokens.tokens) / tokens.bytes}
+        bits = loss / math.log(2) * len(tokens.tokens)
+        return {"validation_loss": loss} | ({"bits_per_byte": bits / tokens.bytes} if tokens.bytes else {})
 
     def _evaluates_now(self):
         every = self.config.train.eval_every
-        return every and (self.step_number == self.config.train.steps or self.step_number % every == 0)
+        return every and self.validation_tokens and (self.step_number == self.config.train.steps or self.step_number % every == 0)
 
     def _finish_evaluation(self):
         """Make up for the evaluation that the run was stopped in, before it goes on; collective."""
@@ -252,7 +253,12 @@ class Run:
         train, path = config.train, config.data.path
         self.train_tokens = TokenFile(path, "train", train.seq_len, config.model.vocab_size)
         self._open_validation = partial(TokenFile, path, "validation", train.seq_len)
-        self.validation_tokens = self._open_validation() if train.eval_every else None
+        self.validation_tokens = None
+        if train.eval_every and has_tokens(path, "validation"):
+            self.validation_tokens = self._open_validation()
+        elif train.eval_every and self.comm.rank == 0:
+            warnings.warn(f"data.path = {path}: no text was held out for validation (mpillm data "
+                          "--validation-fraction 0.1 does), so nothing is evaluated", stacklevel=4)
         return config
 
     def _reader(self, tokens, order):

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import warnings
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from helpers import assert_all
@@ -95,6 +97,41 @@ def test_nothing_to_evaluate_on(comm, data_path):
     with pytest.raises(MpillmError, match="validation split has 5 tokens"):
         trainer.evaluate()
     trainer.free()
+
+
+def change_tokens(comm, path, change):
+    """Let rank 0 change the file of tokens."""
+    if comm.rank == 0:
+        with h5py.File(path / "tokens.h5", "a") as file:
+            change(file)
+    comm.Barrier()
+
+
+@pytest.mark.parametrize("change", [
+    lambda file: file["validation"].attrs.__delitem__("bytes"),
+    lambda file: file["validation"].attrs.__setitem__("bytes", 0),
+    lambda file: [file[split].attrs.__delitem__("bytes") for split in file if split != "tokenizer"],
+])
+def test_tokens_that_are_no_text_have_a_loss_but_no_bits_per_byte(comm, data_path, change):
+    change_tokens(comm, data_path, change)
+    metrics = train(comm, data_path, train__steps=2, train__eval_every=1)
+    assert_all(metrics["validation_loss"] > 0 and "bits_per_byte" not in metrics, metrics, comm)
+
+
+@pytest.mark.parametrize("has_group", [True, False])
+def test_without_validation_tokens_nothing_is_evaluated(comm, data_path, has_group):
+    def change(file):
+        del file["validation" if not has_group else "validation/tokens"]
+        if has_group:
+            file["validation/tokens"] = np.empty(0, np.uint16)
+
+    change_tokens(comm, data_path, change)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = train(comm, data_path, train__steps=2, train__eval_every=1)
+    said = [str(warning.message) for warning in caught if "nothing is evaluated" in str(warning.message)]
+    assert_all("validation_loss" not in metrics and metrics["step"] == 2, metrics, comm)
+    assert_all(len(said) == (comm.rank == 0) and all("--validation-fraction" in text for text in said), said, comm)
 
 
 @pytest.mark.parametrize("line", ["text", "[1]", '{"loss": 1}', '{"step": "1"}', "\udcff"])

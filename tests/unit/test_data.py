@@ -69,6 +69,41 @@ def test_any_way_of_storing_reads_alike(path, options):
     assert isinstance(file.tokens, np.memmap) == (not options)
 
 
+@pytest.mark.parametrize("kind", ["grown", "compressed", "virtual", "linked", "kept outside"])
+@pytest.mark.parametrize("row", ["tokens", "documents"])
+def test_what_cannot_be_mapped_is_read_a_sample_at_a_time(path, tmp_path, kind, row):
+    places, mapped = [7, 0, 3], TokenFile(path, "train", 12)
+    expected = *mapped.samples(places), mapped.documents_of(places)
+    with h5py.File(path) as file, h5py.File(tmp_path / "other.h5", "w", userblock_size=512) as other:
+        values = file["train"][row][:]
+        other["elsewhere"] = values
+    with h5py.File(path, "a") as file:
+        group = file["train"]
+        del group[row]
+        if kind == "grown":
+            group.create_dataset(row, data=values, maxshape=(None,), chunks=(4,))
+        elif kind == "compressed":
+            group.create_dataset(row, data=values, chunks=(4,), compression="gzip")
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout(values.shape, values.dtype)
+            layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "elsewhere", values.shape)
+            group.create_virtual_dataset(row, layout)
+        elif kind == "linked":
+            group[row] = h5py.ExternalLink(tmp_path / "other.h5", "/elsewhere")
+        else:
+            values.tofile(tmp_path / "raw")
+            group.create_dataset(row, values.shape, values.dtype,
+                                 external=[(tmp_path / "raw", 0, h5py.h5f.UNLIMITED)])
+    file = TokenFile(path, "train", 12)
+    found = getattr(file, row)
+    assert isinstance(found, np.memmap) == (kind == "linked")
+    for part, of_mapped in zip((*file.samples(places), file.documents_of(places)), expected):
+        assert (part == of_mapped).all()
+    if kind in ("grown", "compressed"):  # of chunks that only have to be copied, none is kept
+        in_memory = found.id.get_access_plist().get_chunk_cache()[1]
+        assert in_memory == (4 * values.itemsize if kind == "compressed" else 0)
+
+
 @pytest.mark.parametrize("num_samples", [1, 7, 50])
 def test_every_epoch_visits_every_sample_once(num_samples):
     order = training_order(num_samples, 3, 0, 4 * num_samples)

@@ -384,6 +384,9 @@ def test_loss_has_a_second_panel_only_when_evaluated():
     marks = [axes.collections[0].get_paths()[0].vertices[0, 0] for axes in (top, bottom)]
     assert marks == pytest.approx([3.5, 2 / 60])
     assert [text.get_text() for text in bottom.texts] == ["1.250"]
+    del metrics[1]["bits_per_byte"]  # of tokens that are no text
+    [only] = draw_loss(loss_rows(metrics)).axes
+    assert {line.get_label(): list(line.get_ydata()) for line in only.lines}["validation"] == [2.0]
 
 
 def test_a_plan_is_drawn_and_compared_as_a_trace():
