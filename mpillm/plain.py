@@ -47,7 +47,7 @@ _adapter = cache(TypeAdapter)
 
 
 def _in_a_line(*parts):
-    return ": ".join(filter(None, parts))
+    return ": ".join(str(part) for part in parts if part)
 
 
 def _faults(error, kind):

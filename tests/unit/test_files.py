@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mpillm.config import Config
 from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Machine
 from mpillm.plan import Plan
@@ -77,3 +78,10 @@ def test_what_is_left_out_has_its_default(tmp_path, good):
             path.write_text(json.dumps({other: good[kind][other] for other in required if other != key}))
             with pytest.raises(ConfigError, match=f"{key}: required, but not given"):
                 kind.load(path)
+
+
+def test_a_configuration_is_named_by_its_path(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text("[model]\nhidden_siz = 3\n")
+    with pytest.raises(ConfigError, match="tiny.toml: .*hidden_siz: unknown key, did you mean hidden_size"):
+        Config.load(path)
