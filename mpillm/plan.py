@@ -12,11 +12,10 @@ from pydantic import StrictInt
 from mpillm.errors import ConfigError
 from mpillm.files import to_json
 from mpillm.plain import KNOWN_KEYS, checked, load_json
+from mpillm.schedules.algorithm import COMPOSED, LIBRARY, PADDED, PIECES, WHOLE, WINDOW, Algorithm
 from mpillm.schedules.generators import ALGORITHMS
-from mpillm.schedules.repair import COMPOSED, PADDED, PIECES, WHOLE, as_if
 
 ANY = "*"
-LIBRARY, WINDOW, TWO_LEVEL = "mpi", "window", "two_level"
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,9 @@ class DecisionTable:
     ----------
     rows : tuple of (op, axis, dtype, up_to_bytes, algorithm)
         ``axis`` and ``dtype`` may be ``"*"``; rows that name the dtype go before those that name the axis, these before
-        the others. ``up_to_bytes`` of the whole vector, ``None`` without a limit. ``algorithm`` is ``"mpi"`` (the MPI
-        library's own), ``"window"`` (node-shared memory) or one of :data:`mpillm.schedules.generators.ALGORITHMS`;
-        ``"two_level"`` takes shared memory inside nodes where it can. Or what
-        :func:`mpillm.schedules.repair.repair` found: ``"reduce_scatter+allgather"`` for an allreduce; for allreduce and
-        bcast ``"padded:M"`` and ``"pieces:M"``, by what the table says for a message of M bytes.
+        the others. ``up_to_bytes`` of the whole vector, ``None`` without a limit. ``algorithm`` is the text of an
+        :class:`~mpillm.schedules.algorithm.Algorithm`; ``"two_level"`` takes shared memory inside nodes where it can,
+        ``"padded:M"`` and ``"pieces:M"`` what the table says for a message of M bytes.
     """
 
     __pydantic_config__ = KNOWN_KEYS
@@ -40,14 +37,14 @@ class DecisionTable:
     def choose(self, op, axis, dtype, n_bytes):
         """Return the algorithm for a message; ``"mpi"`` where no row fits. Local."""
         limits, algorithms = self.choices(op, axis, dtype)
-        return algorithms[bisect_left(limits, n_bytes)]
+        return str(algorithms[bisect_left(limits, n_bytes)])
 
     def choices(self, op, axis, dtype):
-        """Return limits in bytes, the last infinite, and the algorithm up to each. Local."""
+        """Return limits in bytes, the last infinite, and the :class:`Algorithm` up to each. Local."""
         for key in ((op, axis, dtype), (op, ANY, dtype), (op, axis, ANY), (op, ANY, ANY)):
             if key in self._limits:
                 return self._limits[key]
-        return [float("inf")], [LIBRARY]
+        return [float("inf")], [Algorithm(LIBRARY)]
 
     @cached_property
     def _limits(self):
@@ -55,15 +52,15 @@ class DecisionTable:
         for op, axis, dtype, limit, algorithm in self.rows:
             limits, algorithms = found.setdefault((op, axis, dtype), ([], []))
             limits.append(float("inf") if limit is None else limit)
-            algorithms.append(algorithm)
+            algorithms.append(Algorithm.parse(algorithm))
         for limits, algorithms in found.values():
             if limits != sorted(limits):
                 raise ConfigError(f"decision table: limits {limits} of one operation are not in ascending order")
             if limits[-1] != float("inf"):
                 limits.append(float("inf"))
-                algorithms.append(LIBRARY)
-            others = [(name, as_if(name)[1]) for name in algorithms if as_if(name)]
-            nested = [name for name, n_bytes in others if as_if(algorithms[bisect_left(limits, n_bytes)])]
+                algorithms.append(Algorithm(LIBRARY))
+            others = [algorithm for algorithm in algorithms if algorithm.n_bytes]
+            nested = [str(other) for other in others if algorithms[bisect_left(limits, other.n_bytes)].n_bytes]
             if nested:
                 raise ConfigError(f"decision table: {', '.join(nested)}: for that many bytes the table has no "
                                   "algorithm, but another size to go by: name a size that has one")
@@ -75,11 +72,10 @@ class DecisionTable:
                 raise ConfigError(f"decision table: row {list(row)}: needs [op, axis, dtype, up_to_bytes or null, "
                                   "algorithm]")
             names = [LIBRARY, WINDOW, *ALGORITHMS[row[0]], *([COMPOSED] if row[0] == "allreduce" else [])]
-            if row[4] not in names and not (row[0] in WHOLE and as_if(row[4])) or row[4] == "trees":
+            if row[4] not in names and not (row[0] in WHOLE and Algorithm.parse(row[4]).n_bytes):
                 names += [f"{PADDED}:BYTES", f"{PIECES}:BYTES"] if row[0] in WHOLE else []
-                known = ", ".join(name for name in names if name != "trees")
                 raise ConfigError(f"decision table: row {list(row)}: {row[0]} has no algorithm {row[4]}; known are "
-                                  f"{known}")
+                                  f"{', '.join(names)}")
 
     def to_dict(self):
         """Return the table as what JSON can hold."""

@@ -19,7 +19,8 @@ from mpillm.comm import executor, group, handover, library, scheduled, shared
 from mpillm.comm.tables import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
-from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
+from mpillm.plan import DEFAULT_TABLE
+from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL, WINDOW
 from mpillm.train.engine import Engine
 from mpillm.verify.compare import all_layouts, compare_layout, describe
 

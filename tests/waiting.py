@@ -12,7 +12,7 @@ from mpillm.comm import allreduce, iallreduce
 from mpillm.comm.group import as_group
 from mpillm.comm.shared import make_node
 from mpillm.comm.tables import only
-from mpillm.plan import LIBRARY, WINDOW
+from mpillm.schedules.algorithm import LIBRARY, WINDOW
 
 MUCH = 1 << 20  # more than MPI sends before the receiver is ready
 

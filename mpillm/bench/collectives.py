@@ -8,7 +8,7 @@ import torch
 
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.tables import candidates, make_call, measure_table, only, time_calls
-from mpillm.plan import LIBRARY, WINDOW
+from mpillm.schedules.algorithm import LIBRARY, WINDOW
 from mpillm.schedules.blocks import counts
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")

@@ -36,7 +36,7 @@ class Schedules:
         Parameters
         ----------
         algorithm : str
-            Of :data:`mpillm.schedules.generators.ALGORITHMS`, but ``"trees"``.
+            Of :data:`mpillm.schedules.generators.ALGORITHMS`.
 
         Returns
         -------

@@ -10,11 +10,12 @@ import torch
 from mpillm import plan
 from mpillm.comm import collectives
 from mpillm.comm.progress import finish
-from mpillm.plan import ANY, DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW, DecisionTable
+from mpillm.plan import ANY, DEFAULT_TABLE, DecisionTable
+from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL, WINDOW, Algorithm
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.collective import traffic
 from mpillm.schedules.generators import ALGORITHMS, make_collective
-from mpillm.schedules.repair import COMPOSED, as_if, repair
+from mpillm.schedules.repair import repair
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 27, 2))
@@ -82,7 +83,7 @@ def _limits(op, chosen, fastest):
         below, above = chosen[low], chosen[high]
         if below == above:
             continue
-        are_measured = not any(choice == COMPOSED or as_if(choice) for choice in (below, above))
+        are_measured = not any(Algorithm.parse(choice).is_repaired for choice in (below, above))
         for _ in range(_BISECTIONS if are_measured else 0):
             middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
             is_higher = fastest(middle, (below, above))[0] == below
@@ -151,8 +152,7 @@ def candidates(op, group):
     for its number of ranks only one."""
     nodes = group.schedules.nodes
     shared = [] if group.node is None else [WINDOW]
-    passed = ("trees",) if len(set(nodes)) > 1 else ("trees", TWO_LEVEL)
-    names = [name for name in ALGORITHMS[op] if name not in passed]
+    names = [name for name in ALGORITHMS[op] if name != TWO_LEVEL or len(set(nodes)) > 1]
     kinds = {name: traffic(make_collective(op, name, group.size, nodes=nodes)) for name in names}
     return [LIBRARY, *shared, *(name for i, name in enumerate(names)
                                 if kinds[name] not in [kinds[other] for other in names[:i]])]

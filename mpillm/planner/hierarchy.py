@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from mpillm.plan import ANY, LIBRARY, TWO_LEVEL, DecisionTable
+from mpillm.plan import ANY, DecisionTable
 from mpillm.planner.workload import ring_s
+from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 31))
 # Rounds, and bytes that a rank sends as a share of the whole (Thakur et al. 2005; Bruck et al. 1997).

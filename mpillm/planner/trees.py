@@ -9,7 +9,7 @@ from scipy.sparse import coo_array, csgraph
 
 from mpillm.errors import ConfigError
 from mpillm.planner.routes import bound
-from mpillm.schedules.generators import make_collective
+from mpillm.schedules.generators import make_from_trees
 
 UNITS = 10_000  # the whole shares of a rank's trees add up to this
 ENOUGH = 0.995  # of the bound: no more trees are sought
@@ -83,7 +83,7 @@ def pack_trees(op, topology):
     trees = [(shares[i], found[i][2]) for i in order if shares[i]]
     if op == "allreduce":
         best, beta, limit = 2 * best, 2 * beta, 2 * limit
-    return Packing(make_collective(op, "trees", num_ranks, trees=trees), beta, best / beta, limit)
+    return Packing(make_from_trees(op, num_ranks, trees), beta, best / beta, limit)
 
 
 def _generate(network, wanted):

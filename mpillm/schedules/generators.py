@@ -31,18 +31,21 @@ class Draft(NamedTuple):
 
 ALGORITHMS = {
     "allreduce": ("ring", "ring2", "recursive_doubling", "halving_doubling", "bruck", "pairwise", "direct", "binomial",
-                  "two_level", "trees"),
-    "reduce_scatter": ("ring", "ring2", "recursive_halving", "bruck", "pairwise", "direct", "two_level", "trees"),
-    "allgather": ("ring", "ring2", "recursive_doubling", "bruck", "pairwise", "direct", "two_level", "trees"),
-    "bcast": ("binomial", "scatter_allgather", "direct", "two_level", "trees"),
-    "reduce": ("binomial", "reduce_scatter_gather", "direct", "two_level", "trees"),
+                  "two_level"),
+    "reduce_scatter": ("ring", "ring2", "recursive_halving", "bruck", "pairwise", "direct", "two_level"),
+    "allgather": ("ring", "ring2", "recursive_doubling", "bruck", "pairwise", "direct", "two_level"),
+    "bcast": ("binomial", "scatter_allgather", "direct", "two_level"),
+    "reduce": ("binomial", "reduce_scatter_gather", "direct", "two_level"),
     "alltoall": ("pairwise", "bruck", "ring", "direct"),
     "scatter": ("binomial", "direct"),
     "gather": ("binomial", "direct"),
 }
 
 
-def make_collective(op, algorithm, num_ranks, root=0, nodes=None, trees=None):
+_DOUBLING = {"recursive_halving": "recursive_doubling", "halving_doubling": "recursive_doubling"}  # whose half it is
+
+
+def make_collective(op, algorithm, num_ranks, root=0, nodes=None):
     """Return the schedule of a collective.
 
     Local.
@@ -56,9 +59,6 @@ def make_collective(op, algorithm, num_ranks, root=0, nodes=None, trees=None):
         Of bcast, reduce, scatter and gather.
     nodes : sequence of int
         For ``"two_level"``: the node of every rank.
-    trees : sequence of (int, sequence of (int or None))
-        For ``"trees"``: of every tree its share of the bytes and every rank's parent, None for its root. Those of
-        allgather and reduce_scatter come in the order of their roots, with equal shares for each root in all.
 
     Raises
     ------
@@ -68,10 +68,28 @@ def make_collective(op, algorithm, num_ranks, root=0, nodes=None, trees=None):
     if algorithm not in ALGORITHMS.get(op, ()):
         known = ALGORITHMS.get(op) or sorted(ALGORITHMS)
         raise ScheduleError(f"no algorithm {algorithm} for {op}: known are {', '.join(known)}")
-    for name, needed, value in (("two_level", "nodes", nodes), ("trees", "trees", trees)):
-        if algorithm == name and not value:
-            raise ScheduleError(f"{op} by {name} over {num_ranks} ranks: give {needed}")
-    return _finish(op, algorithm, num_ranks, _draft(op, algorithm, num_ranks, root, nodes, trees))
+    if algorithm == "two_level" and not nodes:
+        raise ScheduleError(f"{op} by two_level over {num_ranks} ranks: give nodes")
+    return _finish(op, algorithm, num_ranks, _draft(op, algorithm, num_ranks, root, nodes))
+
+
+def make_from_trees(op, num_ranks, trees):
+    """Return the schedule of a collective along trees that were packed into a network.
+
+    Local.
+
+    Parameters
+    ----------
+    op : {"allreduce", "reduce_scatter", "allgather", "bcast", "reduce"}
+    num_ranks : int
+    trees : sequence of (int, sequence of (int or None))
+        Of every tree its share of the bytes and every rank's parent, None for its root. Those of allgather and
+        reduce_scatter come in the order of their roots, with equal shares for each root in all.
+    """
+    roots = tuple(list(parents).index(None) for _, parents in trees)
+    down = Draft(roots, (None,) * len(trees), tuple(share for share, _ in trees), _trees(trees))
+    whole = {"allgather": down, "bcast": down, "allreduce": then(adjoint(down), down)}
+    return _finish(op, "trees", num_ranks, whole.get(op) or adjoint(down))
 
 
 def adjoint(draft):
@@ -112,18 +130,18 @@ def together(parts):
     return [[m for messages in group for m in messages] for group in zip_longest(*parts, fillvalue=())]
 
 
-def _draft(op, algorithm, p, root, nodes, trees):
+def _draft(op, algorithm, p, root, nodes):
     """Return the draft of any operation: five kinds are generated, the others are adjoints and sequences of them."""
     if op == "allgather":
-        return _allgather(algorithm, p, nodes, trees)
+        return _allgather(algorithm, p, nodes)
     if op == "reduce_scatter":
-        return adjoint(_allgather(algorithm.replace("halving", "doubling"), p, nodes, trees))
+        return adjoint(_allgather(_DOUBLING.get(algorithm, algorithm), p, nodes))
     if op == "bcast":
-        return _bcast(algorithm, p, root, nodes, trees)
+        return _bcast(algorithm, p, root, nodes)
     if algorithm == "reduce_scatter_gather":
-        return then(adjoint(_allgather("ring", p, nodes, trees)), adjoint(_scatter("binomial", p, root)))
+        return then(adjoint(_allgather("ring", p, nodes)), adjoint(_scatter("binomial", p, root)))
     if op == "reduce":
-        return adjoint(_bcast(algorithm, p, root, nodes, trees))
+        return adjoint(_bcast(algorithm, p, root, nodes))
     if op == "scatter":
         return _scatter(algorithm, p, root)
     if op == "gather":
@@ -132,20 +150,17 @@ def _draft(op, algorithm, p, root, nodes, trees):
         return _alltoall(algorithm, p)
     if algorithm == "recursive_doubling":
         return Draft((None,), (None,), (1,), _exchange_doubling(p))
-    if algorithm in ("binomial", "trees"):
-        half = _bcast(algorithm, p, 0, nodes, trees)
+    if algorithm == "binomial":
+        half = _bcast(algorithm, p, 0, nodes)
     else:
-        half = _allgather("recursive_doubling" if algorithm == "halving_doubling" else algorithm, p, nodes, trees)
+        half = _allgather(_DOUBLING.get(algorithm, algorithm), p, nodes)
     return then(adjoint(half), half)
 
 
-def _allgather(algorithm, p, nodes, trees):
+def _allgather(algorithm, p, nodes):
     """Each rank's chunk to all ranks."""
     if algorithm == "ring2":
         return beside(*(Draft(tuple(range(p)), (None,) * p, (1,) * p, _ring(p, step)) for step in (1, -1)))
-    if algorithm == "trees":
-        roots = tuple(list(parents).index(None) for _, parents in trees)
-        return Draft(roots, (None,) * len(trees), tuple(share for share, _ in trees), _trees(trees))
     rounds = {
         "ring": lambda: _ring(p, 1),
         "recursive_doubling": lambda: _doubling(p),
@@ -208,13 +223,10 @@ def _two_level(nodes):
     return [first, *across, [m for m in inside if m.chunks]]
 
 
-def _bcast(algorithm, p, root, nodes, trees):
+def _bcast(algorithm, p, root, nodes):
     """The root's value to all ranks."""
-    if algorithm == "trees":
-        roots = tuple(list(parents).index(None) for _, parents in trees)
-        return Draft(roots, (None,) * len(trees), tuple(share for share, _ in trees), _trees(trees))
     if algorithm == "scatter_allgather":
-        return then(_scatter("binomial", p, root), _allgather("ring", p, nodes, trees))
+        return then(_scatter("binomial", p, root), _allgather("ring", p, nodes))
     turned = [(root + i) % p for i in range(p)]
     if algorithm == "binomial":
         rounds = placed(_binomial(p), turned)

@@ -2,9 +2,8 @@
 
 import math
 
-COMPOSED = "reduce_scatter+allgather"
-PADDED, PIECES = "padded", "pieces"
-WHOLE = ("allreduce", "bcast")  # operations on one vector, of any length and piece by piece
+from mpillm.schedules.algorithm import COMPOSED, PADDED, PIECES, WHOLE, Algorithm
+
 _GAIN = 0.8  # what is done instead copies and calls more than once: it must be clearly faster
 
 
@@ -27,8 +26,7 @@ def repair(measured):
     Returns
     -------
     dict of str to dict of int to str
-        An algorithm as measured, or :data:`COMPOSED`, or ``padded:M`` or ``pieces:M``: as a message of M bytes, or in
-        messages of at most M.
+        The text of an :class:`~mpillm.schedules.algorithm.Algorithm`: as measured, or a repaired one.
     """
     found = {}
     for op, sizes in measured.items():
@@ -46,13 +44,7 @@ def _whole_or_composed(op, n_bytes, measured):
 
 def _padded_or_split(op, n_bytes, plain):
     name, seconds = plain[n_bytes]
-    others = [(math.ceil(n_bytes / other) * time, f"{PADDED if other > n_bytes else PIECES}:{other}")
+    others = [(math.ceil(n_bytes / other) * time, str(Algorithm(PADDED if other > n_bytes else PIECES, other)))
               for other, (_, time) in plain.items() if other != n_bytes and op in WHOLE]
     least, instead = min(others, default=(math.inf, name))
     return instead if least < _GAIN * seconds else name
-
-
-def as_if(algorithm):
-    """Return ``"padded"`` or ``"pieces"`` and the bytes that an algorithm's name says; None for any other. Local."""
-    kind, _, size = algorithm.partition(":")
-    return (kind, int(size)) if kind in (PADDED, PIECES) and size.isdecimal() and int(size) > 0 else None

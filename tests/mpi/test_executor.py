@@ -1,4 +1,4 @@
-"""Schedules on real ranks: every generator but trees, dtypes, sizes, in place, started again, several at once."""
+"""Schedules on real ranks: every generator, packed trees, dtypes, sizes, in place, started again, several at once."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
 SIZES = [0, 1, 7, 1000, 65537]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
-CASES = [(op, name) for op, names in ALGORITHMS.items() for name in names if name != "trees"]
+CASES = [(op, name) for op, names in ALGORITHMS.items() for name in names]
 
 
 def data(n, dtype, rank):
@@ -113,18 +113,18 @@ def test_trees_that_were_packed_into_a_network(comm, op, monkeypatch):
                              pairs + [(b, a, rate) for a, b, rate in pairs])
     schedule = pack_trees(op, topology).schedule
     monkeypatch.setattr(scheduled, "checked", lambda *_: (schedule, check_collective(schedule).carries))
-    group, wrong = as_group(comm).with_table(only("trees")), []
+    group, wrong = as_group(comm).with_table(only("ring")), []
     for n in SIZES:
         for dtype in DTYPES:
             parts = [data(n, dtype, rank) for rank in range(comm.size)]
-            found = run(op, "trees", parts[comm.rank].clone(), group, 0)
+            found = run(op, "ring", parts[comm.rank].clone(), group, 0)
             if found is None or not torch.equal(found.double(), wanted(op, parts, comm.rank, 0)):
                 wrong.append((n, dtype))
     is_split = len(set(schedule.shares)) > 1 and schedule.num_chunks > (op != "allreduce") * comm.size
     assert_all(not wrong and is_split, f"{wrong} {schedule.shares}", comm)
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS["allreduce"] if name != "trees"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS["allreduce"])
 def test_half_types_travel_narrow_and_are_rounded_once(comm, algorithm):
     group = as_group(comm).with_table(only(algorithm))
     parts = [torch.randn(1001, generator=torch.Generator().manual_seed(rank)) for rank in range(comm.size)]

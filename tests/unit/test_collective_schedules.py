@@ -10,11 +10,12 @@ import torch
 from mpillm.errors import ScheduleError
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.collective import CollectiveSchedule, Step, draw, traffic
-from mpillm.schedules.generators import ALGORITHMS, make_collective
+from mpillm.schedules.generators import ALGORITHMS, make_collective, make_from_trees
 
 RANKS = range(1, 10)
 UNEVEN = {5: [0, 0, 0, 1, 1], 4: [0, 1, 0, 1], 7: [0, 0, 1, 2, 2, 2, 2]}
-CASES = [(op, name) for op, names in ALGORITHMS.items() for name in names]
+TREES = ("allreduce", "reduce_scatter", "allgather", "bcast", "reduce")
+CASES = [(op, name) for op, names in ALGORITHMS.items() for name in names] + [(op, "trees") for op in TREES]
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
@@ -22,8 +23,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
 
 def make(op, algorithm, p, root=0, nodes=None):
     """The schedule, with nodes and trees where it needs them."""
-    nodes = nodes or UNEVEN.get(p, [rank // 3 for rank in range(p)])
-    return make_collective(op, algorithm, p, root, nodes, trees_of(op, p, root))
+    if algorithm == "trees":
+        return make_from_trees(op, p, trees_of(op, p, root))
+    return make_collective(op, algorithm, p, root, nodes or UNEVEN.get(p, [rank // 3 for rank in range(p)]))
 
 
 def trees_of(op, p, root=0):
@@ -212,14 +214,14 @@ def test_rounds_and_bytes_are_the_textbook_s(op, algorithm):
 
 @pytest.mark.parametrize("op", ALGORITHMS)
 def test_no_two_names_hide_one_algorithm(op):
-    found = [make(op, name, 7).rounds for name in ALGORITHMS[op]]
+    found = [make(op, name, 7).rounds for other, name in CASES if other == op]
     assert len(set(found)) == len(found)
 
 
 def test_names_that_come_to_the_same_for_few_ranks():
     """Two ranks can exchange halves, exchange all, or send all one way and back; for eight ranks all names differ."""
     def kinds(op, p):
-        names = [name for name in ALGORITHMS[op] if name not in ("two_level", "trees")]
+        names = [name for name in ALGORITHMS[op] if name != "two_level"]
         return len({traffic(make(op, name, p)) for name in names}), len(names)
 
     operations = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
@@ -237,7 +239,7 @@ def test_two_level_crosses_the_network_as_little_as_can_be():
 
 
 def test_trees_carry_their_shares():
-    schedule = make_collective("bcast", "trees", 4, trees=[(3, chain(4, 0)), (1, star(4, 0))])
+    schedule = make_from_trees("bcast", 4, [(3, chain(4, 0)), (1, star(4, 0))])
     assert schedule.bounds(8) == [(0, 6), (6, 8)]
     assert check_collective(schedule).shares_sent[2, 3] == 3
 

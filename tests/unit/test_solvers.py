@@ -20,7 +20,8 @@ from mpillm.planner.hierarchy import FORMULAS, INSIDE, Hierarchy, decide
 from mpillm.planner.layout import make_plan
 from mpillm.planner.memory import UNITS, choose_modes
 from mpillm.planner.stages import balanced_cuts
-from mpillm.schedules.repair import COMPOSED, PIECES, WHOLE, as_if, repair
+from mpillm.schedules.algorithm import COMPOSED, PIECES, WHOLE, Algorithm
+from mpillm.schedules.repair import repair
 
 SEEDS = range(25)
 
@@ -193,11 +194,12 @@ def cost_of(choice, op, n_bytes, measured):
     """Return the seconds of a choice of :func:`repair`, from the times that were measured."""
     if choice == COMPOSED:
         return measured["reduce_scatter"][n_bytes][1] + measured["allgather"][n_bytes][1]
-    kind, size = as_if(choice) or ("", n_bytes)
+    algorithm = Algorithm.parse(choice)
+    size = algorithm.n_bytes or n_bytes
     whole = measured[op][size][1]
-    if as_if(choice) and op == "allreduce":
+    if algorithm.n_bytes and op == "allreduce":
         whole = min(whole, cost_of(COMPOSED, op, size, measured))
-    return whole * (math.ceil(n_bytes / size) if kind == PIECES else 1)
+    return whole * (math.ceil(n_bytes / size) if algorithm.name == PIECES else 1)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -216,8 +218,8 @@ def test_a_repaired_table_equals_all_nested_replacements(seed, monkeypatch):
                     least[n] = min(least[n], cost_of(COMPOSED, op, n, measured))
         for n in sizes:
             assert cost_of(chosen[n], op, n, measured) == pytest.approx(least[n])
-        by_others = {as_if(name)[1] for name in chosen.values() if as_if(name)}
-        assert not any(as_if(chosen[n]) for n in by_others)  # a table that can be obeyed
+        as_long = {n: Algorithm.parse(text).n_bytes for n, text in chosen.items()}
+        assert not any(as_long[other] for other in as_long.values() if other)  # a table that can be obeyed
 
 
 def test_a_published_erratic_table_is_repaired():
