@@ -5,9 +5,9 @@ CUDA tensor (CUDA is staged through pinned host memory), of float64, float32, bf
 type, and returns a new tensor; inputs are never changed. Half types travel as two bytes and are summed in float32,
 rounded once. Blocks of a dimension are those of :mod:`mpillm.schedules.blocks`: sizes need not divide, and may be zero.
 
-Here tensors become flat host memory and back; what carries them the group's decision table says: the MPI library
-(:mod:`mpillm.comm.library`), memory that the ranks share (:mod:`mpillm.comm.shared`) or a schedule
-(:mod:`mpillm.comm.executor`).
+Here tensors become flat host memory and back; what carries them, a :class:`~mpillm.comm.transport.Transport`, the group's
+decision table says: the MPI library (:mod:`mpillm.comm.library`), memory that the ranks share
+(:mod:`mpillm.comm.shared`) or a schedule (:mod:`mpillm.comm.executor`).
 """
 
 import math
@@ -21,6 +21,7 @@ from mpillm.comm.buffers import flat, host_empty, staged, unstaged
 from mpillm.comm.group import as_group
 from mpillm.comm.progress import finish
 from mpillm.comm.scheduled import Scheduled
+from mpillm.comm.transport import DONE
 from mpillm.errors import ShapeError
 from mpillm.schedules.blocks import all_bounds, bounds, counts
 
@@ -86,7 +87,7 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     host = torch.empty_like(source, pin_memory=x.is_cuda) if out is None or out.is_cuda else out
     start = flat(source)
     result = start if host is source else flat(host)
-    request = group.transport("allreduce", x, n_bytes, may_block).allreduce(start, result, op)
+    request = group.transport("allreduce", x.dtype, n_bytes, may_block).allreduce(start, result, op)
     return Pending(host, request, (source,),
                    lambda: unstaged(host, x) if out is None or host is out else out.copy_(host))
 
@@ -127,7 +128,7 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
     group.enter("reduce_scatter", n_bytes - out.numel() * x.element_size(), x.dtype, x.shape)
-    transport = group.transport("reduce_scatter", x, n_bytes, may_block)
+    transport = group.transport("reduce_scatter", x.dtype, n_bytes, may_block)
     request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
@@ -182,7 +183,7 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
             )
     rows = staged(x.movedim(dim, 0))
     out = host_empty((sum(lengths), *rows.shape[1:]), x)
-    transport = group.transport("allgather", x, out.numel() * x.element_size(), may_block)
+    transport = group.transport("allgather", x.dtype, out.numel() * x.element_size(), may_block)
     request = transport.allgather(flat(rows), flat(out), _blocks(lengths, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
@@ -205,7 +206,7 @@ def ireduce_scatter_blocks(x, comm, may_block=False):
     own = slice(*cuts[group.rank])
     block = x[own]
     group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x.dtype, x.shape)
-    transport = group.transport("reduce_scatter", x, x.nbytes, may_block)
+    transport = group.transport("reduce_scatter", x.dtype, x.nbytes, may_block)
     out = host[own] if may_block or isinstance(transport, Scheduled) else host_empty(block.shape, x)
     request = transport.reduce_scatter(host, out, cuts, "sum")
     return Pending(block, request, (host,), lambda: block if block.data_ptr() == out.data_ptr() else block.copy_(out))
@@ -224,7 +225,7 @@ def allgather_blocks(x, comm):
     host, mine = host_empty(x.shape, x) if is_apart else x, slice(*cuts[group.rank])
     own = host[mine].copy_(x[mine]) if is_apart else host[mine]
     group.enter("allgather", (group.size - 1) * own.nbytes, x.dtype, x.shape)
-    transport = group.transport("allgather", x, x.nbytes, True)
+    transport = group.transport("allgather", x.dtype, x.nbytes)
     finish(transport.allgather(own, host, cuts))
     if is_apart:
         x.copy_(host)
@@ -251,7 +252,7 @@ def ibcast(x, comm, root=0, may_block=False):
     out = staged(x).clone()
     n_bytes = x.nbytes
     group.enter("bcast", n_bytes if group.rank == root else 0, x.dtype, x.shape, root)
-    request = group.transport("bcast", x, n_bytes, may_block).bcast(flat(out), root)
+    request = group.transport("bcast", x.dtype, n_bytes, may_block).bcast(flat(out), root)
     return Pending(out, request, (), lambda: unstaged(out, x))
 
 
@@ -284,7 +285,7 @@ def ialltoall(x, comm, dim=0, may_block=False):
     mine, n_bytes = sends[group.rank], rows.numel() * x.element_size()
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
     group.enter("alltoall", n_bytes - out.numel() // group.size * x.element_size(), x.dtype, x.shape)
-    request = group.transport("alltoall", x, n_bytes, may_block).alltoall(
+    request = group.transport("alltoall", x.dtype, n_bytes, may_block).alltoall(
         flat(rows), flat(out), _blocks(sends, rows), _blocks([mine] * group.size, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
@@ -314,7 +315,7 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     n_bytes = rows.nbytes
     sent = n_bytes - out.numel() * x.element_size() if group.rank == root else 0
     group.enter("scatter", sent, x.dtype, x.shape, root)
-    request = group.transport("scatter", x, n_bytes, may_block).scatter(
+    request = group.transport("scatter", x.dtype, n_bytes, may_block).scatter(
         flat(rows), flat(out), _blocks(counts(rows.shape[0], group.size), rows), root)
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
@@ -343,7 +344,7 @@ def igather(x, comm, dim=0, root=0, may_block=False):
     rows = staged(x.movedim(dim, 0))
     out = host_empty((sum(lengths) if group.rank == root else 0, *rows.shape[1:]), x)
     cuts = _blocks(lengths, rows)
-    transport = group.transport("gather", x, cuts[-1][1] * x.element_size(), may_block)
+    transport = group.transport("gather", x.dtype, cuts[-1][1] * x.element_size(), may_block)
     return Pending(out, transport.gather(flat(rows), flat(out), cuts, root), (rows,),
                    lambda: unstaged(out, x).movedim(0, dim))
 
@@ -351,18 +352,17 @@ def igather(x, comm, dim=0, root=0, may_block=False):
 class Pending:
     """A started operation. ``wait()`` finishes it and returns its tensor; ``test()`` lets it progress."""
 
-    def __init__(self, result, request=None, keep=(), finish=None):
+    def __init__(self, result, request=DONE, keep=(), finish=None):
         self._result, self._request, self._keep, self._finish = result, request, keep, finish
 
     def test(self):
         """Let MPI work; tell whether the operation has finished."""
-        return self._request is None or self._request.Test()
+        return self._request.Test()
 
     def wait(self):
         """Block until finished and return the result."""
-        if self._request is not None:
-            finish(self._request)
-            self._request = None
+        finish(self._request)
+        self._request = DONE
         if self._finish is not None:
             self._result, self._finish = self._finish(), None
         self._keep = ()

@@ -13,8 +13,8 @@ from mpillm.comm.repaired import repaired
 from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
 from mpillm.comm.single import SingleComm
-from mpillm.plan import DEFAULT_TABLE, LIBRARY, TWO_LEVEL, WINDOW
-from mpillm.schedules.repair import COMPOSED, as_if
+from mpillm.plan import DEFAULT_TABLE
+from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL, WINDOW, Algorithm
 
 _keyval = None
 
@@ -84,31 +84,38 @@ class Group:
         other.__dict__.update(shared, table=table, _choices={})
         return other
 
-    def transport(self, op, x, n_bytes, may_block):
-        """Return what carries out ``op`` on tensors like ``x``, ``n_bytes`` in all.
+    def transport(self, op, dtype, n_bytes, may_block=True):
+        """Return the :class:`~mpillm.comm.transport.Transport` of ``op`` on ``n_bytes`` of ``dtype`` in all.
 
-        Collective on first use. Shared memory makes no progress by itself, so nonblocking calls never take it, nor the
-        library for sums of half types, of which it has only the messages. Sums in the fixed order alone always block.
+        Collective on first use of a row of the table, which makes it. Shared memory makes no progress by itself, so
+        nonblocking calls never take it, nor the library for sums of half types, of which it has only the messages. Sums
+        in the fixed order alone always block.
         """
-        library = self._libraries[may_block]
-        key = op, x.dtype
+        key = op, dtype, may_block
         if key not in self._choices:  # kept, because small messages would feel the search
-            self._choices[key] = self.table.choices(op, self.name, str(x.dtype).removeprefix("torch."))
-        limits, algorithms = self._choices[key]
-        algorithm = algorithms[bisect_left(limits, n_bytes)]
-        if algorithm in (WINDOW, TWO_LEVEL) and may_block and self.node:
+            limits, algorithms = self.table.choices(op, self.name, str(dtype).removeprefix("torch."))
+            self._choices[key] = limits, list(algorithms)
+        limits, made = self._choices[key]
+        row = bisect_left(limits, n_bytes)
+        if isinstance(made[row], Algorithm):
+            made[row] = self._make_transport(made[row], op, dtype, may_block)
+        return made[row]
+
+    def _make_transport(self, algorithm, op, dtype, may_block):
+        """Return what carries out ``op`` by the algorithm of a row, or what stands in for it here."""
+        library, is_half_sum = self._libraries[may_block], dtype in HALF_TYPES and op in ("allreduce", "reduce_scatter")
+        is_in_memory = may_block and algorithm.name in (WINDOW, TWO_LEVEL)
+        if is_in_memory and self.node:
             return self.node
         if self.order == "tree":
             return library
-        if algorithm == LIBRARY:
-            is_half_sum = x.dtype in HALF_TYPES and op in ("allreduce", "reduce_scatter")
+        if algorithm.name == LIBRARY:
             return library if may_block or not is_half_sum else self.schedules.transport("direct")
-        if algorithm == COMPOSED or as_if(algorithm):
-            return repaired(self, algorithm, op, x, n_bytes) if may_block else library
-        if algorithm in (WINDOW, TWO_LEVEL) and may_block and hasattr(Levels, op) and self.levels \
-                and (op == "allgather" or x.dtype not in HALF_TYPES):  # of which sums are to be rounded once
+        if algorithm.is_repaired:
+            return repaired(self, algorithm, op, dtype) if may_block else library
+        if is_in_memory and op in Levels.operations and not is_half_sum and self.levels:  # these are rounded once
             return self.levels
-        return library if algorithm == WINDOW else self.schedules.transport(algorithm)
+        return library if algorithm.name == WINDOW else self.schedules.transport(algorithm.name)
 
     def enter(self, operation, n_bytes, dtype, shape, root=None, op=None):
         """Note a call of ``operation`` that sends ``n_bytes`` from this rank; in checked mode compare it with the

@@ -6,16 +6,19 @@ import torch
 
 from mpillm.comm.scheduled import Schedules
 from mpillm.comm.shared import make_node
+from mpillm.comm.transport import DONE
 from mpillm.schedules.blocks import all_bounds
 
 
 class Levels:
     """Nodes of equally many ranks, in any order over the ranks. A lane is one rank of every node: the i-th of each.
 
-    Collective over ``comm`` to make and to use. ``node`` is the shared memory of this node's ranks: what lies in a
-    window of it is combined there. Sums are formed inside the nodes and then between them; of half types each is
-    rounded.
+    A :class:`~mpillm.comm.transport.Transport`; collective over ``comm`` to make and to use. ``node`` is the shared
+    memory of this node's ranks: what lies in a window of it is combined there. Sums are formed inside the nodes and then
+    between them; of half types each is rounded.
     """
+
+    operations = ("allreduce", "reduce_scatter", "allgather")  # of a transport
 
     def __init__(self, comm, nodes):
         inside = comm.Split(nodes[comm.rank], comm.rank)
@@ -26,31 +29,28 @@ class Levels:
         self._ranks = [[rank for rank, node in enumerate(nodes) if node == name] for name in sorted(set(nodes))]
 
     def allreduce(self, x, out, op):
-        """Combine ``x`` of all ranks into ``out`` of every rank: each lane its block, round the nodes by a ring."""
+        """Each lane reduces its block, round the nodes by a ring."""
         cuts = all_bounds(len(x), self.node.size)
         block = out[slice(*cuts[self.node.rank])]
         self.node.reduce_scatter(x, block, cuts, op)
         self._between.allreduce(block, block, op).wait()
-        self.node.allgather(block, out, cuts)
+        return self.node.allgather(block, out, cuts)
 
     def reduce_scatter(self, x, out, cuts, op):
-        """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``.
-
-        Inside a node a rank combines the blocks of its lane, which then reduces them to each rank's own.
-        """
+        """Inside a node a rank combines the blocks of its lane, which then reduces them to each rank's own."""
         nodes = self._cuts(cuts)
         sizes = [high - low for low, high in (inside[self.node.rank] for inside in nodes)]
         lane, ends = torch.empty(sum(sizes), dtype=x.dtype), list(pairwise(accumulate(sizes, initial=0)))
         for inside, end in zip(nodes, ends):
             self.node.reduce_scatter(x, lane[slice(*end)], inside, op)
-        self._between.reduce_scatter(lane, out, ends, op).wait()
+        return self._between.reduce_scatter(lane, out, ends, op)
 
     def allgather(self, x, out, cuts):
-        """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         nodes = self._cuts(cuts)
         self._between.allgather(x, out, [inside[self.node.rank] for inside in nodes]).wait()
         for inside in nodes:
             self.node.allgather(out[slice(*inside[self.node.rank])], out, inside)
+        return DONE
 
     def free(self):
         """Release memory and communicators."""

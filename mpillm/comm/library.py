@@ -1,8 +1,6 @@
 """The MPI library's own collectives, on flat host tensors.
 
-Every method starts an operation and returns its request, or None where it is done; so do those, of the same names, of
-:class:`mpillm.comm.shared.Node` and :class:`mpillm.comm.scheduled.Scheduled`. ``cuts`` are the ``(start, stop)`` of
-every rank's block.
+A :class:`~mpillm.comm.transport.Transport`.
 """
 
 import torch
@@ -10,6 +8,7 @@ import torch
 from mpillm.comm.buffers import HALF_TYPES, as_array, as_words
 from mpillm.comm.progress import finish
 from mpillm.comm.sums import combine_tree
+from mpillm.comm.transport import DONE
 from mpillm.schedules.blocks import all_bounds
 
 
@@ -29,7 +28,6 @@ class Library:
             self._in_place, self._ops = MPI.IN_PLACE, {"sum": MPI.SUM, "max": MPI.MAX}
 
     def allreduce(self, x, out, op):
-        """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         if self._is_direct(x):
             cuts = all_bounds(len(x), self.size)
             own = out[slice(*cuts[self.rank])]
@@ -39,7 +37,6 @@ class Library:
         return self._call("Allreduce", source, as_array(out), self._ops[op])
 
     def reduce_scatter(self, x, out, cuts, op):
-        """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
         sizes = [high - low for low, high in cuts]
         if self._is_direct(x):
             received = torch.empty(self.size * len(out), dtype=x.dtype)
@@ -52,40 +49,36 @@ class Library:
                 part = torch.empty_like(out)
                 finish(self._call("Reduce_scatter", array, as_array(part), sizes, self._ops[op]))
                 out.copy_(part)
-                return
+                return DONE
             finish(self._call("Reduce_scatter", self._in_place, array, sizes, self._ops[op]))
             if self.rank > 0:  # MPI leaves it at the beginning; numpy minds the overlap
                 array[slice(*cuts[self.rank])] = array[:len(out)]
         else:
             return self._call("Reduce_scatter", as_array(x), as_array(out), sizes, self._ops[op])
+        return DONE
 
     def allgather(self, x, out, cuts):
-        """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         is_in_place = out[slice(*cuts[self.rank])].data_ptr() == x.data_ptr()
         source = self._in_place if is_in_place else as_words(x)
         return self._call("Allgatherv", source, [as_words(out), _layout(cuts)])
 
     def bcast(self, x, root):
-        """Give every rank the ``x`` of ``root``."""
         return self._call("Bcast", as_words(x), root)
 
     def alltoall(self, x, out, sends, receives):
-        """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``."""
         return self._call("Alltoallv", [as_words(x), _layout(sends)], [as_words(out), _layout(receives)])
 
     def scatter(self, x, out, cuts, root):
-        """Give every rank its block of the root's ``x``."""
         source = [as_words(x), _layout(cuts)] if self.rank == root else None
         return self._call("Scatterv", source, as_words(out), root)
 
     def gather(self, x, out, cuts, root):
-        """Give the root the blocks ``x`` of all."""
         target = [as_words(out), _layout(cuts)] if self.rank == root else None
         return self._call("Gatherv", as_words(x), target, root)
 
     def _call(self, name, *arguments):
         """Call the blocking form, which libraries have faster algorithms for, or start the nonblocking one."""
-        return getattr(self.comm, name if self._may_block else f"I{name.lower()}")(*arguments)
+        return getattr(self.comm, name if self._may_block else f"I{name.lower()}")(*arguments) or DONE
 
     def _is_direct(self, x):
         return self._has_fixed_order or x.dtype in HALF_TYPES

@@ -7,12 +7,12 @@ under_way = []  # objects whose ``advance()`` does what can be done now, and lea
 
 def advance():
     """Let all that is under way go on. Local."""
-    for one in list(under_way):
-        one.advance()
+    for operation in list(under_way):
+        operation.advance()
 
 
 def finish(request):
-    """Wait for a request, or None, leaving the core to others meanwhile: ranks may outnumber cores."""
-    while request is not None and not request.Test():
+    """Wait for a request, leaving the core to others meanwhile: ranks may outnumber cores."""
+    while not request.Test():
         advance()
         os.sched_yield()

@@ -1,4 +1,4 @@
-"""Collectives by schedules, with the same methods as :class:`mpillm.comm.library.Library`."""
+"""Collectives by schedules, and the schedules that a group has under way."""
 
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
@@ -92,10 +92,7 @@ def nodes_of(comm):
 
 
 class Scheduled:
-    """Collectives over a group by one algorithm, on flat host tensors.
-
-    Every method is collective over the group and returns the started :class:`Executor`: until it is done inputs must
-    not change. ``cuts`` are the ``(start, stop)`` of every rank's block.
+    """A :class:`~mpillm.comm.transport.Transport` by one algorithm; its requests are :class:`Executor` s.
 
     Parameters
     ----------
@@ -108,13 +105,11 @@ class Scheduled:
         self.rank, self.size = schedules.comm.rank, schedules.comm.size
 
     def allreduce(self, x, out, op):
-        """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         schedule, carries = self._schedule("allreduce")
         cuts = schedule.bounds(len(x))
         return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op, _kept(x, out))
 
     def reduce_scatter(self, x, out, cuts, op):
-        """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
         schedule, carries = self._schedule("reduce_scatter")
         cuts = _divided(cuts, schedule.targets, schedule.shares)
         low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
@@ -123,7 +118,6 @@ class Scheduled:
         return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, _kept(x, out))
 
     def allgather(self, x, out, cuts):
-        """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         schedule, carries = self._schedule("allgather")
         cuts = _divided(cuts, schedule.sources, schedule.shares)
         low = min((start for (start, _), rank in zip(cuts, schedule.sources) if rank == self.rank))
@@ -132,17 +126,12 @@ class Scheduled:
         return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype, kept=_kept(out, x))
 
     def bcast(self, x, root):
-        """Give every rank the ``x`` of ``root``."""
         schedule, carries = self._schedule("bcast", root)
         cuts = schedule.bounds(len(x))
         views = _views(x, cuts)
         return self._start(schedule, carries, cuts, views if self.rank == root else {}, views, x.dtype)
 
     def alltoall(self, x, out, sends, receives):
-        """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``.
-
-        The sizes of blocks sent are the same on all ranks.
-        """
         schedule, carries = self._schedule("alltoall")
         p, rank = self.size, self.rank
         give = {rank * p + other: x[slice(*cut)] for other, cut in enumerate(sends)}
@@ -150,13 +139,11 @@ class Scheduled:
         return self._start(schedule, carries, list(sends) * p, give, get, x.dtype)
 
     def scatter(self, x, out, cuts, root):
-        """Give every rank its block of the root's ``x``."""
         schedule, carries = self._schedule("scatter", root)
         give = _views(x, cuts) if self.rank == root else {}
         return self._start(schedule, carries, cuts, give, {self.rank: out}, out.dtype)
 
     def gather(self, x, out, cuts, root):
-        """Give the root the blocks ``x`` of all."""
         schedule, carries = self._schedule("gather", root)
         get = _views(out, cuts) if self.rank == root else {}
         return self._start(schedule, carries, cuts, {self.rank: x}, get, x.dtype)

@@ -23,6 +23,7 @@ from mpillm.comm import limits
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.progress import advance
 from mpillm.comm.sums import combine_tree
+from mpillm.comm.transport import DONE
 from mpillm.errors import LaunchError
 from mpillm.schedules.blocks import all_bounds
 
@@ -65,8 +66,7 @@ def if_room(make):
 class Node:
     """The memory that the ranks of ``comm`` share. Collective over ``comm``, as are all methods unless they say not.
 
-    In collectives ``x`` and ``out`` are flat host tensors and ``cuts`` the ``(start, stop)`` of every rank's block.
-    What lies in a window must do so on all ranks, at the same place.
+    A :class:`~mpillm.comm.transport.Transport`, whose operations block. What lies in a window must do so on all ranks, at the same place.
     """
 
     def __init__(self, comm):
@@ -148,7 +148,6 @@ class Node:
             _free(window)
 
     def allreduce(self, x, out, op):
-        """Combine ``x`` of all ranks into ``out`` of every rank; ``out`` may be ``x``."""
         together = self.views(out)
         if together is None and x.nbytes <= min(self.at_once_bytes, self.slot_bytes):
             if x.dtype not in HALF_TYPES:
@@ -170,9 +169,9 @@ class Node:
                     if piece is not own:
                         piece.copy_(own)
             self.barrier()
+        return DONE
 
     def reduce_scatter(self, x, out, cuts, op):
-        """Combine ``x`` of all ranks, each rank its block, into ``out``, which may be that block of ``x``."""
         together, (start, stop) = self.views(x), cuts[self.rank]
         if together is None:
             self._staged_reduce(x, out, cuts, op, False)
@@ -181,9 +180,9 @@ class Node:
             for *pieces, piece in _pieces([*(part[start:stop] for part in together), out]):
                 combine_tree(pieces, op, piece)
             self.barrier()
+        return DONE
 
     def allgather(self, x, out, cuts):
-        """Give every rank the blocks ``x`` of all in ``out``; ``x`` may be the own block of ``out``."""
         together, own = self.views(out), out[slice(*cuts[self.rank])]
         if own.data_ptr() != x.data_ptr():
             own.copy_(x)
@@ -194,38 +193,36 @@ class Node:
             for rank in self._peers:
                 out[slice(*cuts[rank])] = together[rank][slice(*cuts[rank])]
             self.barrier()
+        return DONE
 
     def bcast(self, x, root):
-        """Give every rank the ``x`` of ``root``."""
         is_root = self.rank == root
         self._publish(x if is_root else x[:0], {} if is_root else {root: x}, [(0, len(x))])
+        return DONE
 
     def gather(self, x, out, cuts, root):
-        """Give the root the blocks ``x`` of all."""
         outs = {}
         if self.rank == root:
             outs = {rank: out[slice(*cut)] for rank, cut in enumerate(cuts)}
             outs.pop(root).copy_(x)
         self._publish(x, outs, cuts)
+        return DONE
 
     def alltoall(self, x, out, sends, receives):
-        """Give every rank its block ``sends[rank]`` of ``x``; take what comes from it into ``receives[rank]``.
-
-        The sizes of blocks sent are the same on all ranks.
-        """
         parts = {rank: x[slice(*cut)] for rank, cut in enumerate(sends)}
         outs = {rank: out[slice(*cut)] for rank, cut in enumerate(receives)}
         outs.pop(self.rank).copy_(parts.pop(self.rank))
         self._exchange(parts, outs, sends, x.dtype)
+        return DONE
 
     def scatter(self, x, out, cuts, root):
-        """Give every rank its block of the root's ``x``."""
         if self.rank == root:
             parts = {rank: x[slice(*cut)] for rank, cut in enumerate(cuts)}
             out.copy_(parts.pop(root))
             self._exchange(parts, {}, cuts, out.dtype)
         else:
             self._exchange({}, {root: out}, cuts, out.dtype)
+        return DONE
 
     def _publish(self, x, outs, cuts):
         """Show ``x`` to all ranks, none of them larger than the largest of ``cuts``; take that of some to ``outs``."""

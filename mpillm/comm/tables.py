@@ -135,10 +135,10 @@ def make_call(op, x, group, out=None):
     if op == "allgather":
         return lambda: collectives.allgather_blocks(x, group)
     if op == "bcast":
-        return lambda: finish(group.transport(op, x, n_bytes, True).bcast(x, 0))
+        return lambda: finish(group.transport(op, x.dtype, n_bytes).bcast(x, 0))
     mine = cuts[group.rank][1] - cuts[group.rank][0]
     arrivals = [(rank * mine, (rank + 1) * mine) for rank in range(group.size)]
-    return lambda: finish(group.transport(op, x, n_bytes, True).alltoall(x, out[:arrivals[-1][1]], cuts, arrivals))
+    return lambda: finish(group.transport(op, x.dtype, n_bytes).alltoall(x, out[:arrivals[-1][1]], cuts, arrivals))
 
 
 def only(algorithm):

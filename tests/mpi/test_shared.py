@@ -13,6 +13,7 @@ from mpillm.comm import group as mpillm_group
 from mpillm.comm import scheduled, shared, tables
 from mpillm.comm.group import as_group
 from mpillm.comm.levels import Levels, make_levels
+from mpillm.comm.progress import finish
 from mpillm.comm.tables import measure_table, only
 from mpillm.errors import LaunchError
 from mpillm.plan import OPERATIONS, DecisionTable
@@ -124,14 +125,14 @@ def test_lanes_between_nodes(comm, nodes):
         own = slice(*cuts[comm.rank])
         for name, x in (("own", parts[comm.rank].clone()), ("window", window.copy_(parts[comm.rank]))):
             found = {op: torch.empty_like(total) for op in ("allreduce", "allgather")}
-            levels.allreduce(x, found["allreduce"], "sum")
+            finish(levels.allreduce(x, found["allreduce"], "sum"))
             block = torch.empty_like(total[own])
-            levels.reduce_scatter(x, block, cuts, "sum")
-            levels.allgather(block, found["allgather"], cuts)
+            finish(levels.reduce_scatter(x, block, cuts, "sum"))
+            finish(levels.allgather(block, found["allgather"], cuts))
             found |= {"reduce_scatter": torch.cat(comm.allgather(block)), "in place": x}
             wrong += [(n, name, "x was changed")] if not torch.equal(x, parts[comm.rank]) else []
-            levels.reduce_scatter(x, x[own], cuts, "sum")
-            levels.allgather(x[own], x, cuts)
+            finish(levels.reduce_scatter(x, x[own], cuts, "sum"))
+            finish(levels.allgather(x[own], x, cuts))
             wrong += [(n, name, op) for op, got in found.items() if not torch.allclose(got, total, 1e-14, 1e-14)]
     levels.free()
     assert_all(not wrong, wrong, comm)
