@@ -27,17 +27,19 @@ def tree_sum(items, add, total=None, start=0):
     Local. ``add(left, right)`` returns the sum. Returns ``None`` when every item is ``None``.
     """
     total = len(items) if total is None else total
+    return _branch_sum(items, add, total, start, start, start + len(items)) if items else None
 
-    def branch(low, high):
-        if high - low == 1:
-            return items[low - start]
-        middle = split(total, low, high)
-        left, right = branch(low, middle), branch(middle, high)
-        if left is None or right is None:
-            return left if right is None else right
-        return add(left, right)
 
-    return branch(start, start + len(items)) if items else None
+def _branch_sum(items, add, total, start, low, high):
+    """Add the items of branch ``[low, high)``. Not a function within another that calls itself: that would be a cycle,
+    which keeps all items until the garbage collector comes by."""
+    if high - low == 1:
+        return items[low - start]
+    middle = split(total, low, high)
+    left, right = (_branch_sum(items, add, total, start, *half) for half in ((low, middle), (middle, high)))
+    if left is None or right is None:
+        return left if right is None else right
+    return add(left, right)
 
 
 class TreeAccumulator:

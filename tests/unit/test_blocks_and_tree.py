@@ -4,9 +4,12 @@ Sums are written out as text, so that their order shows. The oracle goes down fr
 ``i`` of level ``k`` has the items of block ``i`` of ``2**k``), never looking for a cut.
 """
 
+import gc
 import itertools
 import random
+import weakref
 
+import numpy as np
 import pytest
 
 from mpillm.schedules.blocks import align, bounds, counts
@@ -121,3 +124,16 @@ def test_split_cuts_every_branch_where_its_halves_meet(total):
         if middle is not None:
             assert low < middle < high
             branches += [(low, middle), (middle, high)]
+
+
+def test_what_was_added_is_let_go():
+    """With the collector off: what only a cycle held would be kept, tensors as large as activations among it."""
+    gc.disable()
+    try:
+        items = [np.zeros(1) for _ in range(3)]
+        left = [weakref.ref(item) for item in items]
+        tree_sum(items, np.add)
+        del items
+        assert not any(ref() is not None for ref in left)
+    finally:
+        gc.enable()
