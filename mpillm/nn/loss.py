@@ -64,17 +64,10 @@ class _HeadLoss(torch.autograd.Function):
             if not head.adds_at_once:
                 own = torch.empty_like(weight, dtype=wide)  # chunks add up in float32 at least
             dw = gradient_of(weight) if own is None else own
-        losses = []
-        chunks = loss_chunks(len(x), head.vocab_size, x.device.type)
-        for low, high in (bounds(len(x), chunks, i) for i in range(chunks)):
-            logits = [(x[low:high] @ _rows(weight, head, block).t()).to(wide) for block in head.blocks]
-            losses.append(_cross_entropy(logits, targets[low:high], head, scale))
-            if needs_grad:
-                slopes = [part.to(x.dtype) for part in logits]
-                dx[low:high] = tree_sum([slope @ _rows(weight, head, block)
-                                         for slope, block in zip(slopes, head.blocks)], torch.add)
-                for slope, block in zip(slopes, head.blocks):
-                    add_product(_rows(dw, head, block), slope, x[low:high], is_new=low == 0 and own is not None)
+        count = loss_chunks(len(x), head.vocab_size, x.device.type)
+        chunks = [bounds(len(x), count, i) for i in range(count)]
+        losses = [_chunk(head, weight, x[low:high], targets[low:high], scale, dx if dx is None else dx[low:high], dw,
+                         is_new=low == 0 and own is not None) for low, high in chunks]
         ctx.head, ctx.gradients = head, (dx, own)
         return torch.stack(losses).sum() * scale
 
@@ -88,6 +81,20 @@ class _HeadLoss(torch.autograd.Function):
             raise ValueError(f"backward from {float(grad):.4g} times the head's loss: forward has added the weight's "
                              "gradient to main_grad already; give the factor to loss() as its scale")
         return dx, None, None, None, None, None
+
+
+def _chunk(head, weight, x, targets, scale, dx, dw, is_new):
+    """Return the summed loss of a chunk of tokens; set ``dx`` and add to ``dw``, or set it where it ``is_new``, unless
+    they are None. A call a chunk, so that none holds the logits of the one before."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = [(x @ _rows(weight, head, block).t()).to(wide) for block in head.blocks]
+    loss = _cross_entropy(logits, targets, head, scale)
+    if dx is not None:
+        slopes = [part.to(x.dtype) for part in logits]
+        dx.copy_(tree_sum([slope @ _rows(weight, head, block) for slope, block in zip(slopes, head.blocks)], torch.add))
+        for slope, block in zip(slopes, head.blocks):
+            add_product(_rows(dw, head, block), slope, x, is_new)
+    return loss
 
 
 def _cross_entropy(logits, targets_C, head, scale):
