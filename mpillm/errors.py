@@ -5,7 +5,7 @@ errors of one rank at set-up, load or save go through :func:`agreed`; inside a s
 the job (:func:`mpillm.comm.world.abort`), because its peers may already wait for it.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 OK, FAILURE, USAGE, VALIDATION, INPUT_OUTPUT, RESUME = 0, 1, 2, 17, 74, 85
 
@@ -101,6 +101,30 @@ def agreed(comm, action):
     raise CollectiveError(
         f"{action}: failed on ranks {failed} of {comm.size}; first: rank {failed[0]}: {message}", exit_code
     ) from error
+
+
+@contextmanager
+def half_made(comm):
+    """Give a constructor a stack for what it acquires: if it fails, that is given back, the newest first.
+
+    Collective over ``comm``, if what is given back is: that is done after an :class:`MpillmError`, which all ranks of a
+    set-up raise. After any other, a bug of this rank, the others are elsewhere and could not join in: the job is to end.
+
+    Examples
+    --------
+    >>> with half_made(comm) as made:
+    ...     self.mesh = Mesh(comm)
+    ...     made.callback(self.mesh.free)
+    ...     self.data = read()  # may raise
+    """
+    with ExitStack() as made:
+        try:
+            yield made
+        except Exception as error:
+            if comm.size > 1 and not isinstance(error, MpillmError):
+                made.pop_all()
+            raise
+        made.pop_all()
 
 
 def on_rank_0(comm, action, function, *arguments):

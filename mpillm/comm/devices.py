@@ -12,7 +12,8 @@ from mpillm.errors import ConfigError
 def pick_device(name, comm):
     """Return the device of this rank: GPUs are dealt out by the rank's place on its node.
 
-    Collective over ``comm``.
+    Collective over ``comm``. A GPU becomes the one that torch uses unless told otherwise: pinned memory, too, belongs to
+    a device, and would give every rank a context on the first GPU.
 
     Parameters
     ----------
@@ -36,7 +37,9 @@ def pick_device(name, comm):
                           "install torch with CUDA, or set train.device = auto or cpu")
     if name == "cpu" or not gpus[comm.rank]:
         return torch.device("cpu")
-    return torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % gpus[comm.rank])
+    device = torch.device("cuda", nodes[:comm.rank].count(nodes[comm.rank]) % gpus[comm.rank])
+    torch.cuda.set_device(device)
+    return device
 
 
 def device_name(device):

@@ -20,7 +20,7 @@ from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config, Layout
 from mpillm.data.tokenizers import load_tokenizer
-from mpillm.errors import CheckpointError, ConfigError, agreed
+from mpillm.errors import CheckpointError, ConfigError, agreed, half_made
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
@@ -66,14 +66,16 @@ class Generator:
         is_exact = train.numerics == "exact"
         torch.set_num_threads(1 if is_exact else set_threads(comm))
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if is_exact else "any")
-        split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None,
-                            dtype=getattr(torch, train.dtype), device=pick_device(train.device, comm))
-        place, cuts = self.mesh.coord("pipeline"), [0, *default_cuts(self.config), model.num_layers]
-        self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
-        if model.tie_embeddings and layout.pipeline == 1:
-            self.stage.head.linear.weight = self.stage.embedding.weight
-        with agreed(comm, f"read {source.path}"):
-            load_weights(self.stage, source)
+        with half_made(comm) as made:
+            made.callback(self.mesh.free)
+            split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None,
+                                dtype=getattr(torch, train.dtype), device=pick_device(train.device, comm))
+            place, cuts = self.mesh.coord("pipeline"), [0, *default_cuts(self.config), model.num_layers]
+            self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
+            if model.tie_embeddings and layout.pipeline == 1:
+                self.stage.head.linear.weight = self.stage.embedding.weight
+            with agreed(comm, f"read {source.path}"):
+                load_weights(self.stage, source)
         chooses = self.stage.is_last and self.mesh.coord("tensor") == 0
         self._is_chooser, self._chooser = chooses, comm.allgather(chooses).index(True)
 
@@ -137,7 +139,7 @@ class Generator:
         return stage.logits(x[-1:], replace(batch, positions=1))[0].double().cpu().numpy()
 
     def free(self):
-        """Release the communicators."""
+        """Release the communicators. Once is enough."""
         self.mesh.free()
 
     def _agreed(self, token):

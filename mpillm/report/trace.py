@@ -6,7 +6,7 @@ import uuid
 from contextlib import contextmanager
 
 from mpillm.config import AXES
-from mpillm.errors import agreed
+from mpillm.errors import agreed, half_made
 from mpillm.files import to_json
 
 
@@ -17,7 +17,7 @@ class Trace:
     a moment that all ranks share (a barrier at the start), or ``{"step", "sent"}`` with the bytes that the recorder
     counted in the step, as ``[axis, operation, bytes]``. Kinds: ``F B I W`` the pipeline's actions, ``wait`` for a
     message, ``reduce`` gradients, ``update`` weights, ``data``, ``evaluate``, ``save``; ``transfer``, beside others, is
-    a reduction on its way.
+    a reduction on its way. What lies between two steps, such as an evaluation, belongs to the later.
 
     Parameters
     ----------
@@ -29,7 +29,8 @@ class Trace:
         self.recorder, self._spans, self._file = mesh.recorder, [], None
         if folder is None:
             return
-        with agreed(mesh.world.comm, "trace"):
+        with half_made(mesh.world.comm) as made, agreed(mesh.world.comm, "trace"):
+            made.callback(self.close)
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")
         launch = mesh.world.comm.bcast(uuid.uuid4().hex[:12])
@@ -71,13 +72,23 @@ class Trace:
     def end_step(self):
         """Write the spans of the step. Call outside what is timed."""
         self.recorder.end_step()
-        for kind, name, start, stop in self._spans:
-            self._write({"step": self.step, "kind": kind, "name": name,
-                         "start_s": round(start - self._origin_s, 7), "stop_s": round(stop - self._origin_s, 7)})
-        self._spans.clear()
+        self._write_spans(self.step)
         if self._file is not None:
             self._write({"step": self.step, "sent": [[*key, n_bytes] for key, n_bytes in self.recorder.bytes.items()]})
             self._file.flush()
+
+    def close(self):
+        """Write what came after the last step, such as the last evaluation and save, and close the file. Local."""
+        self._write_spans(self.step + 1)  # to which it would belong
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write_spans(self, step):
+        for kind, name, start, stop in self._spans:
+            self._write({"step": step, "kind": kind, "name": name,
+                         "start_s": round(start - self._origin_s, 7), "stop_s": round(stop - self._origin_s, 7)})
+        self._spans.clear()
 
     def _write(self, record):
         self._file.write(to_json(record) + "\n")

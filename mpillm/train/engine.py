@@ -9,7 +9,7 @@ import torch
 from mpillm.comm import collectives
 from mpillm.comm.devices import pick_device
 from mpillm.comm.mesh import Mesh
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, half_made
 from mpillm.guard.digests import Digests
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initialise
@@ -58,13 +58,21 @@ class Engine:
         self.config, self.is_exact = config, train.numerics == "exact"
         sums = "tree" if self.is_exact else "any"
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums=sums, table=table, is_checked=train.checked)
+        with half_made(self.mesh.world.comm) as made:
+            made.callback(self.mesh.free)
+            self._make(trace_folder, made)
+
+    def _make(self, trace_folder, made):
+        config, train = self.config, self.config.train
         self.device, self.dtype = pick_device(train.device, self.mesh.world.comm), getattr(torch, train.dtype)
         if self.is_exact and any(self.mesh.world.comm.allgather(self.device.type == "cuda")):
             raise ConfigError("train.numerics = exact: kernels of GPUs add in an order that changes from run to run: set "
                               "train.device = cpu, or train.numerics = fast")
         self.trace = Trace(trace_folder, self.mesh)
+        made.callback(self.trace.close)
         self.stages = self._make_stages()
         self._make_storage()
+        made.callback(self.free)
         self.runner = PipelineRunner(self.stages, self.mesh.group("pipeline"), self.trace, self._microbatch_done,
                                      self.gradients.progress)
         own = config.microbatch_bounds()
@@ -174,7 +182,8 @@ class Engine:
         return _by_name((p.shard, p.detach().reshape(-1)) for p in parameters)
 
     def free(self):
-        """Release the memory of the model and the communicators."""
+        """Release the memory of the model, the communicators and the trace's file. Once is enough."""
+        self.trace.close()
         self.optimizer = self.reduced = None
         for bucket in self.all_buckets:
             bucket.free()

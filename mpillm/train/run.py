@@ -17,7 +17,7 @@ from mpillm.config import AXES
 from mpillm.data.samples import training_order
 from mpillm.data.tokenizers import copy_tokenizer
 from mpillm.data.tokens import TokenFile, file_digest, has_tokens, with_vocabulary
-from mpillm.errors import CheckpointError, CollectiveError, NumbersError, agreed, on_rank_0
+from mpillm.errors import CheckpointError, CollectiveError, NumbersError, agreed, half_made, on_rank_0
 from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
 from mpillm.plan import Plan
@@ -92,16 +92,18 @@ class Run:
         if self.config.train.numerics == "exact":
             with agreed(self.comm, "self-test of train.numerics = exact"):
                 check_exact(self.config)
-        trace = self.folder / "trace" if self.config.train.trace else None
-        self.engine = Engine(self.config, self.comm, trace, self.plan.table)
-        self.watchdog, self.stragglers = self._watch(), Stragglers(self.engine)
         self.step_number, self.samples_seen, self.saved_step = 0, 0, 0
-        self.skipped, self.skipped_in_a_row, self._saving = 0, 0, None
+        self.skipped, self.skipped_in_a_row = 0, 0
         self.stop, self.stopped_by = stop, None
-        self._restore(start, resume)
-        self._metrics = None  # kept by rank 0
-        on_rank_0(self.comm, writing, self._open_metrics)
-        on_rank_0(self.comm, writing, self._describe)
+        self.watchdog = self._saving = self._metrics = None  # metrics are kept by rank 0
+        trace = self.folder / "trace" if self.config.train.trace else None
+        with half_made(self.comm) as made:
+            self.engine = Engine(self.config, self.comm, trace, self.plan.table)
+            made.callback(self.free)
+            self.watchdog, self.stragglers = self._watch(), Stragglers(self.engine)
+            self._restore(start, resume)
+            on_rank_0(self.comm, writing, self._open_metrics)
+            on_rank_0(self.comm, writing, self._describe)
 
     def __iter__(self):
         train = self.config.train
@@ -239,7 +241,7 @@ class Run:
             self.saved_step = under_way.step
 
     def free(self):
-        """Finish what is being saved; release communicators and files."""
+        """Finish what is being saved; release communicators and files. Once is enough."""
         self.finish_save()
         if self.watchdog:
             self.watchdog.stop()

@@ -119,6 +119,8 @@ class Bucket:
 
     def free(self):
         """Let go of the buffers, whose memory may be shared and about to go: parameters become empty."""
+        if self.data is None:
+            return
         release(self.data)
         release(self.grad)
         self.data = self.grad = self.master = None

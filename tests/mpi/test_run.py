@@ -13,6 +13,7 @@ from helpers import assert_all
 from tiny import LAYOUTS, configure, tiny, write_token_file
 
 from mpillm.errors import MpillmError
+from mpillm.report.records import read_trace
 from mpillm.train.run import Run
 from mpillm.verify.reference import Reference
 
@@ -172,3 +173,17 @@ def test_a_trace_that_one_rank_cannot_write(comm, data_path):
     comm.Barrier()
     with pytest.raises(MpillmError, match=r"trace: .*rank-00000\.jsonl"):
         start(comm, data_path, train__trace=True)
+
+
+def test_the_trace_of_a_finished_run_holds_its_last_evaluation_and_save(comm, data_path):
+    """After its last step, ahead of the one that would follow; and that step stays complete."""
+    train(comm, data_path, train__steps=2, train__eval_every=1, train__trace=True, train__checkpoint_every=1)
+    folder = data_path / "run" / "trace"
+    lines = (folder / f"rank-{comm.rank:05d}.jsonl").read_text().splitlines()
+    spans = [record for record in map(json.loads, lines) if "kind" in record]
+    found = [(span["step"], span["kind"], span["name"]) for span in spans if span["kind"] in ("evaluate", "save")]
+    between = [("evaluate", "validation"), ("save", "checkpoint"), ("save", "announce")]
+    assert_all(found == [(step, *span) for step in (2, 3) for span in between], found, comm)
+    (launch,) = read_trace(folder)
+    kinds = {span.kind for own in launch.steps[2] for span in own}
+    assert_all(list(launch.steps) == [1, 2] and "update" in kinds and "evaluate" not in kinds, launch.steps, comm)
