@@ -19,6 +19,12 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def to_json(value, indent=None):
     """Return ``value`` as JSON; numbers that are not finite, which JSON does not know, as text that ``float()`` reads.
 

@@ -5,6 +5,7 @@ import os
 import click
 
 from mpillm.cli.options import CONTEXT, parse_overrides
+from mpillm.data.tokenizers import new_document
 from mpillm.errors import ConfigError
 
 
@@ -67,6 +68,6 @@ class Writer:
 def _encode(tokenizer, prompt):
     """Return the tokens of a prompt; the command line may bring bytes that are no UTF-8."""
     try:
-        return [int(token) for token in tokenizer.encode(os.fsencode(prompt))] or [tokenizer.end]
+        return [int(token) for token in tokenizer.encode(os.fsencode(prompt))] or new_document(tokenizer)
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt: not UTF-8 ({error}), and the tokenizer of the run takes nothing else") from None

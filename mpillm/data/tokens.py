@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from mpillm.data.settings import TOKENIZER_CONFIG
 from mpillm.data.tokenizers import token_dtype
 from mpillm.errors import ConfigError, DataError
 from mpillm.files import replacing
@@ -46,13 +47,23 @@ def write_tokens(path, train, validation, tokenizer):
 
     Raises
     ------
+    ConfigError
+        If the tokenizer names no token that ends a document, and the model that goes with it has no room for one.
     DataError
         If the file cannot be written.
     """
+    if tokenizer.end is None:
+        raise ConfigError(
+            f"token file {path}: the tokenizer names no token that ends a document, and its model of "
+            f"{tokenizer.vocab_size} tokens has no room for one: name one, perhaps a reserved one, as \"eos_token\" in "
+            f"{TOKENIZER_CONFIG} beside the tokenizer"
+        )
     try:
         with replacing(Path(path)) as temporary, writing(temporary) as file:
             file.attrs.update(tokenizer=tokenizer.kind, vocab_size=tokenizer.vocab_size, end=tokenizer.end)
             file["tokenizer"] = tokenizer.to_json()
+            if tokenizer.settings is not None:
+                file["tokenizer_settings"] = tokenizer.settings.to_json()
             return tuple(
                 _write_split(file.create_group(name), documents, tokenizer, temporary.parent)
                 for name, documents in (("train", train), ("validation", validation))
@@ -66,14 +77,22 @@ def write_tokens(path, train, validation, tokenizer):
 def _write_split(group, documents, tokenizer, folder):
     """Write tokens, starts of documents and bytes of text; tokens are spooled until their number is known."""
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    end, starts, num_tokens, num_bytes = dtype.type(tokenizer.end).tobytes(), array("Q"), 0, 0
-    with tempfile.TemporaryFile(dir=folder) as spool:
+    end, starts, start, num_tokens, num_bytes = dtype.type(tokenizer.end).tobytes(), array("Q"), 0, 0, 0
+
+    def counted():
+        nonlocal num_bytes
         for document in documents:
-            tokens = tokenizer.encode(document)
-            starts.append(num_tokens)
-            spool.write(tokens.astype(dtype).tobytes() + end)
-            num_tokens += len(tokens) + 1
             num_bytes += len(document.encode() if isinstance(document, str) else document)
+            yield document
+
+    with tempfile.TemporaryFile(dir=folder) as spool:
+        for tokens, is_last in tokenizer.encode_documents(counted()):
+            spool.write(tokens.astype(dtype, copy=False).tobytes())
+            num_tokens += len(tokens)
+            if is_last:
+                spool.write(end)
+                starts.append(start)
+                start = num_tokens = num_tokens + 1
         spool.seek(0)
         dataset = group.create_dataset("tokens", (num_tokens,), dtype)
         for first in range(0, num_tokens, _BLOCK_TOKENS):

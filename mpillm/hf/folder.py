@@ -1,12 +1,11 @@
 """What reading and writing of Hugging Face folders share: names of files, JSON, errors that name the folder."""
 
-import json
 from contextlib import contextmanager
 
 from mpillm.errors import ConfigError, DataError, MpillmError
-from mpillm.files import to_json
+from mpillm.files import to_json, write_text
 
-CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
+INDEX = "model.safetensors.index.json"
 
 
 def refuse_used(folder, what):
@@ -14,18 +13,8 @@ def refuse_used(folder, what):
         raise ConfigError(f"{what} {folder}: is in use already: name an empty directory or a new one")
 
 
-def read_json(path):
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return values
-
-
 def write_json(path, values):
-    path.write_text(to_json(values, indent=1) + "\n", encoding="utf-8")
+    write_text(path, to_json(values, indent=1) + "\n")
 
 
 @contextmanager

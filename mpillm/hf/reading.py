@@ -9,8 +9,10 @@ from mpillm.checkpoint import saving
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Train
+from mpillm.data.settings import MODEL_CONFIG, SETTINGS, TOKENIZER, Settings, read_json
 from mpillm.errors import ConfigError, DataError
-from mpillm.hf.folder import CONFIG, INDEX, TOKENIZER, read_json, refuse_used, reporting, safetensors_library
+from mpillm.files import write_text
+from mpillm.hf.folder import INDEX, refuse_used, reporting, safetensors_library
 from mpillm.hf.llama import DEFAULTS, KEYS, RUN_DTYPES, SUPPORTED, TRANSPOSED, hf_name, turned
 from mpillm.nn.init import parameter_table
 
@@ -25,7 +27,7 @@ def from_hf(run, folder):
     ----------
     run, folder : str or Path
         ``run`` must be empty, or not there yet. ``folder`` holds ``config.json``, the weights as safetensors and,
-        perhaps, ``tokenizer.json``.
+        perhaps, ``tokenizer.json``; what its files say of special tokens and chats is kept.
 
     Raises
     ------
@@ -38,7 +40,8 @@ def from_hf(run, folder):
     safetensors, run, folder = safetensors_library(), Path(run), Path(folder)
     with reporting(safetensors, folder):
         refuse_used(run, "RUN")
-        model = _read_model(folder / CONFIG)
+        model = _read_model(folder / MODEL_CONFIG)
+        settings = Settings.of_folder(folder)
         tensors = _open_tensors(safetensors, folder)
         table = parameter_table(model)
         dtype = _check_tensors(tensors, table, folder)
@@ -48,7 +51,9 @@ def from_hf(run, folder):
         saving.save(run / "checkpoints", 0, _shards(tensors, table), manifest, SingleComm())
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, run / TOKENIZER)
-        (run / "config.toml").write_text(Config(model=model, train=train).to_toml(), encoding="utf-8")
+        if settings.files or (folder / TOKENIZER).is_file():
+            write_text(run / SETTINGS, settings.to_json())
+        write_text(run / "config.toml", Config(model=model, train=train).to_toml())
 
 
 def _read_model(path):
@@ -104,13 +109,15 @@ def _check_tensors(tensors, table, folder):
     extra = [name for name in tensors if name not in wanted and name != "lm_head.weight"
              and not name.endswith("rotary_emb.inv_freq")]
     if missing or extra:
-        raise DataError(f"{folder}: its tensors are not those of its {CONFIG}: missing {missing}, unknown {extra}")
+        raise DataError(
+            f"{folder}: its tensors are not those of its {MODEL_CONFIG}: missing {missing}, unknown {extra}"
+        )
     for name, shape in wanted.items():
         found = tensors[name].get_slice(name)
         if tuple(found.get_shape()) != shape or found.get_dtype() not in RUN_DTYPES:
             raise DataError(
-                f"{folder}: {name} is {found.get_dtype()} {found.get_shape()}, its {CONFIG} asks for {list(shape)} of "
-                f"{', '.join(RUN_DTYPES)}"
+                f"{folder}: {name} is {found.get_dtype()} {found.get_shape()}, its {MODEL_CONFIG} asks for "
+                f"{list(shape)} of {', '.join(RUN_DTYPES)}"
             )
     return RUN_DTYPES[found.get_dtype()]
 

@@ -19,7 +19,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config, Layout
-from mpillm.data.tokenizers import load_tokenizer
+from mpillm.data.tokenizers import load_tokenizer, new_document
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
 from mpillm.nn.split import TensorSplit
@@ -82,14 +82,14 @@ class Generator:
     def tokens(self, prompt, count, temperature=1.0, seed=0):
         """Yield up to ``count`` tokens that continue ``prompt``; the same on all ranks.
 
-        Stops before the end-of-document token, and when prompt and tokens together reach ``model.max_seq_len``.
+        Stops before a token of ``tokenizer.ends``, and when prompt and tokens together reach ``model.max_seq_len``.
         Equal logits give equal tokens on every layout: the token at position ``i`` is drawn with the random number
         ``(seed, i)``.
 
         Parameters
         ----------
         prompt : sequence of int
-            If empty, the end-of-document token stands for it.
+            Taken as it is; ``tokenizer.encode`` begins it as the tokenizer begins a text. If empty, a new document.
         count : int
         temperature : float
             Divides the logits; 0 always takes the likeliest token.
@@ -103,14 +103,15 @@ class Generator:
         CheckpointError
             On every rank, if the weights give logits that are not finite.
         """
-        fresh = [int(token) for token in prompt] or [self.tokenizer.end]
+        fresh = [int(token) for token in prompt] or new_document(self.tokenizer)
         self._check(fresh, temperature)
+        ends = {self.tokenizer.end, *self.tokenizer.ends}
         start, cache = 0, KeyValueCache()
         for _ in range(min(count, self.config.model.max_seq_len - len(fresh))):
             logits = self.next_logits(fresh, start, cache)
             start += len(fresh)
             token = self._agreed(choose(logits, temperature, seed, start) if self._is_chooser else 0)
-            if token == self.tokenizer.end:
+            if token in ends:
                 return
             yield token
             fresh = [token]
@@ -119,6 +120,7 @@ class Generator:
     def next_logits(self, tokens, start, cache):
         """Return the logits ``[V]`` (numpy, float64) of what follows ``tokens``, which stand at position ``start`` on.
 
+        ``tokens`` is a row of integers of any kind.
         ``cache`` holds the keys and values of all earlier positions and is extended. Ranks of the last stage get the
         logits, others ``None``.
         """
@@ -128,7 +130,7 @@ class Generator:
         seen = torch.ones(len(tokens), stop, dtype=torch.bool, device=weight.device).tril(start) if start else None
         batch = Batch(1, len(tokens), *tables, mask=None if seen is None else seen[None, None], cache=cache)
         if stage.is_first:
-            x = torch.tensor(tokens, device=weight.device)
+            x = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(weight.device)
         else:
             shape = (len(tokens), model.hidden_size)
             x = irecv(shape, weight, pipeline, pipeline.rank - 1, tag_of(FORWARD)).wait()
@@ -209,4 +211,4 @@ def _open(path, overrides, ranks):
         fitting = [t for t in range(1, min(left, model.num_heads) + 1)
                    if left % t == 0 and (train.numerics == "fast" or train.exact_blocks % t == 0)]
         config = replace(config, layout=replace(layout, tensor=fitting[-1]))
-    return source, config.resolve(ranks), load_tokenizer(path)
+    return source, config.resolve(ranks), load_tokenizer(path, model.vocab_size)
