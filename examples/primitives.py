@@ -21,6 +21,7 @@ from mpillm.comm import (
     reduce_scatter,
     scatter,
 )
+from mpillm.comm.group import as_group
 
 
 def main():
@@ -69,6 +70,19 @@ def main():
     pending = iallreduce(mine, comm, op="max")
     squares = items.square()
     show("iallreduce + squares", pending.wait() + squares, comm)
+
+    # Bound to a tensor: made once, started again for what the tensor holds next.
+    # rank           0                1                2
+    # before         [1 1], [2 2]     [2 2], [3 3]     [3 3], [4 4]
+    # after          [6 6], [9 9]     [6 6], [9 9]     [6 6], [9 9]
+    x = torch.zeros(2, dtype=torch.int64)
+    bound = as_group(comm).bind("allreduce", x)
+    for value in (1, 2):
+        x.fill_(comm.rank + value)
+        bound.start()
+        bound.wait()
+        show("bound allreduce", x, comm)
+    bound.free()
 
     # The six movements of mpillm.autograd carry gradients. copy_to is the identity; backward sums over ranks.
     # rank           0                1                2

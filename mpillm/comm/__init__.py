@@ -1,5 +1,6 @@
 """MPI: moves bytes. Works with any mpi4py communicator and without the rest of mpillm."""
 
+from mpillm.comm.bound import Bound
 from mpillm.comm.collectives import (
     allgather,
     allreduce,
@@ -22,7 +23,7 @@ from mpillm.comm.p2p import irecv, isend
 from mpillm.comm.world import comm_world, launch
 
 __all__ = [
-    "Group", "Mesh", "allgather", "allreduce", "alltoall", "bcast", "comm_world", "gather", "iallgather", "iallreduce",
-    "ialltoall", "ibcast", "igather", "irecv", "ireduce_scatter", "iscatter", "isend", "launch", "reduce_scatter",
-    "scatter",
+    "Bound", "Group", "Mesh", "allgather", "allreduce", "alltoall", "bcast", "comm_world", "gather", "iallgather",
+    "iallreduce", "ialltoall", "ibcast", "igather", "irecv", "ireduce_scatter", "iscatter", "isend", "launch",
+    "reduce_scatter", "scatter",
 ]

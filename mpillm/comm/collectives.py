@@ -218,17 +218,20 @@ def allgather_blocks(x, comm):
 
     Collective over ``comm``: equal shapes and dtypes.
     """
+    return iallgather_blocks(x, comm, may_block=True).wait()
+
+
+def iallgather_blocks(x, comm, may_block=False):
+    """Start :func:`allgather_blocks`."""
     group = as_group(comm)
     if group.size == 1:
-        return
+        return Pending(x)
     cuts, is_apart = all_bounds(len(x), group.size), x.is_cuda or not x.is_contiguous()
     host, mine = host_empty(x.shape, x) if is_apart else x, slice(*cuts[group.rank])
     own = host[mine].copy_(x[mine]) if is_apart else host[mine]
     group.enter("allgather", (group.size - 1) * own.nbytes, x.dtype, x.shape)
-    transport = group.transport("allgather", x.dtype, x.nbytes)
-    finish(transport.allgather(own, host, cuts))
-    if is_apart:
-        x.copy_(host)
+    request = group.transport("allgather", x.dtype, x.nbytes, may_block).allgather(own, host, cuts)
+    return Pending(x, request, (host,), lambda: x.copy_(host) if is_apart else x)
 
 
 @_timed

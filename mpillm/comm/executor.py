@@ -8,8 +8,11 @@ import torch
 from mpillm.comm.buffers import HALF_TYPES, as_words
 from mpillm.comm.progress import advance, finish, under_way
 from mpillm.comm.sums import COMBINE
+from mpillm.schedules.blocks import align
+from mpillm.schedules.collective import Step
 
 SEGMENT_BYTES = 1 << 20
+_LINE_BYTES = 64
 
 
 class Executor:
@@ -29,13 +32,21 @@ class Executor:
         Items of every chunk.
     inputs, outputs : dict of int to Tensor
         Flat host memory of the chunks that this rank gives, and of those it must get. A chunk in both may be the same
-        memory. Inputs that are no outputs are not changed.
+        memory. Inputs that are no outputs are not changed, unless ``may_change_inputs``.
     dtype : torch.dtype
     op : {"sum", "max"}
     tag : int
         Of its messages; executors under way at the same time need different ones.
     is_once : bool
         Whether it is started once only and releases its requests at the end.
+    may_change_inputs : bool
+        Whether partial sums may be formed where the inputs lie, which saves as much memory.
+
+    Attributes
+    ----------
+    scratch_bytes : int
+        Of the memory that it holds besides inputs and outputs: what the checker's report says, in the type of the sums,
+        and the inputs that change, where they may not.
 
     Notes
     -----
@@ -43,21 +54,31 @@ class Executor:
     travel while they are partial, in float32.
     """
 
-    def __init__(self, schedule, carries, comm, sizes, inputs, outputs, dtype, op="sum", tag=0, is_once=False):
+    def __init__(self, schedule, carries, comm, sizes, inputs, outputs, dtype, op="sum", tag=0, is_once=False,
+                 may_change_inputs=False):
         self._tag, self._is_once = tag, is_once
         self.comm, self.inputs, self.outputs, self.combine = comm, inputs, outputs, COMBINE[op]
-        self._sizes, self._dtype = sizes, dtype
+        self._dtype = dtype
         own = schedule.rounds[comm.rank]
         changed = {c for steps in own for s in steps if s.kind in ("recv", "reduce") for c in s.chunks}
         is_wide = dtype in HALF_TYPES and op == "sum" and None in schedule.sources
         self._wide = torch.float32 if is_wide else dtype
-        self._slots = {}
-        for steps in own:
-            for step in steps:
-                for chunk in step.chunks:
-                    if chunk not in self._slots:
-                        self._slots[chunk] = self._slot(chunk, is_wide, chunk in changed)
-        self._rounds = [self._bind(steps, kinds) for steps, kinds in zip(own, carries[comm.rank])]
+        self._slots, scratch = {}, []
+        for chunk in sorted({c for steps in own for step in steps for c in step.chunks}):
+            if not is_wide and chunk in outputs:
+                self._slots[chunk] = outputs[chunk]
+            elif not is_wide and chunk in inputs and (may_change_inputs or chunk not in changed):
+                self._slots[chunk] = inputs[chunk]
+            else:
+                scratch.append(chunk)
+        parts = torch.empty(sum(sizes[c] for c in scratch), dtype=self._wide).split([sizes[c] for c in scratch])
+        self._slots.update(zip(scratch, parts))  # side by side, so that neighbours travel as they lie
+        self._rounds = [self._plan(steps, kinds) for steps, kinds in zip(own, carries[comm.rank])]
+        # One memory for the wires of all rounds, because a round's messages are gone when the next one begins.
+        wires = torch.empty(max((bound.wire_bytes for bound in self._rounds), default=0), dtype=torch.uint8)
+        for bound in self._rounds:
+            self._bind(bound, wires)
+        self.scratch_bytes = sum(part.nbytes for part in parts) + len(wires)
         self._progress = None
 
     def start(self):
@@ -102,16 +123,8 @@ class Executor:
         if self._is_once:
             self.free()
 
-    def _slot(self, chunk, is_wide, is_changed):
-        """Return where a chunk is while the schedule runs: its output, its input if that is only sent, or scratch."""
-        if not is_wide and chunk in self.outputs:
-            return self.outputs[chunk]
-        if not is_wide and chunk in self.inputs and not is_changed:
-            return self.inputs[chunk]
-        return torch.empty(self._sizes[chunk], dtype=self._wide)
-
-    def _bind(self, steps, kinds):
-        """Return the messages of a round with their memory and requests."""
+    def _plan(self, steps, kinds):
+        """Return the messages of a round, and which of them travel from the slots as they lie."""
         bound = _Round()
         for step, kind in zip(steps, kinds):
             slots = [self._slots[c] for c in step.chunks]
@@ -122,13 +135,21 @@ class Executor:
             wire_type = self._wide if kind == "partial" else self._dtype
             slots = _joined(slots)
             is_direct = len(slots) == 1 and slots[0].dtype == wire_type and step.kind != "reduce"
-            wire = slots[0] if is_direct else torch.empty(sum(map(len, slots)), dtype=wire_type)
-            pieces = list(wire.split(max(1, SEGMENT_BYTES // wire_type.itemsize))) if len(wire) else []
-            make = self.comm.Send_init if step.kind == "send" else self.comm.Recv_init
-            message = _Message(step.kind, set(step.chunks), slots, wire, pieces,
-                               [make(as_words(piece), step.peer, self._tag) for piece in pieces])
+            message = _Message(step, slots, wire_type, slots[0] if is_direct else None)
             (bound.sends if step.kind == "send" else bound.receives).append(message)
         return bound
+
+    def _bind(self, bound, wires):
+        """Give the messages of a round their memory and requests."""
+        start = 0
+        for message in bound.receives + bound.sends:
+            if message.wire is None:
+                message.wire = wires[start:start + message.n_bytes].view(message.wire_type)
+                start += align(message.n_bytes, _LINE_BYTES)
+            segment = max(1, SEGMENT_BYTES // message.wire_type.itemsize)
+            message.pieces = list(message.wire.split(segment)) if len(message.wire) else []
+            make = self.comm.Send_init if message.step.kind == "send" else self.comm.Recv_init
+            message.requests = [make(as_words(piece), message.step.peer, self._tag) for piece in message.pieces]
 
     def _run(self):
         """Go through the rounds; yields while there is nothing to do but wait."""
@@ -142,9 +163,9 @@ class Executor:
                     request.Start()
             for message in bound.receives:
                 for send in bound.sends:  # what is being sent must not change before it has left
-                    if send.chunks & message.chunks:
+                    if set(send.step.chunks) & set(message.step.chunks):
                         yield from _arrival(send.requests)
-                if message.kind == "reduce" and len(message.slots) == 1:
+                if message.step.kind == "reduce" and len(message.slots) == 1:
                     yield from self._reduce_by_segments(message)
                 else:
                     yield from _arrival(message.requests)
@@ -164,14 +185,19 @@ class Executor:
 
 @dataclass
 class _Message:
-    """A message bound to memory: ``wire`` is what travels, the slots themselves or a buffer of its own."""
+    """A message of a step; ``wire`` is what travels: the one slot itself, or a part of the memory for wires."""
 
-    kind: str
-    chunks: set
+    step: Step
     slots: list
-    wire: torch.Tensor
-    pieces: list
-    requests: list
+    wire_type: torch.dtype
+    wire: torch.Tensor | None
+    pieces: list = field(default_factory=list)
+    requests: list = field(default_factory=list)
+
+    @property
+    def n_bytes(self):
+        """How much travels."""
+        return sum(map(len, self.slots)) * self.wire_type.itemsize
 
     def pack(self):
         """Put the values of the slots on the wire."""
@@ -181,7 +207,7 @@ class _Message:
     def unpack(self, combine):
         """Take what arrived into the slots."""
         for slot, part in self._parts():
-            if self.kind == "reduce":
+            if self.step.kind == "reduce":
                 combine(slot, part.to(slot.dtype), out=slot)
             else:
                 slot.copy_(part)
@@ -197,6 +223,11 @@ class _Round:
     copies: list = field(default_factory=list)
     sends: list = field(default_factory=list)
     receives: list = field(default_factory=list)
+
+    @property
+    def wire_bytes(self):
+        """The memory of its messages that do not travel as they lie."""
+        return sum(align(message.n_bytes, _LINE_BYTES) for message in self.receives + self.sends if message.wire is None)
 
 
 def _arrival(requests):

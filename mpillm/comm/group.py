@@ -117,6 +117,28 @@ class Group:
             return self.levels
         return library if algorithm.name == WINDOW else self.schedules.transport(algorithm.name)
 
+    def bind(self, op, x):
+        """Bind a collective to a tensor, to be started again and again where it lies.
+
+        Local; the same on all ranks.
+
+        Parameters
+        ----------
+        op : {"allreduce", "reduce_scatter", "allgather"}
+            As :func:`~mpillm.comm.collectives.allreduce` into ``x`` itself,
+            :func:`~mpillm.comm.collectives.reduce_scatter_blocks` and
+            :func:`~mpillm.comm.collectives.allgather_blocks`.
+        x : Tensor
+            Flat; of equal length and dtype on all ranks.
+
+        Returns
+        -------
+        Bound
+        """
+        from mpillm.comm.bound import Bound  # which stands on the collectives, as they stand on groups
+
+        return Bound(self, op, x)
+
     def enter(self, operation, n_bytes, dtype, shape, root=None, op=None):
         """Note a call of ``operation`` that sends ``n_bytes`` from this rank; in checked mode compare it with the
         others': dtype, shape, root and what a reduction computes must be the same on all."""

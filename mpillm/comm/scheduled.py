@@ -46,14 +46,14 @@ class Schedules:
             self._transports[algorithm] = Scheduled(self, algorithm)
         return self._transports[algorithm]
 
-    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op, is_once=True):
+    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op, is_once=True, may_change_inputs=False):
         """Start a schedule.
 
         Collective over the ranks.
 
         Parameters
         ----------
-        schedule, carries, sizes, inputs, outputs, dtype, op, is_once
+        schedule, carries, sizes, inputs, outputs, dtype, op, is_once, may_change_inputs
             As of :class:`Executor`.
 
         Returns
@@ -63,7 +63,8 @@ class Schedules:
         """
         self.num_started, self.num_kept = self.num_started + is_once, self.num_kept + (not is_once)
         tag = self.num_started % _NUM_TAGS if is_once else _NUM_TAGS + self.num_kept % _NUM_TAGS
-        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once)
+        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once,
+                            may_change_inputs)
         executor.start()
         return executor
 
@@ -107,7 +108,7 @@ class Scheduled:
     def allreduce(self, x, out, op):
         schedule, carries = self._schedule("allreduce")
         cuts = schedule.bounds(len(x))
-        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op, _kept(x, out))
+        return self._start(schedule, carries, cuts, _views(x, cuts), _views(out, cuts), x.dtype, op)
 
     def reduce_scatter(self, x, out, cuts, op):
         schedule, carries = self._schedule("reduce_scatter")
@@ -115,7 +116,8 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
         own = {c: out[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.targets[c] == self.rank}
-        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, _kept(x, out))
+        is_in_place = x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, may_change_inputs=is_in_place)
 
     def allgather(self, x, out, cuts):
         schedule, carries = self._schedule("allgather")
@@ -123,7 +125,7 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.sources) if rank == self.rank))
         own = {c: x[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.sources[c] == self.rank}
-        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype, kept=_kept(out, x))
+        return self._start(schedule, carries, cuts, own, _views(out, cuts), x.dtype)
 
     def bcast(self, x, root):
         schedule, carries = self._schedule("bcast", root)
@@ -151,47 +153,28 @@ class Scheduled:
     def _schedule(self, op, root=0):
         return checked(op, self.algorithm, self.size, root, self.schedules.nodes)
 
-    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum", kept=None):
-        key = self, schedule.op, op, tuple(cuts)
-        if kept and key in kept:
-            kept[key].start()
-            return kept[key]
+    def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum", **options):
         sizes = [high - low for low, high in cuts]
-        started = self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op, is_once=kept is None)
-        if kept is not None:
-            kept[key] = started
-        return started
+        return self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op, **options)
 
 
-def keep(x):
-    """Let schedules keep what they bind to ``x`` where they work in place, scratch memory included, and start it again.
+class BoundSchedule(Scheduled):
+    """The same for one operation that is always called with the same tensors: the executor made at the first call, with
+    its requests and memory, is started again at the others."""
 
-    Local; the same on all ranks that reduce or gather it. It is known by the tensor itself, as an address may return,
-    on some ranks only, with another tensor.
+    _executor = None
 
-    Parameters
-    ----------
-    x : Tensor
-        Flat, in host memory.
-    """
-    x.executors = {}
+    def free(self):
+        """Release the executor, which must have finished. Local."""
+        if self._executor:
+            self._executor.free()
 
-
-def release(x):
-    """Release what schedules keep for ``x``, if anything. Local; nothing may be under way on it."""
-    for executor in x.__dict__.pop("executors", {}).values():
-        executor.free()
-
-
-def _kept(x, other):
-    """Return the executors of ``x``, or None if it has none to be kept or ``other`` is no part of it.
-
-    A part is always the same one: all of ``x``, or the rank's block.
-    """
-    is_in_place = x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    start = other.storage_offset() - x.storage_offset()
-    is_part = is_in_place and (not len(other) or 0 <= start <= len(x) - len(other))
-    return x.__dict__.get("executors") if is_part else None
+    def _start(self, *arguments, **options):
+        if self._executor:
+            self._executor.start()
+        else:
+            self._executor = super()._start(*arguments, is_once=False, **options)
+        return self._executor
 
 
 @lru_cache(maxsize=256)

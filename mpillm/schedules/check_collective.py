@@ -25,8 +25,8 @@ class CollectiveReport:
     num_messages : tuple of int
         That each rank sends.
     scratch : tuple of int
-        Share of the whole that each rank needs besides what it gives and gets: for what arrives to be reduced in one
-        round, and for chunks that only pass through.
+        Share of the whole that each rank needs besides what it gives and gets: for chunks that only pass through, and in
+        one round for what arrives to be reduced and for messages whose chunks do not lie side by side.
     carries : tuple
         ``carries[rank][round][step]``: ``"input"`` as some rank gave it, ``"partial"`` sum or complete ``"result"``;
         ``None`` for a copy.
@@ -140,8 +140,18 @@ class _Play:
                 for chunk in step.chunks:
                     if chunk in replaced and (chunk in sent or arriving[chunk] > 1):
                         self._refuse(rank, step, f"chunk {chunk} is received in a round that sends or receives it too")
-        reduced = sum(self.schedule.shares[c] for s in steps if s.kind == "reduce" for c in s.chunks)
-        self.scratch[rank] = max(self.scratch[rank], reduced)
+        wires = sum(self.schedule.shares[c] for s in steps if s.kind == "reduce" or not self._is_joint(rank, s)
+                    for c in s.chunks)
+        self.scratch[rank] = max(self.scratch[rank], wires)
+
+    def _is_joint(self, rank, step):
+        """Tell whether the chunks of a step lie side by side: one after the other, and all in the rank's own memory or none."""
+        homes = {self._is_held(rank, c) for c in step.chunks}
+        return step.kind == "copy" or len(homes) == 1 and step.chunks == tuple(range(step.chunks[0], step.chunks[-1] + 1))
+
+    def _is_held(self, rank, chunk):
+        """Tell whether a rank gives or gets a chunk; what it does not only passes through."""
+        return bool({None, rank} & {self.schedule.sources[chunk], self.schedule.targets[chunk]})
 
     def _end(self, rank):
         """Let what has arrived into the slots."""
@@ -195,9 +205,7 @@ class _Play:
         for (source, target, _), (chunks, _, _) in self.sends.items():
             shares[source, target] += sum(schedule.shares[c] for c in chunks)
         for rank, slots in enumerate(self.slots):
-            ends = zip(schedule.sources, schedule.targets)
-            own = {c for c, both in enumerate(ends) if None in both or rank in both}
-            self.scratch[rank] += sum(schedule.shares[c] for c in slots if c not in own)
+            self.scratch[rank] += sum(schedule.shares[c] for c in slots if not self._is_held(rank, c))
         messages = Counter(source for source, _, _ in self.sends)
         return CollectiveReport(
             max(self.ended), dict(shares), tuple(messages[rank] for rank in range(schedule.num_ranks)),

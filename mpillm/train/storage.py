@@ -14,12 +14,9 @@ from itertools import groupby
 import torch
 
 from mpillm.comm import collectives
-from mpillm.comm.scheduled import keep, release
 from mpillm.comm.shared import if_room
 from mpillm.schedules.blocks import ALIGNMENT, align, bounds
 from mpillm.schedules.tree import TreeAccumulator
-
-KEPT_BYTES = 4 << 20  # of the largest buffer that schedules stay bound to: with larger ones it is no gain
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,6 @@ class Bucket:
         self.parameters = sorted(parameters, key=lambda p: not p.shard.is_partial_grad)
         self.mesh, self.group = mesh, mesh.group("data")
         self.is_counted, self.tied_to, self.first = is_counted, tied_to, first
-        self._pending = None  # the sum over the data axis, once it has been started
         self.offsets, end = [], 0
         for p in self.parameters:
             self.offsets.append(end)
@@ -94,9 +90,8 @@ class Bucket:
         memory = self.group.memory if first.device.type == "cpu" else None
         grad = if_room(lambda: memory.empty(self.size, wide)) if memory else None
         self.grad = torch.zeros(self.size, dtype=wide, device=first.device) if grad is None else grad.zero_()
-        for x in (self.data, self.grad):
-            if x.nbytes <= KEPT_BYTES:
-                keep(x)
+        self._reduction, self._gathering = self.group.bind("reduce_scatter", self.grad), self.group.bind("allgather", self.data)
+        self._gathering_grad = self.group.bind("allgather", self.grad)
         self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
         self.is_sharded = is_sharded
@@ -121,8 +116,8 @@ class Bucket:
         """Let go of the buffers, whose memory may be shared and about to go: parameters become empty."""
         if self.data is None:
             return
-        release(self.data)
-        release(self.grad)
+        for bound in (self._reduction, self._gathering, self._gathering_grad):
+            bound.free()
         self.data = self.grad = self.master = None
         for p in self.parameters:
             p.data, p.main_grad = p.data.new_empty(0), None
@@ -156,11 +151,11 @@ class Bucket:
 
     def start(self):
         """Start summing the gradient over the data axis, beside other work. Collective, as is :meth:`reduce`."""
-        self._pending = collectives.ireduce_scatter_blocks(self.grad, self.group)
+        self._reduction.start()
 
     def is_reduced(self):
         """Let the sum that was started progress; tell whether it is there."""
-        return self._pending.test()
+        return self._reduction.test()
 
     def reduce(self, is_whole):
         """Sum the gradient over the data axis, or take the sum that was started; return this rank's range of it, or
@@ -170,12 +165,10 @@ class Bucket:
         """
         if self.group.size == 1:
             return self.grad
-        pending, self._pending = self._pending, None
-        block = pending.wait() if pending else collectives.reduce_scatter_blocks(self.grad, self.group)
+        block = self._reduction.wait() if self._reduction.is_started() else self._reduction.run()
         if self.is_sharded and not is_whole:
             return block
-        collectives.allgather_blocks(self.grad, self.group)
-        return self.grad
+        return self._gathering_grad.run()
 
     def publish(self):
         """Give every rank the updated parameters. Collective over the data axis."""
@@ -185,7 +178,7 @@ class Bucket:
         if self.is_one_copy:
             self.group.node.barrier()
         elif self.is_sharded:
-            collectives.allgather_blocks(self.data, self.group)
+            self._gathering.run()
 
 
 class MicrobatchTree:

@@ -6,16 +6,18 @@ from helpers import assert_all
 
 from mpillm import comm as mpi
 from mpillm.comm import executor, scheduled
-from mpillm.comm.collectives import allgather_blocks, ireduce_scatter_blocks, reduce_scatter_blocks
+from mpillm.comm.collectives import allgather_blocks, reduce_scatter_blocks
 from mpillm.comm.executor import Executor
 from mpillm.comm.group import as_group
-from mpillm.comm.scheduled import Scheduled, checked, keep, release
+from mpillm.comm.scheduled import Scheduled, checked
 from mpillm.comm.tables import only
+from mpillm.plan import DEFAULT_TABLE
 from mpillm.planner.routes import Topology
 from mpillm.planner.trees import pack_trees
-from mpillm.schedules.blocks import all_bounds
+from mpillm.schedules.algorithm import LIBRARY
+from mpillm.schedules.blocks import all_bounds, counts
 from mpillm.schedules.check_collective import check_collective
-from mpillm.schedules.generators import ALGORITHMS
+from mpillm.schedules.generators import ALGORITHMS, make_collective
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
@@ -156,35 +158,57 @@ def test_started_again_with_other_values(comm):
     one.free()
 
 
-def test_what_is_bound_to_a_buffer_that_recurs_is_started_again(comm):
-    """Beside others that come and go; whether or not the call may block."""
-    group, made, x = as_group(comm).with_table(only("ring")), [], torch.empty(1001)
-    keep(x)
+def test_a_bound_request_is_started_again(comm):
+    """With the executor that the first start made, beside others that come and go, whether or not it may block; and of
+    what the library and shared memory carry out there is nothing to keep."""
+    group, x = as_group(comm).with_table(only("ring")), torch.empty(1001)
+    reduction, gathering, made = group.bind("reduce_scatter", x), group.bind("allgather", x), []
     for value in (1.0, 5.0, 7.0):
         x.fill_(value + comm.rank)
-        pending = ireduce_scatter_blocks(x, group, may_block=value == 5)
+        reduction.start(may_block=value == 5)
         other = mpi.iallreduce(x.new_full((999,), value), group)
-        pending.wait()
-        allgather_blocks(x, group)
+        while not reduction.test():
+            pass
+        block = reduction.wait()
+        whole = gathering.run()
         sums = x == sum(value + rank for rank in range(comm.size)), other.wait() == comm.size * value
-        assert_all(all(map(torch.all, sums)), f"{value} {x[0]}", comm)
-        made.append(list(x.executors.values()))
+        ok = all(map(torch.all, sums)) and whole is x and len(block) == counts(1001, comm.size)[comm.rank]
+        assert_all(ok and not reduction.is_started(), f"{value} {x[0]}", comm)
+        made.append([kept._executor for bound in (reduction, gathering) for kept in bound._schedules.values()])
     assert_all(made[0] == made[1] == made[2] and len(made[0]) == (2 if comm.size > 1 else 0), made, comm)
-    release(x)
+    for bound in (reduction, gathering):
+        bound.free()
+    for table in (only(LIBRARY), DEFAULT_TABLE):
+        bound = as_group(comm).with_table(table).bind("allreduce", y := torch.full((9,), 1.0))
+        found = [bound.start().wait()[0].item(), bound.run()[0].item()]
+        assert_all(found == [comm.size, comm.size**2] and not bound._schedules and y[0] == comm.size**2, found, comm)
 
 
-def test_a_result_elsewhere_in_the_same_memory_is_bound_to_nothing(comm):
-    group, memory = as_group(comm).with_table(only("ring")), torch.zeros(2000)
-    x = memory[:1000]
-    keep(x)
-    for out in (memory[1000:], x, memory[1000:]):
-        x.fill_(comm.rank)
-        memory[1000:] = -1
-        mpi.allreduce(x, group, out=out)
-        right = sum(range(comm.size)), (-1 if out is x else sum(range(comm.size)))
-        found = (x if out is x or comm.size == 1 else memory[1000:])[0].item(), memory[1000].item()
-        assert_all(found == right, f"{found} {right}", comm)
-    release(x)
+@pytest.mark.parametrize(("op", "algorithm"), CASES, ids=map("-".join, CASES))
+def test_an_executor_holds_the_memory_that_the_checker_says(comm, op, algorithm):
+    """To the byte, in place and not; of sums that leave the inputs alone, those that change besides."""
+    group, items = as_group(comm), 16 * comm.size**2 * 64
+    if comm.size == 1:
+        return
+    schedule = make_collective(op, algorithm, comm.size, 0, group.schedules.nodes)
+    report, p = check_collective(schedule), comm.size
+    cuts = schedule.bounds(items)
+    sizes = [high - low for low, high in cuts]
+    x, out = torch.zeros(items), torch.zeros(items)
+    gives = {c for c, source in enumerate(schedule.sources) if source in (None, comm.rank)}
+    gets = {c for c, target in enumerate(schedule.targets) if target in (None, comm.rank)}
+    for is_in_place in (True, False):
+        inputs = {c: x[slice(*cuts[c])] for c in gives}
+        outputs = {c: (x if is_in_place else out)[slice(*cuts[c])] for c in gets}
+        executor = Executor(schedule, report.carries, group.schedules.comm, sizes, inputs, outputs, x.dtype,
+                            may_change_inputs=is_in_place)
+        changed = {c for steps in schedule.rounds[comm.rank] for step in steps
+                   if step.kind in ("recv", "reduce") for c in step.chunks} & gives - gets
+        more = 0 if is_in_place else sum(sizes[c] for c in changed)
+        right = (report.scratch[comm.rank] * items // sum(schedule.shares) + more) * 4
+        held = executor.scratch_bytes
+        executor.free()
+        assert_all(held == right, f"{is_in_place} {held} {right} of {4 * items}", comm)
 
 
 def test_waited_for_in_any_order(comm):
