@@ -42,7 +42,7 @@ def command(as_json):
         comm = comm_world()
     except LaunchError as error:
         if is_first_launched():
-            report([describe_rank(SingleComm())], [{"fault": "ranks that are each alone", "remedy": str(error)}],
+            report([describe_rank(SingleComm())], [{"fault": "a launch that is refused", "remedy": str(error)}],
                    as_json)
         return error.exit_code
     launch(lambda: examine(comm, as_json), comm)
@@ -95,7 +95,7 @@ def describe_rank(comm):
 
     from mpillm.comm import limits
     from mpillm.comm.single import SingleComm
-    from mpillm.comm.world import launched_size, set_threads
+    from mpillm.comm.world import launched_size, set_threads, user_threads
 
     threads, bounds, (quota, _) = set_threads(comm), limits.memory_bounds(), limits.core_quota()
     memory_bytes, memory_limit = limits.memory_of_rank(comm, bounds)
@@ -115,7 +115,7 @@ def describe_rank(comm):
         "launched": announced, "mpi": library, "mpi_versions": versions, "thread_level": level,
         "cores": sorted(os.sched_getaffinity(0)), "core_quota": quota if quota < math.inf else None, "threads": threads,
         "cpu": platform.machine(), "memory_bytes": memory_bytes, "memory_limit": memory_limit,
-        "threads_set_by_user": "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ,
+        "threads_set_by_user": bool(user_threads()),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda_aware": cuda_aware(versions),
         "shm_free_bytes": limits.shared_memory_bytes("/dev/shm", bounds) if os.path.isdir("/dev/shm") else 0,

@@ -1,27 +1,43 @@
-"""Starting and ending: the world communicator on first use, refusal of lonely ranks, and the abort hook."""
+"""Starting and ending: the world communicator on first use, refusal of lonely ranks, and the end of all with one."""
 
+import atexit
+import math
 import os
+import re
 import sys
+import threading
 import time
 import traceback
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
 from mpillm.comm.limits import cores_of_rank
 from mpillm.comm.single import SingleComm
-from mpillm.errors import FAILURE, LaunchError, MpillmError
+from mpillm.errors import FAILURE, OK, LaunchError, MpillmError
 
-# What a launcher says about the number of processes it started; the first one set counts. SLURM_NTASKS is not here:
-# batch shells have it too.
-_LAUNCH_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# What a launcher says about the number of processes it started: those of MPI libraries, and where there is none of them
+# Slurm's. SLURM_NTASKS is not here: batch shells have it too.
+_LAUNCH_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS",)
 _LAUNCH_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-_RENDEZVOUS_S = 3.0
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_THREADS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")  # OpenMP takes a number for each level of nesting
+_REFUSAL_S, _FAILURE_S, _EXIT_S = 3.0, 1.0, 5.0  # for how long a rank that ends so looks whether all do
+_TURN_S, _TURNS = 0.5, 6  # of ranks that end alone, the least in number speaks; the others are ended before their turn
+_VOICES = 3  # of ranks that have different things to say, so many do
 _LAST_WORDS_S = 0.2  # for the launcher to pass on what was written: what it has not read when the job ends is lost
 
 
 def launched_size(environ=os.environ):
-    """Return ``(variable, ranks)`` that the launcher announced, or ``(None, 1)`` without a launcher."""
-    for name in _LAUNCH_SIZE_VARIABLES:
-        if environ.get(name, "").isdigit():
-            return name, int(environ[name])
+    """Return ``(variable, ranks)`` that the launcher announced, or ``(None, 1)`` without a launcher. Local.
+
+    Of two the one that says more: one is left over from the launch of a shell, perhaps, and lonely ranks must be noticed.
+    """
+    for names in _LAUNCH_SIZE_VARIABLES:
+        said = [(int(environ[name]), name) for name in names if environ.get(name, "").isdecimal()]
+        if said:
+            return max(said)[::-1]
     return None, 1
 
 
@@ -38,22 +54,57 @@ def comm_world():
     Raises
     ------
     LaunchError
-        On every process of a launch whose N processes each think they are alone.
+        On every process of a launch whose N processes each think they are alone, or that has MPI finalized already or
+        started without threads.
     """
-    try:  # with mpi4py's own thread level, multiple: with a lower one MPICH does not yield while it waits
-        from mpi4py import MPI
-        comm, library = MPI.COMM_WORLD, MPI.Get_library_version().split("\n")[0].strip("\0")
+    try:
+        from mpi4py import MPI, rc
+
+        library = MPI.Get_library_version().split("\n")[0].strip("\0")
     except (ImportError, RuntimeError) as error:
         comm, library = SingleComm(), f"none ({error})"
+    else:
+        _start(MPI, rc)
+        comm = MPI.COMM_WORLD
+        _forget_segments()
     variable, announced = launched_size()
     if announced > 1 and comm.size == 1:
         raise LaunchError(
             f"the launcher started {announced} processes ({variable}={announced}), but each sees a world of 1 rank "
             f"(MPI library: {library}): launcher and MPI library do not match. Use the mpirun of that library, or "
             "another process interface under Slurm (srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI), or point "
-            "MPI4PY_LIBMPI at the MPI library of this launcher"
+            "MPI4PY_LIBMPI at the MPI library of this launcher; in a shell that itself is one of several tasks, or was "
+            f"left behind by one, unset {variable}"
         )
     return comm
+
+
+def _start(MPI, rc):
+    """Start MPI, and see to its end, where mpi4py was told not to; see that it is fit for use."""
+    if MPI.Is_finalized():
+        raise LaunchError("MPI has been finalized in this process, and it starts but once: leave MPI.Finalize() to mpi4py, "
+                          "or call it last")
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)  # with a lower level MPICH does not yield while it waits
+    if rc.finalize is False or rc.finalize is None and not rc.initialize:  # mpi4py will not: a launcher calls that a crash
+        atexit.register(lambda: MPI.Is_finalized() or MPI.Finalize())
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        level = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled"}[MPI.Query_thread()]
+        raise LaunchError(f"MPI was started with thread level {level}, and mpillm needs serialized: let mpillm start MPI, "
+                          "or do not set mpi4py.rc.threads and thread_level (MPI4PY_RC_THREADS, MPI4PY_RC_THREAD_LEVEL)")
+
+
+def _forget_segments():
+    """Remove the name of the memory that MPICH's ranks of this node share, which outlives a job that is killed.
+
+    Local. All ranks of the node have mapped it when the first of them comes out of ``MPI_Init``, and the system keeps it for
+    as long as one has. It is known by being mapped here: what other jobs have is never touched.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            path = line.split(maxsplit=5)[-1]
+            if path.startswith("/dev/shm/mpich_shm_") and not path.endswith("(deleted)"):
+                Path(path).unlink(missing_ok=True)
 
 
 def set_threads(comm):
@@ -63,10 +114,19 @@ def set_threads(comm):
     """
     import torch
 
-    threads = cores_of_rank(comm)
-    if "OMP_NUM_THREADS" not in os.environ and "MKL_NUM_THREADS" not in os.environ:  # may differ between nodes
+    threads, said = cores_of_rank(comm), {name: os.environ.get(name, "") for name in _THREAD_VARIABLES}
+    if not user_threads():  # may differ between nodes
         torch.set_num_threads(threads)
+    for name, value in said.items():
+        if comm.rank == 0 and value.strip() and not _THREADS.fullmatch(value):
+            warnings.warn(f"{name} = {value!r} is no number of threads and says nothing: {torch.get_num_threads()} are "
+                          "used", stacklevel=2)
     return torch.get_num_threads()
+
+
+def user_threads(environ=os.environ):
+    """Return the variables with which the user set the number of threads; one that is empty or no number sets none. Local."""
+    return [name for name in _THREAD_VARIABLES if _THREADS.fullmatch(environ.get(name, ""))]
 
 
 def abort(comm, error, code=FAILURE):
@@ -75,20 +135,13 @@ def abort(comm, error, code=FAILURE):
     Local: the launcher ends the other ranks. Does not return.
     """
     where = f"[rank {comm.rank}/{comm.size} {os.uname().nodename}]"
-    if isinstance(error, MpillmError):
-        text = f"{type(error).__name__}: {error}"
-    else:
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
-    during = f"{error.during}: " if hasattr(error, "during") else ""
-    sys.stderr.write(f"{where} {during}{text}\n{where} ending the job\n")
+    sys.stderr.write(f"{where} {_text(error)}\n{where} ending the job\n")
     sys.stderr.flush()
-    time.sleep(_LAST_WORDS_S)
-    comm.Abort(code)
-    os._exit(code)
+    _end(comm, code)
 
 
 def launch(main, comm=None):
-    """Run ``main()`` so that a failure of any rank ends the job with one report.
+    """Run ``main()`` so that all ranks end when one does, with one report.
 
     Collective over ``comm``.
 
@@ -102,9 +155,9 @@ def launch(main, comm=None):
     Raises
     ------
     SystemExit
-        On every rank, with the exit code. An :class:`~mpillm.errors.MpillmError` that all ranks raise is printed
-        once, by rank 0, and all leave with its code; any other failure is printed by the rank that failed, which
-        then calls ``Abort``.
+        On every rank, with the first exit code that is not 0, once all have come to their end. What they have to say is
+        printed once for those that say the same, by rank 0. A rank that ends alone, by an exception of any kind or an exit
+        code that is not 0, says so some seconds later and calls ``Abort``; one that returns 0 waits for the others.
     """
     try:
         comm = comm_world() if comm is None else comm
@@ -112,30 +165,87 @@ def launch(main, comm=None):
         if is_first_launched():
             sys.stderr.write(f"mpillm: error: {error}\n")
         raise SystemExit(error.exit_code) from None
-    try:
-        code = main() or 0
-    except MpillmError as error:
-        if not _all_arrive(comm):
-            abort(comm, error, error.exit_code)
-        if comm.rank == 0:
-            sys.stderr.write(f"mpillm: error: {error}\n")
-        code = error.exit_code
-    except Exception as error:
-        abort(comm, error)
-    except KeyboardInterrupt as error:
-        abort(comm, error, 130)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    exits = comm.Clone()  # nothing else talks on it
+    ending = _run(main)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    if not _all_arrive(exits, ending.patience_s):
+        abort(comm, ending.error, ending.code)
+    code = _told(exits, ending)
+    if code:  # a thread that lives on keeps a process that has done its work, not one that failed
+        late = threading.Timer(_EXIT_S, _end, (comm, code))
+        late.daemon = True
+        late.start()
+    exits.Free()
     raise SystemExit(code)
 
 
-def _all_arrive(comm):
-    """Tell whether every rank comes here within a few seconds, that is, raised as well."""
+class _Ending(NamedTuple):
+    """How a rank came to its end: with an exit code, what is to be said if all say so, and for how long it waits for them."""
+
+    code: int
+    words: str
+    patience_s: float
+    error: BaseException
+
+
+def _run(main):
+    """Return the :class:`_Ending` of ``main()``."""
+    try:
+        code = main() or OK
+    except SystemExit as error:
+        code = error.code or OK
+    except MpillmError as error:
+        return _Ending(error.exit_code, f"mpillm: error: {error}", _REFUSAL_S, error)
+    except BaseException as error:
+        return _Ending(130 if isinstance(error, KeyboardInterrupt) else FAILURE, _text(error), _FAILURE_S, error)
+    if not isinstance(code, int):  # what Python makes of sys.exit("a reason")
+        return _Ending(FAILURE, str(code), _EXIT_S, SystemExit(code))
+    return _Ending(code, "", _EXIT_S if code else math.inf, SystemExit(code))
+
+
+def _told(comm, ending):
+    """Print what the ranks have to say, each thing once; return the first exit code that is not 0.
+
+    Collective over ``comm``.
+    """
+    endings = comm.allgather((ending.code, ending.words))
+    if comm.rank == 0:
+        for words in list(dict.fromkeys(words for _, words in endings if words))[:_VOICES]:
+            sys.stderr.write(f"{words}\n")
+        sys.stderr.flush()
+    comm.Barrier()  # a launcher may end all with the first that leaves
+    return next((code for code, _ in endings if code), OK)
+
+
+def _text(error):
+    """Return what is to be said of an error that ends the job."""
+    during = f"{error.during}: " if hasattr(error, "during") else ""
+    if isinstance(error, SystemExit):
+        return f"exit with {error.code}, which other ranks do not"
+    if isinstance(error, MpillmError):
+        return f"{during}{type(error).__name__}: {error}"
+    return during + "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+
+
+def _end(comm, code):
+    """End the whole job. Does not return."""
+    time.sleep(_LAST_WORDS_S)
+    comm.Abort(code)
+    os._exit(code)
+
+
+def _all_arrive(comm, patience_s):
+    """Tell whether every rank comes here within a few seconds, that is, comes to its end as well."""
     if comm.size == 1:
         return True
-    request, deadline = comm.Ibarrier(), time.monotonic() + _RENDEZVOUS_S
-    while not request.Test():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
+    try:
+        request, deadline = comm.Ibarrier(), time.monotonic() + patience_s + _TURN_S * min(comm.rank, _TURNS)
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+    except (Exception, KeyboardInterrupt):  # MPI may be what failed, and who interrupts twice means it
+        return False
     return True

@@ -1,13 +1,16 @@
-"""What ranks settle together at the start, whatever the environment and hardware of each."""
+"""What ranks settle together at the start and at the end, whatever the environment and hardware of each."""
 
 import os
+import time
 
 import pytest
 import torch
+from helpers import run_mpi
 
 from mpillm.comm.devices import pick_device
+from mpillm.comm.limits import cores_of_rank
 from mpillm.comm.single import SingleComm
-from mpillm.comm.world import set_threads
+from mpillm.comm.world import launched_size, set_threads, user_threads
 from mpillm.errors import USAGE, ConfigError
 
 NODE = os.uname().nodename
@@ -53,3 +56,108 @@ def test_a_gpu_that_some_rank_lacks_is_an_error_on_every_rank(monkeypatch, gpus)
     with pytest.raises(ConfigError, match="cuda: torch sees no GPU on .*set train.device = auto or cpu") as caught:
         pick_device("cuda", Ranks(0, lambda mine: [(mine[0], gpus), ("bare", 0)]))
     assert caught.value.exit_code == USAGE and "bare" in str(caught.value) and (NODE in str(caught.value)) == (not gpus)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+@pytest.mark.parametrize(("value", "counts"), [
+    ("3", True), (" 3 ", True), ("4,2", True), ("03", True), ("", False), ("  ", False), ("0", False), ("-1", False),
+    ("abc", False), ("4,", False), ("2x", False), ("$SLURM_CPUS_PER_TASK", False),
+])
+def test_a_variable_that_says_nothing_is_no_choice(monkeypatch, name, value, counts):
+    """Empty counts as unset, as a batch script leaves it; what is no number does so with a warning on rank 0."""
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    assert user_threads() == ([name] if counts else [])
+    if counts or not value.strip():
+        set_threads(Ranks())
+    else:
+        with pytest.warns(UserWarning, match=f"{name} = .*is no number of threads"):
+            set_threads(Ranks())
+    assert used == ([] if counts else [cores_of_rank(Ranks())])
+
+
+@pytest.mark.parametrize(("environ", "said"), [
+    ({}, (None, 1)), ({"PMI_SIZE": "3"}, ("PMI_SIZE", 3)), ({"PMI_SIZE": ""}, (None, 1)),
+    ({"OMPI_COMM_WORLD_SIZE": "abc"}, (None, 1)),
+    ({"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "4"}, ("OMPI_COMM_WORLD_SIZE", 4)),  # mpirun in the shell of srun --pty
+    ({"PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "8"}, ("PMI_SIZE", 2)),  # mpiexec in a step of eight
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "9"}, ("SLURM_STEP_NUM_TASKS", 8)),
+])
+def test_what_launchers_left_behind_hides_no_lonely_ranks(environ, said):
+    assert launched_size(environ) == said
+
+
+@pytest.mark.launches
+@pytest.mark.slow
+@pytest.mark.parametrize(("rc", "code", "said"), [
+    ("rc.initialize = False", 0, "did work"), ("rc.finalize = False", 0, "did work"),
+    ("rc.thread_level = 'funneled'", 1, "thread level funneled, and mpillm needs serialized"),
+    ("import_ = __import__('mpi4py.MPI'); import_.MPI.Finalize()", 1, "has been finalized in this process"),
+])
+def test_settings_that_switch_mpi_off_are_made_up_for_or_refused(tmp_path, rc, code, said):
+    (tmp_path / "script.py").write_text(f"""
+from mpi4py import rc
+{rc}
+import mpillm
+from mpillm.comm import comm_world
+def main():
+    comm = comm_world()
+    comm.Barrier()
+    if comm.rank == 0:
+        print("did work")
+mpillm.launch(main)
+""")
+    job = run_mpi(2, ["script.py"], cwd=tmp_path)
+    assert job.returncode == code and said in job.stdout + job.stderr, job.stdout + job.stderr
+    assert job.stderr.count("mpillm: error") == code and "Traceback" not in job.stderr, job.stderr
+
+
+# What three ranks do, the code that the job leaves with, and what is said once, by whom.
+ENDS = {
+    "together": ("return", 0, None),
+    "with one code": ("sys.exit(85) if rank else 1 / 1; return 85", 85, None),
+    "with codes of their own": ("sys.exit(3 if rank == 1 else None)", 3, None),
+    "with a reason": ("sys.exit('no data')", 1, "no data"),
+    "refused": ("raise ConfigError('no such key')", 2, "mpillm: error: no such key"),
+    "all fail": ("raise KeyError('x')", 1, "KeyError: 'x'"),
+    "exit": ("wait() if rank == 0 else sys.exit(3)", 3, "exit with 3"),
+    "return": ("wait() if rank < 2 else None; return 7", 7, "[rank 2/3"),
+    "interrupt": ("if rank: wait()\n    raise KeyboardInterrupt", 130, "[rank 0/3"),
+    "no Exception": ("wait() if rank != 1 else None; raise GeneratorExit('planted')", 1, "GeneratorExit: planted"),
+    "refused alone": ("wait() if rank != 1 else None; raise ConfigError('no such key')", 2, "ConfigError: no such key"),
+    "exit with a thread": ("wait() if rank != 1 else threading.Thread(target=time.sleep, args=(90,)).start(); sys.exit(4)",
+                           4, "[rank 1/3"),
+    "all exit with a thread": ("threading.Thread(target=time.sleep, args=(90,)).start(); sys.exit(4)", 4, None),
+    "killed": ("wait() if rank != 1 else os._exit(6)", None, None),  # the launcher sees it, and has codes of its own
+}
+
+
+@pytest.mark.launches
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ENDS)
+def test_any_way_to_leave_on_one_rank_ends_all_with_one_report(tmp_path, how):
+    does, code, said = ENDS[how]
+    (tmp_path / "script.py").write_text(f"""
+import os, sys, threading, time
+import mpillm
+from mpillm.comm import comm_world, world
+from mpillm.errors import ConfigError
+world._EXIT_S = 1.0
+wait = lambda: comm_world().Barrier()
+def main():
+    wait()
+    rank = comm_world().rank
+    {does}
+mpillm.launch(main)
+""")
+    start = time.monotonic()
+    job = run_mpi(3, ["script.py"], cwd=tmp_path, timeout=60)
+    assert time.monotonic() - start < 50 and job.returncode == (code if code is not None else job.returncode or -1), job
+    if said:
+        assert job.stderr.count(said) == (2 if said.startswith("[rank") else 1), job.stderr  # and that it ends the job
+    else:
+        assert "[rank" not in job.stderr and "mpillm: error" not in job.stderr, job.stderr
