@@ -39,8 +39,8 @@ def assert_all(ok, message, comm):
 def run_mpi(n, args, timeout=60, cwd=None, env=None, meanwhile=None):
     """Run ``python *args`` on ``n`` ranks (0: without a launcher) and return the finished process.
 
-    Local. ``env`` adds variables; ``meanwhile`` is called with the process once it has started. A job that is not done after ``timeout`` seconds is ended, and
-    ``subprocess.TimeoutExpired`` raised with what it printed.
+    Local. ``env`` adds variables; ``meanwhile`` is called with the process once it has started. A job that is not done
+    after ``timeout`` seconds is ended, and ``subprocess.TimeoutExpired`` raised with what it printed.
     """
     command = [sys.executable, *map(str, args)]
     if n:

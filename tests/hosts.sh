@@ -2,7 +2,7 @@
 # Two hosts, as network namespaces of this machine: train across them with each MPI, then pull the cable.
 #   bash tests/hosts.sh [VENV...]
 #   bash tests/hosts.sh --links RANKS RATES [VENV]: with RANKS a host (1 or 2) and a link of each of the RATES ("100mbit
-#   1gbit none"), hold the plan against all layouts (tests/layouts.py); under the MPICH wheel, nothing else running.
+#   1gbit none"), hold the plan against all layouts (tests/tools/layouts.py); under the MPICH wheel, nothing else running.
 #   bash tests/hosts.sh --collectives [VENV]: with 2 ranks a host and a link of 1 Gbit/s, hold the two-level allreduce of
 #   16 MiB against the library's own, with windows and without; under the MPICH wheel, nothing else running.
 # Every VENV has an MPI wheel with its launcher. Skipped, with the reason, without root, ip or namespaces.
@@ -83,7 +83,7 @@ if [ -n "$links" ]; then
     for rate in $links; do
         shape "$rate"
         verdict "the plan for a link of $rate" "$1/bin/mpiexec" "${hydra[@]}" -hosts "h1:$ranks,h2:$ranks" \
-            -n $((2 * ranks)) "$1/bin/python" "$root/tests/layouts.py" link "$folder/choices"
+            -n $((2 * ranks)) "$1/bin/python" "$root/tests/tools/layouts.py" link "$folder/choices"
     done
     [[ $links != *" "* ]] || verdict "changes with the link" [ "$(sort -u choices | wc -l)" -gt 1 ]
     exit "$((failures > 0))"

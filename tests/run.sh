@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
 # The test command: makes its own environments, then runs every test and builds the documentation.
-#   bash tests/run.sh [--system-mpi] [DIR]
-# DIR is where the environments go (the repository if not given). With --system-mpi the mpiexec on PATH and its
-# library take the place of the MPICH wheel, and the pass under Open MPI is left out.
+#   bash tests/run.sh [--quick] [--system-mpi] [DIR]
+# DIR is where the environments go (the repository if not given). --quick takes a few minutes: the plain tests that start
+# no jobs, and most of those on two ranks. With --system-mpi the mpiexec on PATH and its library take the place of the
+# MPICH wheel, and the pass under Open MPI is left out.
 # A part that fails does not stop the others; the last line sums up, the exit code is that of the first failure.
 set -uo pipefail
 root=$(realpath "$(dirname "$0")/..")
-first=mpich wheel=mpich==5.0.2
-[ "${1:-}" != --system-mpi ] || { first=system wheel=; shift; }
+first=mpich wheel=mpich==5.0.2 quick=
+while [ "${1:0:2}" = -- ]; do
+    case $1 in
+        --quick) quick=1 ;;
+        --system-mpi) first=system wheel= ;;
+        *) echo "tests/run.sh: $1: known are --quick and --system-mpi" >&2; exit 2 ;;
+    esac
+    shift
+done
 environments=$(realpath -m "${1:-$root}")
 cd "$root" || exit
 results=$(mktemp -d)
@@ -44,11 +52,24 @@ ranks() {  # ranks MPI N PYTEST-ARGUMENT...
 }
 
 totals() {
-    "$bin/python" tests/totals.py "$results" | tee "$results/totals"
+    "$bin/python" tests/tools/totals.py "$results" | tee "$results/totals"
+}
+
+finish() {  # sum up and leave
+    part "totals" totals
+    printf '\ntests/run.sh: %s; %s, after %d s\n' "${failures:+FAILED: }${failures:-every part passed}" \
+        "$(tail -n 1 "$results/totals")" $SECONDS
+    exit $code
 }
 
 environment $first $wheel
 own=${bin%/bin}
+part "style" "$bin/ruff" check -q .
+if [ -n "$quick" ]; then
+    part "plain tests without jobs" plain $first -m "not launches"
+    part "2 ranks under $first" ranks $first 2 -m "not slow"
+    finish
+fi
 part "plain tests" plain $first
 for n in 1 2 3 4; do
     part "$n ranks under $first" ranks $first $n
@@ -61,8 +82,4 @@ if [ $first = mpich ]; then
     part "4 ranks under openmpi" ranks openmpi 4 -m "not slow"
     part "two hosts" bash tests/hosts.sh "$own" "${bin%/bin}"
 fi
-part "totals" totals
-
-printf '\ntests/run.sh: %s; %s, after %d s\n' "${failures:+FAILED: }${failures:-every part passed}" \
-    "$(tail -n 1 "$results/totals")" $SECONDS
-exit $code
+finish

@@ -66,7 +66,8 @@ def if_room(make):
 class Node:
     """The memory that the ranks of ``comm`` share. Collective over ``comm``, as are all methods unless they say not.
 
-    A :class:`~mpillm.comm.transport.Transport`, whose operations block. What lies in a window must do so on all ranks, at the same place.
+    A :class:`~mpillm.comm.transport.Transport`, whose operations block. What lies in a window must do so on all ranks, at
+    the same place.
     """
 
     def __init__(self, comm):

@@ -440,8 +440,8 @@ def test_changed_files_are_refused_or_read_right(path, seed):
 
 
 def test_changed_files_whose_digests_match_are_refused_or_read_as_they_are(path):
-    """In a process whose memory is limited, and which a crash would end: see tests/mutations.py."""
-    words = [sys.executable, Path(__file__).parents[1] / "mutations.py", path, "0", str(MUTATIONS)]
+    """In a process whose memory is limited, and which a crash would end: see tests/tools/mutations.py."""
+    words = [sys.executable, Path(__file__).parents[1] / "tools" / "mutations.py", path, "0", str(MUTATIONS)]
     job = subprocess.run(words, capture_output=True, text=True, timeout=60 + MUTATIONS)
     assert job.returncode == 0, job.stderr
     assert sum(json.loads(job.stdout).values()) == MUTATIONS

@@ -37,3 +37,12 @@ def test_the_files_that_the_docs_show_are_whole_and_can_be_read(tmp_path):
         read = kind.load(path)
         assert kind is Topology or set(json.loads(example)) == {field.name for field in fields(kind)}
         assert kind is not Machine or read.num_ranks == 2
+
+
+def test_the_readme_of_the_tests_names_every_file():
+    tests = Path(__file__).parents[1]
+    text = (tests / "README.rst").read_text(encoding="utf-8")
+    files = [f"{path.parent.name}/{path.name}" for part in ("unit", "mpi") for path in tests.glob(f"{part}/test_*.py")]
+    files += [path.name for path in tests.glob("*.py")]
+    assert not [name for name in files if f"``{name}``" not in text]
+    assert not [name for name in re.findall(r"``((?:unit|mpi)/\w+\.py)``", text) if not (tests / name).exists()]

@@ -1,6 +1,6 @@
 """The planner's small programs against brute force and finite differences.
 
-Their time at full size is measured by tests/solver_times.py.
+Their time at full size is measured by tests/tools/solver_times.py.
 """
 
 import itertools

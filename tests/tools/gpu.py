@@ -1,6 +1,6 @@
 """A training step on one GPU beside the same model in plain PyTorch, one after the other in this process.
 
-    python tests/gpu.py
+    python tests/tools/gpu.py
 
 The peer has float32 weights, bfloat16 by autocast and PyTorch's fused AdamW.
 """

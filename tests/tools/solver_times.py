@@ -1,6 +1,6 @@
 """How long the planner's programs take at full size, in seconds of processor time on one core.
 
-    OMP_NUM_THREADS=1 python tests/solver_times.py
+    OMP_NUM_THREADS=1 python tests/tools/solver_times.py
 
 The least of three repetitions; docs/planning.rst quotes it.
 """

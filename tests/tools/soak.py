@@ -1,7 +1,7 @@
 """Every layout of this launch's ranks, for the long test: against the reference, and bit for bit in ``exact``; and with
 ranks that are late at random, bit for bit on every path that messages take.
 
-    mpiexec -n N python tests/soak.py
+    PYTHONPATH=tests mpiexec -n N python tests/tools/soak.py
 """
 
 import random

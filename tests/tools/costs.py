@@ -1,6 +1,6 @@
 """What it costs to be safe, in steps of one run with each guard turned off and on by turns.
 
-    mpiexec -n N python -m mpi4py tests/costs.py CONFIG [PAIRS]
+    mpiexec -n N python -m mpi4py tests/tools/costs.py CONFIG [PAIRS]
 
 Prints a table: recorder and watchdog, checked collectives, digests, the trace; then how long a checkpoint in the
 background keeps training, as a share of the time that writing it takes. N may be 1; the run directory is a temporary one.

@@ -1,6 +1,6 @@
 """One slow rank: what unequal shares of the batch, and unequal stages, win beside what the planner promises.
 
-    mpiexec -n N python tests/slow_rank.py
+    mpiexec -n N python tests/tools/slow_rank.py
 
 Every rank is bound to a core of its own, the last to one on which a busy loop runs. The launch is probed and planned as
 any other, once with all ranks along the data axis and once along the pipeline; the plan is run in turn with the same

@@ -1,6 +1,6 @@
 """Kills a rank at a random moment of training, again and again; started without a launcher.
 
-    python tests/kills.py [COUNT [SEED]]
+    PYTHONPATH=tests python tests/tools/kills.py [COUNT [SEED]]
 
 A checkpoint is written after every step, in every other launch in the background. After each kill every announced
 checkpoint must be readable and hold the bits of the unbroken run, and the next launch must go on: save a newer one, and
@@ -84,7 +84,8 @@ def kill_one(folder, words, checkpoints, rng):
     env = {**os.environ, **OVERSUBSCRIBE, **(AS_ROOT if os.geteuid() == 0 else {}), "OMP_NUM_THREADS": "1"}
     before, phase = newest(checkpoints), None
     job = subprocess.Popen([mpiexec(), "-n", str(RANKS), sys.executable, *words], cwd=folder, env=env,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                           start_new_session=True)
     try:
         deadline = time.monotonic() + LIMIT_S
         while newest(checkpoints) <= before and job.poll() is None and time.monotonic() < deadline:

@@ -1,6 +1,6 @@
 """Every layout of a model measured beside its prediction, and the plan's choice beside the best of them.
 
-    mpiexec -n N python tests/layouts.py MODEL [FILE]
+    mpiexec -n N python tests/tools/layouts.py MODEL [FILE]
 
 MODEL is one of those below. Every data x pipeline x tensor x microbatch x schedule of the ranks is run for a few steps,
 other keys as the planner sets them; then the plan's first three and the fastest others in turn, again and again. The

@@ -1,6 +1,6 @@
 """Checkpoints that somebody changed who knows the format: data or manifest are edited, and all digests made to match.
 
-    python tests/mutations.py CHECKPOINT FIRST COUNT
+    python tests/tools/mutations.py CHECKPOINT FIRST COUNT
 
 Each of COUNT copies is changed in a way that its seed decides, and read in this process, whose memory is limited: what
 is read has the model's shapes and comes from the copy alone, everything else is refused, and nothing large is made

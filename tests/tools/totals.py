@@ -1,6 +1,6 @@
 """Sum up the JUnit files ``MPI-RANKS.xml`` of the test command; fail if 4 ranks were too few for a test.
 
-    python tests/totals.py DIR
+    python tests/tools/totals.py DIR
 """
 
 import re
