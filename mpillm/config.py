@@ -4,9 +4,8 @@
 Keys left out of ``[layout]`` (or ``"auto"``) are filled by :meth:`Config.resolve` for a rank count.
 """
 
-import math
 import sys
-from dataclasses import field, fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
@@ -14,11 +13,9 @@ import tomli_w
 from pydantic import Field, Strict, StrictBool
 from pydantic.dataclasses import dataclass
 
+from mpillm.auto import default_microbatch, resolve
 from mpillm.errors import ConfigError, DataError
 from mpillm.plain import KNOWN_KEYS, checked
-from mpillm.schedules.blocks import bounds
-from mpillm.schedules.check import check
-from mpillm.schedules.pipeline import SCHEDULES, named_or_read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,7 +128,7 @@ class Train:
         if self.numerics == "exact" and self.microbatch is None:
             raise ValueError(
                 "numerics exact needs microbatch: left out, it would depend on the layout, and the bits with it; "
-                f"set it, for example to {_default_microbatch(self.global_batch, 1)}"
+                f"set it, for example to {default_microbatch(self.global_batch, 1)}"
             )
 
 
@@ -189,7 +186,7 @@ class Config:
             section, _, name = key.partition(".")
             if not name or not isinstance(values.setdefault(section, {}), dict):
                 raise ConfigError(f"--{key}: an override names a section and a key, as in --train.steps 50")
-            values[section][name] = _parse_override(text)
+            values[section][name] = _parse_override(text, is_text=(section, name) in _TEXTS)
         return checked(cls, values, source)
 
     def to_dict(self):
@@ -204,30 +201,30 @@ class Config:
         """Return a copy with dotted overrides applied and checked."""
         return type(self).from_dict(self.to_dict(), overrides)
 
-    def resolve(self, ranks):
+    def resolve(self, ranks, num_nodes=1):
         """Fill every ``"auto"`` key of the layout for ``ranks`` ranks and check that the layout can run.
 
-        Local and identical on all ranks.
+        Local and identical on all ranks. What is filled resolves to itself. Cuts of several stages stay ``"auto"`` until
+        ``model.vocab_size`` is known.
+
+        Parameters
+        ----------
+        ranks, num_nodes : int
+            Over nodes gradients are reduced beside backward, a bucket a layer; inside a node a stage has one.
 
         Raises
         ------
         ConfigError
-            When the degrees do not multiply to ``ranks``, or a limit of the model is crossed.
+            When the degrees cannot multiply to ``ranks``, or every choice crosses a limit of the model.
+        ScheduleError
+            When a schedule from a file cannot run.
         """
-        layout = _fill_layout(self, ranks)
-        microbatch = self.train.microbatch or _default_microbatch(self.train.global_batch, layout.data)
-        config = replace(self, layout=layout, train=replace(self.train, microbatch=microbatch))
-        _check_layout(config, ranks)
-        return config
+        return resolve(self, ranks, num_nodes)
 
     def microbatch_bounds(self):
         """Return for each data rank its list of global sample ranges ``(start, stop)`` within a batch, one a
-        microbatch, in the global order of microbatches."""
+        microbatch, in the global order of microbatches. Of a resolved configuration."""
         shares, size = self.layout.shares, self.train.microbatch
-        if shares == "auto":
-            total = math.ceil(self.train.global_batch / size)
-            cuts = [(i * size, min((i + 1) * size, self.train.global_batch)) for i in range(total)]
-            return [cuts[slice(*bounds(total, self.layout.data, rank))] for rank in range(self.layout.data)]
         starts = [sum(shares[:rank]) for rank in range(len(shares))]
         return [
             [(s, min(s + size, start + share)) for s in range(start, start + share, size)]
@@ -242,118 +239,16 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _parse_override(text):
-    """Read a command-line value as TOML would, else as a bare string."""
+# Keys whose value is any text: a folder may be called 20240501.
+_TEXTS = {(section.name, key.name) for section in fields(Config) for key in fields(section.type) if key.type is str}
+
+
+def _parse_override(text, is_text):
+    """Read a command-line value as TOML would, else as a bare string, which that of a key for text always is."""
     if not isinstance(text, str):
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _fill_layout(config, ranks):
-    """Replace every ``"auto"`` by a simple default: what is left of the ranks goes to data, then pipeline, tensor."""
-    layout = config.layout
-    sizes = layout.sizes()
-    left = max(1, ranks // math.prod(size for size in sizes.values() if size != "auto"))
-    batches = config.train.global_batch // (config.train.microbatch or 1)
-    limits = {"data": max(1, batches), "pipeline": config.model.num_layers, "tensor": config.model.num_heads}
-    for axis in AXES:
-        if sizes[axis] == "auto":
-            sizes[axis] = max(d for d in range(1, left + 1) if left % d == 0 and d <= limits[axis])
-            left //= sizes[axis]
-    chunks = 1 if layout.chunks == "auto" else layout.chunks
-    if layout.schedule == "interleaved" and layout.chunks == "auto" and sizes["pipeline"] > 1:
-        chunks = 2
-    schedule = layout.schedule
-    if schedule == "auto":
-        schedule = "interleaved" if chunks > 1 else "zb-h1" if sizes["pipeline"] > 1 else "1f1b"
-    return replace(
-        layout, **sizes, chunks=chunks, schedule=schedule, order=AXES if layout.order == "auto" else layout.order,
-        zero=int(sizes["data"] > 1) if layout.zero == "auto" else layout.zero,
-        sequence_parallel=sizes["tensor"] > 1 if layout.sequence_parallel == "auto" else layout.sequence_parallel,
-        recompute="none" if layout.recompute == "auto" else layout.recompute,
-    )
-
-
-def _default_microbatch(global_batch, data):
-    """Aim at four microbatches a data rank."""
-    return max(1, global_batch // (4 * data))
-
-
-def _check_layout(config, ranks):
-    model, train, layout = config.model, config.train, config.layout
-    d, p, t = layout.data, layout.pipeline, layout.tensor
-    if d * p * t != ranks:
-        raise ConfigError(
-            f"layout data={d} x pipeline={p} x tensor={t} needs {d * p * t} ranks, this launch has {ranks}: "
-            f"change the degrees or start {d * p * t} ranks (mpiexec -n {d * p * t})"
-        )
-    stages = p * layout.chunks
-    if stages > model.num_layers:
-        raise ConfigError(
-            f"layout.pipeline={p} x chunks={layout.chunks} makes {stages} stages, but the model has only "
-            f"{model.num_layers} layers: every stage needs one; use at most {model.num_layers // layout.chunks} "
-            "pipeline ranks"
-        )
-    if t > model.num_heads:
-        raise ConfigError(
-            f"layout.tensor={t} splits model.num_heads={model.num_heads}: every tensor rank needs a head; "
-            f"use tensor <= {model.num_heads}"
-        )
-    cuts = layout.stage_cuts
-    if cuts != "auto" and (len(cuts) != stages - 1 or list(cuts) != sorted(set(cuts))
-                           or (cuts and cuts[-1] >= model.num_layers)):
-        raise ConfigError(
-            f"layout.stage_cuts = {list(cuts)}: {stages} stages need {stages - 1} growing first layers "
-            f"between 1 and {model.num_layers - 1}"
-        )
-    buckets = layout.bucket_cuts
-    if buckets != "auto" and (list(buckets) != sorted(set(buckets)) or (buckets and buckets[-1] > model.num_layers)):
-        raise ConfigError(
-            f"layout.bucket_cuts = {list(buckets)}: needs growing layers between 0 and {model.num_layers}"
-        )
-    if isinstance(layout.recompute, tuple) and len(layout.recompute) != model.num_layers:
-        raise ConfigError(
-            f"layout.recompute lists {len(layout.recompute)} modes for {model.num_layers} layers: give one a layer"
-        )
-    if layout.shares != "auto" and (len(layout.shares) != d or sum(layout.shares) != train.global_batch):
-        raise ConfigError(
-            f"layout.shares = {list(layout.shares)}: data={d} needs {d} shares that sum to "
-            f"train.global_batch={train.global_batch}"
-        )
-    if not all(config.microbatch_bounds()):
-        raise ConfigError(
-            f"train.global_batch={train.global_batch} in microbatches of {train.microbatch} gives fewer "
-            f"microbatches than layout.data={d}: every data rank needs one; lower train.microbatch or layout.data"
-        )
-    # A named one that fits one microbatch fits any number.
-    for count in {1} if layout.schedule in SCHEDULES else set(map(len, config.microbatch_bounds())):
-        check(named_or_read(layout.schedule, p, count, layout.chunks))
-    if train.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"train.seq_len={train.seq_len} exceeds model.max_seq_len={model.max_seq_len}: lower one or raise the other"
-        )
-    if train.numerics == "exact":
-        _check_exact(config)
-
-
-def _check_exact(config):
-    """``exact`` admits the layouts whose shards are unions of its blocks."""
-    blocks, layout = config.train.exact_blocks, config.layout
-    if config.train.dtype == "bfloat16":
-        raise ConfigError(
-            "train.numerics=exact with train.dtype=bfloat16: sums are rounded once a rank, so that their bits would "
-            "depend on the layout; use train.dtype = float32 or float64"
-        )
-    if blocks % layout.tensor:
-        raise ConfigError(
-            f"train.numerics=exact with exact_blocks={blocks}: layout.tensor={layout.tensor} must divide it; "
-            "use a power of two"
-        )
-    if layout.data & (layout.data - 1) or layout.shares != "auto":
-        raise ConfigError(
-            f"train.numerics=exact: layout.data={layout.data} must be a power of two with shares left out, "
-            "so that each rank's microbatches are one branch of the fixed sum"
-        )
+    return text if is_text and not isinstance(value, str) else value

@@ -1,6 +1,7 @@
 """The small model that tests train, with sizes that nothing divides, and its token file."""
 
 import itertools
+import random
 from dataclasses import replace
 
 import h5py
@@ -9,6 +10,7 @@ import numpy as np
 from mpillm.checkpoint.reading import Checkpoint
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config
+from mpillm.schedules.pipeline import SCHEDULES, make_schedule
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 from mpillm.verify import compare
@@ -85,6 +87,33 @@ def one_for_every_degrees(config, ranks):
     """Return one layout of every choice of degrees, with uncommon settings."""
     layouts = representative(compare.all_layouts(config, ranks))
     return list({tuple(found.layout.sizes().values()): found for found in layouts}.values())
+
+
+def asked_at_random(seed, ranks):
+    """Return a small configuration of which somebody fixed some keys, well or badly, and left the others open."""
+    rng = random.Random(seed)
+    layers, heads, batch = rng.randint(1, 8), rng.randint(1, 6), rng.randint(1, 12)
+    is_exact, pipeline = rng.random() < 0.3, rng.choice([p for p in range(1, ranks + 1) if ranks % p == 0])
+    chunks = rng.randint(1, 3)
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    cuts = sorted(rng.sample(range(1, layers), min(layers, pipeline * chunks) - 1))
+    parts = sorted(rng.sample(range(1, batch), min(batch, rng.choice(divisors)) - 1))
+    choices = {
+        "data": rng.choice(divisors), "pipeline": pipeline, "tensor": rng.choice(divisors), "chunks": chunks,
+        "order": rng.sample(["data", "pipeline", "tensor"], 3), "stage_cuts": cuts,
+        "schedule": rng.choice([*SCHEDULES, str(make_schedule("gpipe", pipeline, rng.randint(1, 3)))]),
+        "zero": rng.randint(0, 1), "sequence_parallel": rng.random() < 0.5,
+        "recompute": rng.choice(["none", "selective", [rng.choice(["none", "full"]) for _ in range(layers)]]),
+        "shares": [high - low for low, high in itertools.pairwise([0, *parts, batch])],
+        "bucket_cuts": sorted(rng.sample(range(layers + 1), rng.randint(0, layers))),
+    }
+    microbatch = rng.choice([1, 2, 3] if is_exact else [1, 2, 3, None, None])
+    train = {**TRAIN, "global_batch": batch, "numerics": "exact" if is_exact else "fast", "microbatch": microbatch}
+    return Config.from_dict({
+        "model": {**MODEL, "num_layers": layers, "num_heads": heads, "head_dim": 8},
+        "train": {key: value for key, value in train.items() if value is not None},
+        "layout": {key: value for key, value in choices.items() if rng.random() < 0.25},
+    })
 
 
 def with_layout(config, **layout):

@@ -167,7 +167,7 @@ def peer_work(case):
         f"train.device = {train.device}: it runs on cpu": train.device == "cuda",
         "model.tie_embeddings": model.tie_embeddings,
         "data.mask_documents": case.config.data.mask_documents,
-        "layout.shares": case.config.layout.shares != "auto",
+        "layout.shares": len(set(case.config.layout.shares)) > 1,
         f"train.global_batch = {train.global_batch} on {ranks} data ranks: they get equal parts":
             case.kind == "data" and train.global_batch % ranks,
         f"train.global_batch = {train.global_batch} in microbatches of {train.microbatch} for {ranks} stages: its "

@@ -2,7 +2,7 @@
 
 import click
 
-from mpillm.planner.workload import ITEM_BYTES
+from mpillm.planner.counts import ITEM_BYTES
 
 
 @click.command("probe")

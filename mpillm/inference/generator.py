@@ -24,7 +24,6 @@ from mpillm.errors import CheckpointError, ConfigError, agreed, half_made
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
-from mpillm.planner.stages import default_cuts
 
 OVERRIDES = ("layout.data", "layout.order", "layout.pipeline", "layout.stage_cuts", "layout.tensor", "train.device",
              "train.dtype", "train.exact_blocks", "train.numerics")
@@ -70,7 +69,7 @@ class Generator:
             made.callback(self.mesh.free)
             split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None,
                                 dtype=getattr(torch, train.dtype), device=pick_device(train.device, comm))
-            place, cuts = self.mesh.coord("pipeline"), [0, *default_cuts(self.config), model.num_layers]
+            place, cuts = self.mesh.coord("pipeline"), [0, *layout.stage_cuts, model.num_layers]
             self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
             if model.tie_embeddings and layout.pipeline == 1:
                 self.stage.head.linear.weight = self.stage.embedding.weight

@@ -173,7 +173,7 @@ def make_plan(config, machine, ranks, top=5):
                               "link_s": link_s, "shares_link": pricer.shares_link(best.layout),
                               "microbatches": pricer.num_microbatches(best.layout)},
                    "buckets": _buckets(pricer, best, chosen.table),
-                   "volume": step_volume(chosen.applied_to(config).resolve(ranks),
+                   "volume": step_volume(chosen.applied_to(config).resolve(ranks, chosen.num_nodes),
                                          pricer.reduction.keeps_one_copy(best.layout))},
         binding=_binding(pricer, best, _ranked(pricer, priced, MORE * limit)[0]),
         alternatives=[{"layout": to_config(price, pricer), "step_s": price.step_s,
@@ -327,7 +327,8 @@ def _binding(pricer, best, roomier):
 def price_layout(config, machine, ranks):
     """Return the plan of the layout that the configuration itself has, without a search.
 
-    Local. What it leaves open is filled as :meth:`mpillm.Config.resolve` does, but for stage cuts and buckets.
+    Local. What it leaves open is filled as :meth:`mpillm.Config.resolve` does, but for shares, stage cuts and buckets, which
+    are chosen for the machine.
 
     Parameters
     ----------
@@ -343,4 +344,6 @@ def price_layout(config, machine, ranks):
     ConfigError
         When the layout cannot run, or does not fit.
     """
-    return make_plan(config.resolve(ranks), machine, ranks, top=0)
+    resolved, asked = config.resolve(ranks), config.layout
+    layout = replace(resolved.layout, shares=asked.shares, stage_cuts=asked.stage_cuts, bucket_cuts=asked.bucket_cuts)
+    return make_plan(replace(resolved, layout=layout), machine, ranks, top=0)

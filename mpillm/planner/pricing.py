@@ -8,18 +8,12 @@ import numpy as np
 
 from mpillm.config import AXES
 from mpillm.planner.balance import balance
+from mpillm.planner.counts import ITEM_BYTES, STATES, layer_parameters, step_flops
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
 from mpillm.planner.timeline import play, unhindered_s
-from mpillm.planner.workload import (
-    ITEM_BYTES,
-    STATES,
-    head_work,
-    layer_parameters,
-    layer_work,
-    step_flops,
-)
+from mpillm.planner.workload import head_work, layer_work
 from mpillm.schedules.pipeline import SCHEDULES, named_or_read
 
 RECOMPUTE = ("none", "selective", "full")

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 
 from mpillm.planner.buckets import bucket_cuts
+from mpillm.planner.counts import ITEM_BYTES, layer_parameters
 from mpillm.planner.hierarchy import fastest_s
 from mpillm.planner.timeline import Bucket
-from mpillm.planner.workload import ITEM_BYTES, layer_parameters
 
 
 class Reduction:

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mpillm.planner.workload import ITEM_BYTES, STATES, head_flops, layer_flops, layer_parameters
+from mpillm.planner.counts import ITEM_BYTES, STATES, head_flops, layer_flops, layer_parameters
 
 # What a core computes while it moves a byte: measured were 178 GFLOP/s in products and 14 to 38 GB/s in lookup and
 # update, in float32 on one core while the other had nothing to do.
@@ -94,17 +94,18 @@ def default_cuts(config):
     Parameters
     ----------
     config : Config
-        Resolved, with ``model.vocab_size``.
+        With all degrees and chunks.
 
     Returns
     -------
     tuple of int
-        The first layer of every stage after the first.
+        The first layer of every stage after the first; ``"auto"`` while it is not known what the head weighs, because
+        ``model.vocab_size`` is not.
     """
-    layout = config.layout
-    if layout.stage_cuts != "auto":
+    layout, stages = config.layout, config.layout.pipeline * config.layout.chunks
+    if layout.stage_cuts != "auto" or stages > 1 and config.model.vocab_size is None:
         return layout.stage_cuts
-    return balanced_cuts(step_costs(config), layout.pipeline * layout.chunks)
+    return balanced_cuts(step_costs(config), stages) if stages > 1 else ()
 
 
 def step_costs(config):

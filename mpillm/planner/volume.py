@@ -5,8 +5,7 @@ from collections import Counter
 from functools import lru_cache
 from itertools import groupby
 
-from mpillm.planner.stages import default_cuts
-from mpillm.planner.workload import ITEM_BYTES
+from mpillm.planner.counts import ITEM_BYTES
 from mpillm.schedules.blocks import ALIGNMENT, align, counts, loss_chunks
 
 
@@ -53,7 +52,7 @@ class Volume:
         self.is_exact = config.train.numerics == "exact"
         self.is_sharded_by_tokens = self.layout.sequence_parallel and self.layout.tensor > 1
         self.last = self.layout.pipeline * self.layout.chunks - 1
-        cuts = [0, *default_cuts(config), self.model.num_layers]
+        cuts = [0, *self.layout.stage_cuts, self.model.num_layers]
         self.stages = {index: range(cuts[index], cuts[index + 1])
                        for index in range(pipeline, self.last + 1, self.layout.pipeline)}
 
@@ -131,7 +130,7 @@ class Volume:
         embedding and head share, and a copy of it that is not updated."""
         model, (whole, partial) = self.model, self._layer()
         table = [self._mine(model.vocab_size) * model.hidden_size]
-        cuts = () if self.layout.bucket_cuts == "auto" else self.layout.bucket_cuts
+        cuts = self.layout.bucket_cuts
         for index, layers in self.stages.items():
             is_first, is_last = index == 0, index == self.last
             own = [] if model.tie_embeddings else table

@@ -1,88 +1,12 @@
-"""What a model costs: FLOPs, bytes and messages of a layer, of a stage and of a training step."""
+"""What a layer and the output head cost a microbatch: seconds, and bytes kept."""
 
 from typing import NamedTuple
 
 from mpillm.schedules.blocks import loss_chunks
 
-STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
 SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
 BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
-
-
-def layer_parameters(model):
-    """Return how many parameters a layer has, norms left aside.
-
-    Local.
-
-    Parameters
-    ----------
-    model : mpillm.config.Model
-
-    Returns
-    -------
-    int
-    """
-    heads, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    matrices = 2 if model.kind == "gpt" else 3
-    return model.hidden_size * (2 * heads + 2 * keys + matrices * model.ffn_size)
-
-
-def layer_flops(model, seq_len):
-    """Return the forward FLOPs of a layer per token: products of weights, and attention over half of ``seq_len``.
-
-    Local.
-
-    Parameters
-    ----------
-    model : mpillm.config.Model
-    seq_len : int
-        Tokens of a sequence.
-
-    Returns
-    -------
-    int
-    """
-    return 2 * layer_parameters(model) + 2 * seq_len * model.num_heads * model.head_dim
-
-
-def head_flops(model):
-    """Return the forward FLOPs of the output head per token.
-
-    Local.
-
-    Parameters
-    ----------
-    model : mpillm.config.Model
-        With ``vocab_size``.
-
-    Returns
-    -------
-    int
-    """
-    return 2 * model.hidden_size * model.vocab_size
-
-
-def step_flops(model, seq_len, tokens):
-    """Return the FLOPs of a training step: forward, and twice that backward (Narayanan et al. 2021).
-
-    Local.
-
-    Parameters
-    ----------
-    model : mpillm.config.Model
-        With ``vocab_size``.
-    seq_len : int
-        Tokens of a sequence.
-    tokens : int
-        Of the whole batch.
-
-    Returns
-    -------
-    int
-    """
-    return 3 * tokens * (model.num_layers * layer_flops(model, seq_len) + head_flops(model))
 
 
 class Work(NamedTuple):

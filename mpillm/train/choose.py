@@ -139,7 +139,7 @@ def _fastest(plans, config, comm):
     """Run each plan for a few steps on random tokens and return the fastest, with what was found."""
     tried = []
     for plan in plans:
-        resolved = plan.applied_to(config).resolve(comm.size)
+        resolved = plan.applied_to(config).resolve(comm.size, plan.num_nodes)
         engine = Engine(resolved, comm, table=plan.table)
         times = [time_step(engine, resolved, comm) for _ in range(TRIED_STEPS)]
         engine.free()

@@ -17,7 +17,6 @@ from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.pipeline import Microbatch, PipelineRunner, Stage
 from mpillm.plan import DEFAULT_TABLE
-from mpillm.planner.stages import default_cuts
 from mpillm.report.trace import Trace
 from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check import check
@@ -193,7 +192,7 @@ class Engine:
         config, mesh = self.config, self.mesh
         model, layout = config.model, config.layout
         self.num_stages = layout.pipeline * layout.chunks
-        cuts = [0, *default_cuts(config), model.num_layers]
+        cuts = [0, *layout.stage_cuts, model.num_layers]
         positions = range(config.train.seq_len)
         self.tables = rotary_tables(model.head_dim, positions, model.rope_theta, self.dtype, self.device)
         stages = []
@@ -215,7 +214,7 @@ class Engine:
         self.stage_buckets, tied, is_tied = {}, [None, None], self.config.model.tie_embeddings
         for stage in self.stages:
             module, own = stage.module, []
-            for part in bucket_parts(module, self._bucket_cuts(), is_tied):
+            for part in bucket_parts(module, self.config.layout.bucket_cuts, is_tied):
                 own.insert(0, Bucket([p for layer in part for p in layer.parameters()], mesh, zero, first=part[0]))
             if is_tied and module.is_first:
                 tied[0] = Bucket([module.embedding.weight], mesh, zero, first=module.embedding)
@@ -233,13 +232,6 @@ class Engine:
             self._watch_gradients()
         self.optimizer = ShardedOptimizer(self.config.train, self.buckets)
         self.digests = Digests(self, is_on=self.config.train.digests)
-
-    def _bucket_cuts(self):
-        """Return the layers at which another bucket begins: every one where reduction overlaps and no plan says."""
-        cuts = self.config.layout.bucket_cuts
-        if cuts == "auto":
-            return range(self.config.model.num_layers + 1) if self.overlaps else ()
-        return cuts
 
     def _watch_gradients(self):
         """Let reductions start when backward completes a bucket, the last one of a stage at the end of an action, and

@@ -80,9 +80,9 @@ class Run:
         num_nodes = len(set(nodes_of(self.comm)))
         self.plan = Plan(self.comm.size, num_nodes) if plan is None else plan
         self.plan.check(self.comm.size, num_nodes)
-        config = self.plan.applied_to(config).resolve(self.comm.size)
+        config = self.plan.applied_to(config).resolve(self.comm.size, num_nodes)
         with agreed(self.comm, "data"):
-            self.config = self._open_data(config)
+            self.config = self._open_data(config).resolve(self.comm.size, num_nodes)  # stages weigh the vocabulary
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
         start = on_rank_0(self.comm, "resume", find_start, self.folder, resume)  # not all may see the files

@@ -49,7 +49,7 @@ def test_from_the_second_step_on_schedules_are_bound_already(comm, zero, monkeyp
     made, make = [], Executor.__init__
     monkeypatch.setattr(Executor, "__init__", lambda self, schedule, *others, **options: (
         made.append(schedule.op), make(self, schedule, *others, **options))[1])
-    config = tiny({**FOUR, "layout.data": comm.size, "layout.zero": zero}).resolve(comm.size)
+    config = tiny({**FOUR, "layout.data": comm.size, "layout.zero": zero}).resolve(comm.size, num_nodes=comm.size)
     engine = Engine(config, comm, table=only("ring"))
     for step in (1, 2):
         made.clear()
@@ -94,7 +94,7 @@ def test_buckets_start_within_the_last_actions_in_one_order_whatever_the_shares(
 
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
 def test_the_first_bucket_starts_before_backward_has_come_to_the_others(comm, starts, monkeypatch):
-    engine = Engine(tiny({**FOUR, "layout.data": 2}, 2), comm)
+    engine = Engine(tiny({**FOUR, "layout.data": 2}).resolve(2, num_nodes=2), comm)
     assert len(engine.all_buckets) == 6  # without a plan one a layer, and the ends
     right, zeros = Bucket.start, []
     first = engine.microbatches[:1]
@@ -155,7 +155,7 @@ def test_a_checkpoint_knows_nothing_of_buckets(comm, data_path):
 
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
 def test_the_trace_shows_reductions_on_their_way(comm, comm_path):
-    engine = Engine(tiny({**FOUR, "layout.data": 2}, 2), comm, comm_path)
+    engine = Engine(tiny({**FOUR, "layout.data": 2}).resolve(2, num_nodes=2), comm, comm_path)
     engine.trace.begin_step(1)
     train(engine, 1)
     engine.trace.end_step()

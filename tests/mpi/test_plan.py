@@ -12,6 +12,7 @@ from mpi4py import MPI
 from tiny import (
     GROUPED,
     LAYOUTS,
+    asked_at_random,
     configure,
     one_for_every_degrees,
     reference_steps,
@@ -29,7 +30,7 @@ from mpillm.comm.probe import measure_machine
 from mpillm.comm.scheduled import Scheduled, Schedules
 from mpillm.comm.tables import only
 from mpillm.config import AXES
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, ScheduleError
 from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.layout import make_plan, price_layout
@@ -65,6 +66,23 @@ def test_training_by_every_kind_of_algorithm(comm, algorithm, monkeypatch):
         assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
     wanted = "Node" if algorithm == "window" else Scheduled.__name__
     assert_all(comm.size == 1 or wanted in taken, taken, comm)
+
+
+@pytest.mark.parametrize("seeds", [range(6), range(6, 12)], ids=str)
+def test_what_auto_is_filled_with_runs_and_agrees(comm, seeds):
+    """The same random choices of keys that the plain tests resolve by the hundred."""
+    ran = 0
+    for config in (asked_at_random(seed, comm.size) for seed in seeds):
+        try:
+            resolved = config.resolve(comm.size)
+        except (ConfigError, ScheduleError):
+            continue
+        if resolved.train.numerics == "fast":  # test_exact has the others
+            batches, expected = reference_steps(resolved, 1, comm)
+            difference = compare_layout(resolved, comm, batches, expected)
+            assert_all(difference.first is None, f"{resolved.layout}: {difference}", comm)
+            ran += 1
+    assert_all(ran > 1, ran, comm)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

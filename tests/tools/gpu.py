@@ -13,7 +13,7 @@ import torch
 from mpillm.bench.peer import Decoder, Work, cross_entropy
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config
-from mpillm.planner.workload import step_flops
+from mpillm.planner.counts import step_flops
 from mpillm.train.engine import Engine
 
 MODEL = {"vocab_size": 32768, "hidden_size": 2048, "ffn_size": 5632, "num_layers": 16, "num_heads": 16}

@@ -211,7 +211,7 @@ def test_a_case_keeps_what_the_configuration_says_of_its_axis_only():
     assert [case.config.layout.sizes() for case in cases] == [
         {"data": 1, "pipeline": 1, "tensor": 1}, {"data": 2, "pipeline": 1, "tensor": 1},
         {"data": 1, "pipeline": 3, "tensor": 1}]
-    assert [case.config.layout.stage_cuts for case in cases] == ["auto", "auto", (1, 2)]
+    assert [case.config.layout.stage_cuts for case in cases] == [(), (), (1, 2)]
     assert [case.config.layout.schedule for case in cases] == ["1f1b", "1f1b", "gpipe"]
     assert {case.config.layout.zero for case in cases} == {0}
 

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from dataclasses import fields, replace
 
 import pytest
-from tiny import MODEL, tiny
+from tiny import MODEL, asked_at_random, tiny
 
 from mpillm.cli.options import parse_overrides
 from mpillm.config import AXES, Config
 from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError, ScheduleError
+from mpillm.planner.volume import step_volume
 from mpillm.schedules import make_schedule
 
 TOML = """
@@ -155,7 +157,7 @@ def test_a_schedule_file_must_fit_every_data_rank_and_run(tmp_path):
     path.write_text(str(make_schedule("gpipe", 2, 5)))
     assert tiny(layout, 2).layout.schedule == str(path)
     assert "5 microbatches" in refusal({**layout, "train.microbatch": 3}, 2)
-    assert "needs 2, 2 and" in refusal(layout, 4)  # two data ranks, of two and three microbatches
+    assert "needs 2, 2 and" in refusal({**layout, "layout.data": 2}, 4)  # two data ranks, of two and three microbatches
     path.write_text("schedule=mine ranks=2 stages=2 microbatches=1\nrank 0: 0B0 0F0\nrank 1: 1F0 1B0\n")
     with pytest.raises(ScheduleError, match="0B0"):
         tiny({**layout, "train.global_batch": 2}, 2)
@@ -203,3 +205,122 @@ def test_seeds_have_63_bits():
     assert tiny({"train.seed": (1 << 63) - 1}).train.seed == (1 << 63) - 1
     with pytest.raises(ConfigError, match="seed"):
         tiny({"train.seed": 1 << 63})
+
+
+def ways(config, ranks):
+    """Every way to fill degrees, chunks and microbatch, a fixed configuration each."""
+    layout, divisors = config.layout, [n for n in range(1, ranks + 1) if ranks % n == 0]
+    for degrees in itertools.product(divisors, repeat=3):
+        if math.prod(degrees) == ranks:
+            given = dict(zip(AXES, degrees))
+            sizes = [config.train.microbatch] if config.train.microbatch else range(1, config.train.global_batch + 1)
+            chunks = [layout.chunks] if layout.chunks != "auto" else range(1, config.model.num_layers + 1)
+            if all(layout.sizes()[axis] in ("auto", degree) for axis, degree in given.items()):
+                for size, count in itertools.product(sizes, chunks):
+                    yield replace(config, layout=replace(layout, **given, chunks=count),
+                                  train=replace(config.train, microbatch=size))
+
+
+def runs(config, ranks):
+    try:
+        return config.resolve(ranks)
+    except (ConfigError, ScheduleError):
+        return None
+
+
+def usual(config, ranks):
+    """What is left of the ranks goes to data, then pipeline, then tensor ranks, whether that works or not."""
+    sizes, left = config.layout.sizes(), ranks
+    for size in sizes.values():
+        left //= 1 if size == "auto" else size
+    whole = config.train.global_batch // (config.train.microbatch or 1)
+    limits = {"data": max(1, whole), "pipeline": config.model.num_layers, "tensor": config.model.num_heads}
+    for axis in AXES:
+        if sizes[axis] == "auto":
+            sizes[axis] = max(d for d in range(1, max(1, left) + 1) if max(1, left) % d == 0 and d <= limits[axis])
+            left //= sizes[axis]
+    chunks = 2 if config.layout.schedule == "interleaved" and sizes["pipeline"] > 1 else 1
+    chunks = chunks if config.layout.chunks == "auto" else config.layout.chunks
+    size = config.train.microbatch or max(1, config.train.global_batch // (4 * sizes["data"]))
+    return replace(config, layout=replace(config.layout, **sizes, chunks=chunks),
+                   train=replace(config.train, microbatch=size))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+def test_auto_is_whatever_works_decided_once(ranks):
+    worked = 0
+    for seed in range(60):
+        config = asked_at_random(seed, ranks)
+        resolved = runs(config, ranks)
+        if resolved is None:
+            assert not any(runs(way, ranks) for way in ways(config, ranks)), config
+            continue
+        worked += 1
+        layout, asked = resolved.layout, config.layout
+        assert "auto" not in [getattr(layout, key.name) for key in fields(layout)]
+        assert resolved.resolve(ranks) == resolved.resolve(ranks, num_nodes=ranks) == resolved
+        assert Config.from_dict(resolved.to_dict()) == resolved
+        assert all(getattr(asked, key.name) in ("auto", getattr(layout, key.name)) for key in fields(layout))
+        assert config.train.microbatch in (None, resolved.train.microbatch)
+        cuts = [cut for own in resolved.microbatch_bounds() for cut in own]
+        assert [sample for low, high in cuts for sample in range(low, high)] == list(range(config.train.global_batch))
+        assert layout.shares == tuple(own[-1][1] - own[0][0] for own in resolved.microbatch_bounds())
+        assert len(layout.stage_cuts) == layout.pipeline * layout.chunks - 1
+        step_volume(resolved, False)
+        before = runs(usual(config, ranks), ranks)
+        assert before in (None, resolved), "another choice than the usual one, which works"
+    assert worked > 15
+
+
+def test_where_no_choice_works_the_error_is_that_of_the_usual_one_and_says_so():
+    message = refusal({"train.numerics": "exact", "train.exact_blocks": 1, "model.num_layers": 2}, 6)
+    assert "layout.data=" in message or "stages" in message or "exact_blocks" in message
+    assert "other choices for what is left open" in message
+    assert "other choices" not in refusal({"layout.data": 6}, 6)
+
+
+@pytest.mark.parametrize(("overrides", "ranks", "sizes", "chunks"), [
+    ({"train.numerics": "exact", "train.microbatch": 1}, 6, (2, 3, 1), 1),
+    ({"train.numerics": "exact", "train.microbatch": 1, "model.num_layers": 2, "train.global_batch": 3}, 8, (2, 2, 2), 1),
+    ({"layout.shares": [5, 4]}, 4, (2, 2, 1), 1),
+    ({"layout.stage_cuts": [2, 4]}, 6, (2, 3, 1), 1),
+    ({"layout.stage_cuts": [1, 2, 3], "layout.pipeline": 2}, 2, (1, 2, 1), 2),
+    ({"layout.chunks": 4, "train.global_batch": 1, "train.microbatch": 1}, 4, (1, 1, 4), 4),
+    ({"layout.schedule": str(make_schedule("gpipe", 2, 5))}, 4, (1, 2, 2), 1),
+], ids=["exact", "exact on every axis", "shares", "cuts", "cuts of chunks", "chunks", "schedule"])
+def test_what_is_fixed_decides_what_is_left_open(overrides, ranks, sizes, chunks):
+    layout = tiny(overrides, ranks).layout
+    assert (tuple(layout.sizes().values()), layout.chunks) == (sizes, chunks)
+
+
+def test_the_microbatch_is_what_a_given_schedule_needs():
+    config = Config.from_dict({"model": MODEL, "train": {"global_batch": 9}, "layout": {
+        "pipeline": 2, "schedule": str(make_schedule("gpipe", 2, 3))}})
+    assert config.resolve(2).train.microbatch == 3
+
+
+def test_buckets_follow_the_layers_where_data_ranks_are_on_nodes_of_their_own():
+    layout, every = {"layout.data": 2, "layout.tensor": 2}, tuple(range(8))
+    assert tiny(layout).resolve(4).layout.bucket_cuts == ()
+    assert tiny(layout).resolve(4, num_nodes=2).layout.bucket_cuts == every
+    assert tiny({**layout, "layout.order": ["tensor", "pipeline", "data"]}).resolve(4, num_nodes=2).layout.bucket_cuts == ()
+    assert tiny({**layout, "train.numerics": "exact"}).resolve(4, num_nodes=2).layout.bucket_cuts == ()
+    assert tiny({"layout.tensor": 4}).resolve(4, num_nodes=4).layout.bucket_cuts == ()
+
+
+def test_stages_stay_open_until_the_vocabulary_is_known():
+    config = Config.from_dict({"model": {key: value for key, value in MODEL.items() if key != "vocab_size"},
+                               "layout": {"pipeline": 2}})
+    assert config.resolve(2).layout.stage_cuts == "auto" and config.resolve(4).layout.data == 2
+    known = config.resolve(2).with_values({"model.vocab_size": 257}).resolve(2)
+    assert known == config.with_values({"model.vocab_size": 257}).resolve(2) and len(known.layout.stage_cuts) == 1
+
+
+@pytest.mark.parametrize(("key", "text"), [
+    ("train.run_dir", "20240501"), ("data.path", "1e3"), ("train.run_dir", "true"), ("train.init_from", "[a]"),
+    ("data.path", "2024-05-01"), ("layout.schedule", "5"),
+])
+def test_a_key_that_is_text_takes_text(key, text):
+    section, name = key.split(".")
+    assert getattr(getattr(tiny(parse_overrides([f"--{key}", text])), section), name) == text
+    assert getattr(getattr(tiny(parse_overrides([f"--{key}", f'"{text}"'])), section), name) == text

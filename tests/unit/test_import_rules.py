@@ -15,7 +15,10 @@ PACKAGE = Path(mpillm.__file__).parent
 FLOORS = [
     ["errors"],
     ["files", "hdf5", "plain"],
-    ["config", "machine", "schedules", "data"],
+    ["schedules", "planner.counts"],
+    ["planner.stages"],  # the two files of the planner that the configuration asks how a pipeline is cut
+    ["auto"],
+    ["config", "machine", "data"],
     ["plan"],
     ["planner", "comm"],
     ["autograd", "guard"],
@@ -28,8 +31,8 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-ALLOWED = {("config", "schedules")}
-PLANNING_WING = {"config", "errors", "files", "machine", "plain", "plan", "planner", "schedules"}
+ALLOWED = set()
+PLANNING_WING = {"auto", "config", "errors", "files", "machine", "plain", "plan", "planner", "planner.counts", "planner.stages", "schedules"}
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 
