@@ -4,6 +4,8 @@ import warnings
 from dataclasses import asdict
 
 from mpillm.checkpoint import reading
+from mpillm.data.samples import ORDERS
+from mpillm.data.tokens import file_digest
 from mpillm.errors import CheckpointError, ConfigError, DataError
 
 
@@ -66,8 +68,11 @@ def newest(folder, before=None):
     return None
 
 
-def check_same(start, config, data_digest):
-    """Refuse a checkpoint of another model, optimiser, order or length of samples, or other data. Local."""
+def check_same(start, config, fingerprint):
+    """Refuse a checkpoint of another model, optimiser, order or length of samples, or other data. Local.
+
+    ``fingerprint`` is that of ``config.data.path``. For a checkpoint from before there were any, the file is read whole.
+    """
     check_model(start, config.model)
     saved, train = start.manifest, config.train
     if saved["optimizer"] != train.optimizer:
@@ -75,10 +80,17 @@ def check_same(start, config, data_digest):
             f"checkpoint {start.path}: holds the state of {saved['optimizer']}, this run asks for "
             f"train.optimizer = {train.optimizer}: change it, or start anew with train.init_from"
         )
-    if saved["data"]["sha256"] != data_digest:
+    data, path = saved["data"], config.data.path
+    known, found = (data["fingerprint"], fingerprint) if "fingerprint" in data else (data["sha256"], file_digest(path))
+    if known != found:
         raise DataError(
-            f"data.path = {config.data.path}: not the tokens that checkpoint {start.path} was trained on "
+            f"data.path = {path}: not the tokens that checkpoint {start.path} was trained on "
             "(their SHA-256 differ): give the same file, or start anew with train.init_from"
+        )
+    if order_of(saved) not in [*ORDERS]:
+        raise CheckpointError(
+            f"checkpoint {start.path}: its run takes samples in the order {order_of(saved)!r}, this mpillm knows "
+            f"{', '.join(ORDERS)}: go on with the mpillm that wrote it, or start anew with train.init_from"
         )
     for key, value in (("seed", saved["seed"]), ("seq_len", saved["data"].get("seq_len", train.seq_len))):
         if value != getattr(train, key):  # its place in the data would be another
@@ -86,6 +98,11 @@ def check_same(start, config, data_digest):
                 f"checkpoint {start.path}: of train.{key} = {value}, this run has {getattr(train, key)}: set it "
                 "back, or start anew with train.init_from"
             )
+
+
+def order_of(manifest):
+    """Return the order of samples of a run; a checkpoint from before there was a choice names none. Local."""
+    return manifest["data"].get("order", "permutation")
 
 
 def check_model(source, model):
@@ -108,7 +125,8 @@ def _of_a_run(path):
     data = saved.get("data")
     counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]
     if not (all(type(count) is int and 0 <= count < 1 << 63 for count in counts) and saved["skipped"] <= found.step
-            and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str) and "sha256" in data):
+            and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str)
+            and {"fingerprint", "sha256"} & data.keys()):
         raise CheckpointError(f"checkpoint {found.path}: manifest.json does not say what a run needs: model, "
                               "optimizer, seed and place in the data")
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import tempfile
 from array import array
 from bisect import bisect_right
@@ -18,6 +19,7 @@ from mpillm.files import replacing
 from mpillm.hdf5 import open_to_read, writing
 
 _BLOCK_TOKENS = 1 << 20
+_FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 256, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def _write_split(group, documents, tokenizer, folder):
     """Write tokens, starts of documents and bytes of text; tokens are spooled until their number is known."""
     dtype = np.dtype(token_dtype(tokenizer.vocab_size))
     end, starts, start, num_tokens, num_bytes = dtype.type(tokenizer.end).tobytes(), array("Q"), 0, 0, 0
+    digest = hashlib.sha256()
 
     def counted():
         nonlocal num_bytes
@@ -87,10 +90,11 @@ def _write_split(group, documents, tokenizer, folder):
 
     with tempfile.TemporaryFile(dir=folder) as spool:
         for tokens, is_last in tokenizer.encode_documents(counted()):
-            spool.write(tokens.astype(dtype, copy=False).tobytes())
+            data = tokens.astype(dtype, copy=False).tobytes() + (end if is_last else b"")
+            spool.write(data)
+            digest.update(data)
             num_tokens += len(tokens)
             if is_last:
-                spool.write(end)
                 starts.append(start)
                 start = num_tokens = num_tokens + 1
         spool.seek(0)
@@ -99,7 +103,8 @@ def _write_split(group, documents, tokenizer, folder):
             block = np.frombuffer(spool.read(_BLOCK_TOKENS * dtype.itemsize), dtype)
             dataset[first:first + len(block)] = block
     group["documents"] = np.frombuffer(starts, np.uint64) if starts else np.empty(0, np.uint64)
-    group.attrs["bytes"] = num_bytes
+    digest.update(starts)
+    group.attrs.update(bytes=num_bytes, sha256=digest.hexdigest())
     return Split(len(starts), num_bytes, num_tokens)
 
 
@@ -206,8 +211,27 @@ def with_vocabulary(config):
     return config.with_values({"model.vocab_size": tokens.vocab_size})
 
 
+def fingerprint(path):
+    """Return a SHA-256, in hexadecimal, by which a token file is known again.
+
+    Local. Of the file's length, of the digests of all its tokens that :func:`write_tokens` left in it, and of 256 blocks
+    that are spread over it; a file up to 16 MiB is read whole, no more of any other. A few tokens of a large file that
+    another program changed in place go unseen.
+    """
+    size = os.path.getsize(path)
+    with _open(path) as file:
+        stated = [str(file[split].attrs.get("sha256")) for split in ("train", "validation") if split in file]
+    digest = hashlib.sha256(f"{size} {stated}".encode())
+    step = max(_FINGERPRINT_BLOCK_BYTES, (size - _FINGERPRINT_BLOCK_BYTES) / (_FINGERPRINT_BLOCKS - 1))
+    with open(path, "rb") as file:
+        for block in range(_FINGERPRINT_BLOCKS):
+            file.seek(round(block * step))
+            digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
 def file_digest(path):
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal: what checkpoints held before there was :func:`fingerprint`."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(1 << 20):

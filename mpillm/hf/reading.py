@@ -47,7 +47,7 @@ def from_hf(run, folder):
         dtype = _check_tensors(tensors, table, folder)
         train = Train(run_dir=str(run), seq_len=min(Train.seq_len, model.max_seq_len), dtype=dtype)
         manifest = {"model": asdict(model), "optimizer": "none", "seed": train.seed,
-                    "data": {"sha256": None, "samples_seen": 0}}
+                    "data": {"fingerprint": None, "samples_seen": 0}}
         saving.save(run / "checkpoints", 0, _shards(tensors, table), manifest, SingleComm())
         if (folder / TOKENIZER).is_file():
             shutil.copyfile(folder / TOKENIZER, run / TOKENIZER)

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from mpillm.checkpoint import reading, saving
-from mpillm.checkpoint.start import check_model, check_same, find_start, newest
+from mpillm.checkpoint.start import check_model, check_same, find_start, newest, order_of
 from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
-from mpillm.data.samples import training_order
+from mpillm.data.samples import ORDER, training_order
 from mpillm.data.tokenizers import copy_tokenizer
-from mpillm.data.tokens import TokenFile, file_digest, has_tokens, with_vocabulary
+from mpillm.data.tokens import TokenFile, fingerprint, has_tokens, with_vocabulary
 from mpillm.errors import CheckpointError, CollectiveError, NumbersError, agreed, half_made, on_rank_0
 from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
@@ -92,7 +92,7 @@ class Run:
         if self.config.train.numerics == "exact":
             with agreed(self.comm, "self-test of train.numerics = exact"):
                 check_exact(self.config)
-        self.step_number, self.samples_seen, self.saved_step = 0, 0, 0
+        self.step_number, self.samples_seen, self.sample_order, self.saved_step = 0, 0, ORDER, 0
         self.skipped, self.skipped_in_a_row = 0, 0
         self.stop, self.stopped_by = stop, None
         self.watchdog = self._saving = self._metrics = None  # metrics are kept by rank 0
@@ -137,7 +137,8 @@ class Run:
         """
         train, begin = self.config.train, time.perf_counter()
         self.engine.trace.begin_step(self.step_number + 1)
-        order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch)
+        order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch,
+                               self.sample_order)
         lr = learning_rate(train, self.step_number + 1)
         before_update = self._saving.wait_copied if self._saving else None
         loss, norm = self.engine.train_step(self._reader(self.train_tokens, order), lr, before_update)
@@ -223,7 +224,8 @@ class Run:
             shards = [(piece.name, piece.shape, piece.start, tensors)
                       for piece, tensors in self.engine.optimizer.state() if piece.is_counted]
             manifest = {"model": asdict(self.config.model), "optimizer": self.config.train.optimizer,
-                        "data": {"sha256": self.data_digest, "samples_seen": self.samples_seen,
+                        "data": {"fingerprint": self.fingerprint, "order": self.sample_order,
+                                 "samples_seen": self.samples_seen,
                                  "seq_len": self.config.train.seq_len},
                         "skipped": self.skipped, "seed": self.config.train.seed}
             self._saving = saving.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
@@ -275,7 +277,7 @@ class Run:
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
-        self.data_digest = on_rank_0(self.comm, "data", file_digest, self.config.data.path)
+        self.fingerprint = on_rank_0(self.comm, "data", fingerprint, self.config.data.path)
         if start is not None:
             with self.engine.trace.span("load", "checkpoint"):
                 self._load_or_older(start, resume)
@@ -288,8 +290,7 @@ class Run:
     def _load_or_older(self, start, resume):
         """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""
         action, older = f"resume from {start.path}", None
-        with agreed(self.comm, action):
-            check_same(start, self.config, self.data_digest)
+        on_rank_0(self.comm, action, check_same, start, self.config, self.fingerprint)
         try:
             with agreed(self.comm, action):
                 return self._load(start)
@@ -310,6 +311,7 @@ class Run:
             lambda kind, piece: start.read(piece.name, kind, piece.start, piece.stop, piece.shape),
             start.step - self.skipped)
         self.step_number, self.samples_seen = start.step, saved["data"]["samples_seen"]
+        self.sample_order = order_of(saved)
         self.saved_step = start.step
 
     def _load_weights(self):

@@ -1,5 +1,6 @@
 """Stop and go on: the same bytes at the same layout, the same curve at another; and what must be refused."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 from helpers import assert_all
 from tiny import LAYOUTS, configure, everything, same, tiny, write_token_file
 
+from mpillm.checkpoint.saving import _write_manifest
 from mpillm.errors import DataError, MpillmError
 from mpillm.guard.stop import StopRequest
 from mpillm.train import optimizers
@@ -46,6 +48,23 @@ def run_at(layout, comm, path, name, steps, **more):
     losses = run(alone, path, name, steps, **more) if comm.rank == 0 else None
     alone.Free()
     return comm.bcast(losses)
+
+
+def test_a_checkpoint_that_names_no_order_goes_on_in_that_of_its_time(comm, data_path, monkeypatch):
+    """Checkpoints held the digest of the whole file of tokens then."""
+    with monkeypatch.context() as patch:
+        patch.setattr("mpillm.train.run.ORDER", "permutation")
+        whole, losses = run(comm, data_path, "whole", 6), run(comm, data_path, "parts", 3)
+    if comm.rank == 0:
+        folder = data_path / "parts" / "checkpoints" / "step-00000003"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["data"]["order"], manifest["data"]["fingerprint"], manifest["sha256"]
+        manifest["data"]["sha256"] = hashlib.sha256((data_path / "tokens.h5").read_bytes()).hexdigest()
+        _write_manifest(folder, manifest)
+    comm.Barrier()
+    losses += run(comm, data_path, "parts", 5) + run(comm, data_path, "parts", 6)  # the last from one of today's
+    assert_all(losses == whole and same(data_path, "whole", "parts"), f"{losses} {whole}", comm)
+    assert_all(run(comm, data_path, "other", 2) != whole[:2], "both orders are the same", comm)
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), [

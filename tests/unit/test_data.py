@@ -1,18 +1,24 @@
 """Token files: which tokens a sample has, in which order samples come, and what is refused."""
 
 import fcntl
+import hashlib
+import itertools
 import json
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 
 import h5py
 import numpy as np
 import pytest
+from scipy.stats import chisquare, kstest
 from tiny import write_token_file
 
-from mpillm.data.samples import training_order
-from mpillm.data.tokenizers import load_tokenizer
-from mpillm.data.tokens import TokenFile, file_digest
+from mpillm.data import tokens
+from mpillm.data.samples import ORDERS, training_order
+from mpillm.data.tokenizers import ByteTokenizer, load_tokenizer
+from mpillm.data.tokens import TokenFile, file_digest, fingerprint, write_tokens
 from mpillm.errors import INPUT_OUTPUT, USAGE, ConfigError, DataError
 
 
@@ -104,22 +110,57 @@ def test_what_cannot_be_mapped_is_read_a_sample_at_a_time(path, tmp_path, kind, 
         assert in_memory == (4 * values.itemsize if kind == "compressed" else 0)
 
 
-@pytest.mark.parametrize("num_samples", [1, 7, 50])
-def test_every_epoch_visits_every_sample_once(num_samples):
-    order = training_order(num_samples, 3, 0, 4 * num_samples)
-    epochs = [order[i * num_samples:(i + 1) * num_samples] for i in range(4)]
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 7, 50, 997])
+def test_every_epoch_visits_every_sample_once(num_samples, order):
+    found = training_order(num_samples, 3, 0, 4 * num_samples, order)
+    epochs = [found[i * num_samples:(i + 1) * num_samples] for i in range(4)]
     assert all(sorted(epoch) == list(range(num_samples)) for epoch in epochs)
     assert num_samples < 7 or len(set(map(tuple, epochs))) == 4
 
 
-def test_the_order_depends_on_seed_and_sample_number_alone():
-    whole = training_order(50, 3, 0, 200)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_order_depends_on_seed_and_sample_number_alone(order):
+    whole = training_order(50, 3, 0, 200, order)
     for first, count in ((0, 9), (45, 9), (99, 1), (149, 51)):  # across the ends of epochs, in any portions
-        assert training_order(50, 3, first, count) == whole[first:first + count]
-    assert whole != training_order(50, 4, 0, 200)
-    code = "from mpillm.data.samples import training_order; print(training_order(50, 3, 0, 200))"
+        assert training_order(50, 3, first, count, order) == whole[first:first + count]
+    assert whole != training_order(50, 4, 0, 200, order)
+    code = f"from mpillm.data.samples import training_order; print(training_order(50, 3, 0, 200, {order!r}))"
     again = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert json.loads(again) == whole
+
+
+def test_orders_stay_what_they_are():
+    """A run that goes on with another mpillm must not see samples twice; the second is numpy's."""
+    assert training_order(10, 3, 0, 20) == [6, 5, 0, 3, 9, 1, 8, 7, 4, 2, 2, 9, 6, 4, 8, 3, 5, 7, 0, 1]
+    drawn = [np.random.Generator(np.random.Philox(key=[3, epoch])).permutation(10) for epoch in range(2)]
+    assert training_order(10, 3, 0, 20, "permutation") == np.concatenate(drawn).tolist()
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 5, 24])
+def test_every_sample_is_as_likely_in_every_place_and_after_every_other(num_samples):
+    """And, where they can be counted, every order as any other: chi-square over 1500 epochs."""
+    epochs = np.array(training_order(num_samples, 7, 0, 1500 * num_samples)).reshape(1500, num_samples)
+    places, after = np.zeros((2, num_samples, num_samples))
+    for place in range(num_samples):
+        np.add.at(places[place], epochs[:, place], 1)
+    np.add.at(after, (epochs[:, :-1], epochs[:, 1:]), 1)
+    counts = [*places, after[~np.eye(num_samples, dtype=bool)]]
+    if num_samples < 6:
+        orders = Counter(map(tuple, epochs.tolist()))
+        counts.append([orders[order] for order in itertools.permutations(range(num_samples))])
+    chances = [chisquare(count).pvalue for count in counts]
+    assert min(chances) > 1e-3 / len(chances)
+
+
+def test_an_order_of_many_samples_costs_no_more_than_those_asked_for():
+    tracemalloc.start()
+    found = np.array(training_order(10**12 + 39, 0, 5 * 10**11, 1000))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20 and len(set(found.tolist())) == 1000 and 0 <= found.min() < found.max() < 10**12 + 39
+    assert kstest(found / 10**12, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 4 / 1000**0.5
 
 
 def test_the_digest_is_of_the_bytes(path, tmp_path):
@@ -128,6 +169,35 @@ def test_the_digest_is_of_the_bytes(path, tmp_path):
     assert file_digest(path) == file_digest(path) != file_digest(other)
     same.write_bytes(path.read_bytes())
     assert file_digest(same) == file_digest(path)
+
+
+def test_a_file_is_known_again_by_its_fingerprint(path, tmp_path):
+    same = tmp_path / "same.h5"
+    same.write_bytes(path.read_bytes())
+    others = [write_token_file(tmp_path / f"{name}.h5", **what) for name, what in {
+        "seed": {"tokens": 100, "seed": 1}, "length": {"tokens": 101}, "validation": {"tokens": 100, "validation": 201}
+    }.items()]
+    assert fingerprint(same) == fingerprint(path)
+    assert len({fingerprint(path), *map(fingerprint, others)}) == 4
+
+
+def test_a_larger_file_is_known_by_blocks_of_it_and_by_the_digests_that_it_states(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_FINGERPRINT_BLOCKS", 3)
+    monkeypatch.setattr(tokens, "_FINGERPRINT_BLOCK_BYTES", 64)
+    text, path, other = bytearray(b"x" * 9000), tmp_path / "tokens.h5", tmp_path / "other.h5"
+    write_tokens(path, [bytes(text)], [], ByteTokenizer())
+    with h5py.File(path) as file:
+        row, starts = file["train/tokens"], file["train/documents"]
+        assert file["train"].attrs["sha256"] == hashlib.sha256(row[:].tobytes() + starts[:].tobytes()).hexdigest()
+        place = row.id.get_offset() + 2 * 1000  # in no block
+    for changed, is_seen in ((place, False), (path.stat().st_size // 2, True)):
+        raw = bytearray(path.read_bytes())
+        raw[changed] ^= 1
+        other.write_bytes(raw)
+        assert (fingerprint(other) != fingerprint(path)) == is_seen
+    text[1000] ^= 1
+    write_tokens(other, [bytes(text)], [], ByteTokenizer())
+    assert fingerprint(other) != fingerprint(path)
 
 
 def refused(path, error=DataError, **options):
