@@ -29,6 +29,8 @@ def read_flights(folder):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found[record["rank"]] = record
+        except FileNotFoundError:  # taken back
+            continue
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not the record of a rank ({error!r})") from error
     return found

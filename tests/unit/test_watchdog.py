@@ -1,6 +1,7 @@
 """The watchdog on a rank that a clock plays, and what is read out of records that are made up."""
 
 import json
+import threading
 
 import pytest
 
@@ -15,15 +16,15 @@ class Left(BaseException):
 
 
 class Played(watchdog.Watchdog):
-    """One of two ranks, on a clock: :meth:`pass_s` lets its thread's loop see the time go by."""
+    """One of some ranks, on a clock: :meth:`pass_s` lets its thread's loop see the time go by."""
 
-    def __init__(self, monkeypatch, folder, limit_s):
+    def __init__(self, monkeypatch, folder, limit_s, size=2):
         self.now_s = 0.0
         monkeypatch.setattr(watchdog.threading.Thread, "start", lambda thread: None)
         monkeypatch.setattr(watchdog.time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(watchdog.time, "sleep", lambda s: setattr(self, "now_s", self.now_s + s))
         monkeypatch.setattr(watchdog.os, "_exit", self.leave)
-        super().__init__(Recorder(), folder, 0, 2, {"data": 0, "pipeline": 0, "tensor": 0}, limit_s)
+        super().__init__(Recorder(), folder, 0, size, {"data": 0, "pipeline": 0, "tensor": 0}, limit_s)
 
     def leave(self, code):
         raise Left(code)
@@ -85,6 +86,75 @@ def test_a_rank_that_waits_gives_up_when_another_has(tmp_path, monkeypatch):
     with pytest.raises(Left):
         played.play(spans(played, [0.5] * 9 + [1000.0]))
     assert json.loads((tmp_path / "rank-00000.json").read_text())["quiet_s"] < 3
+
+
+@pytest.mark.parametrize("kind, quiet_s", [("data", 200.0), ("save", 200.0), ("load", 200.0)])
+def test_a_stall_of_the_file_system_ends_nothing(tmp_path, monkeypatch, kind, quiet_s):
+    """Though what the rank knows of this kind is short; it has a limit all the same."""
+    played = Played(monkeypatch, tmp_path / "flight", 60.0)
+    played.recorder.begin_step(1)
+    played.play(spans(played, [0.1] * 9 + [quiet_s] + [0.1] * 3, kind))
+    assert not (tmp_path / "flight").exists() and 240 <= played.limit_of(kind) < 20 * 210
+    with pytest.raises(Left):
+        played.play(spans(played, [1e5], kind))
+
+
+def told_by(folder, *names):
+    for name in names:
+        (folder / name).write_text(json.dumps(record(int(name[5:10]), [call("allreduce", 1)])))
+
+
+def test_who_waits_for_a_rank_that_waits_for_a_file_system_waits_with_it(tmp_path, monkeypatch, capsys):
+    """It has given up after what it knows of its own kind, finds that the other is in a file, and takes its word back."""
+    played = Played(monkeypatch, tmp_path, 60.0)
+    played.recorder.begin_step(1)
+
+    def asked():
+        told_by(tmp_path, "rank-00001.json")
+        (tmp_path / "files-00001").touch()
+
+    def sleep(s):  # the other goes on after 100 s, this rank 8 s later
+        played.now_s += s
+        if played.now_s > began_s + 100:
+            (tmp_path / "files-00001").unlink(missing_ok=True)
+            (tmp_path / "rank-00001.json").unlink(missing_ok=True)
+        if played.now_s > began_s + 108:
+            played.recorder.end("wait")
+
+    monkeypatch.setattr(watchdog.time, "sleep", sleep)
+    played.play([*spans(played, [0.3] * 9, "wait"), (lambda: played.recorder.begin("wait", "1F0"), 0.3)])
+    began_s = played.now_s
+    played.play([(asked, 30.0), (lambda: played.recorder.begin("F", "1F0"), 0.5)])
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == "" and played.now_s > began_s + 108
+
+
+def test_a_rank_in_a_file_says_that_all_wait_for_it(tmp_path, monkeypatch, capsys):
+    played = Played(monkeypatch, tmp_path, 60.0)
+    played.recorder.begin_step(3)
+    played.recorder.begin("data", "samples")
+    told_by(tmp_path, "rank-00001.json")
+    with pytest.raises(Left):
+        played.play([(lambda: None, 1e5)])
+    said = capsys.readouterr().err
+    assert "[rank 0/2" in said and "step 3, data: quiet for 2 s; all wait for the file system, for 238 s at most" in said
+    assert 230 < played.now_s < 260 and "rank 0 on" in said.split("at most")[1]  # then it has no more patience
+
+
+@pytest.mark.parametrize("size, looks", [(2, 1592), (4000, 10)])
+def test_all_ranks_together_ask_the_file_system_so_many_times_a_second(tmp_path, monkeypatch, size, looks):
+    asked = []
+    monkeypatch.setattr(watchdog.Path, "glob", lambda folder, pattern: asked.append(folder) or [])
+    played = Played(monkeypatch, tmp_path, 1e4, size)
+    played.recorder.begin_step(1)
+    played.play([(lambda: None, 400.0)])
+    assert len(asked) == pytest.approx(looks, rel=0.01)
+
+
+def test_the_thread_ends_with_the_watchdog(tmp_path):
+    dog = watchdog.Watchdog(Recorder(), tmp_path, 0, 1, {}, 60.0)
+    assert "watchdog" in {thread.name for thread in threading.enumerate()}
+    dog.stop()
+    assert not dog._thread.is_alive()
 
 
 def test_whatever_goes_wrong_is_said(tmp_path, monkeypatch, capsys):
