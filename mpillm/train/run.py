@@ -135,6 +135,13 @@ class Run:
         NumbersError
             On every rank, after ``train.skip_limit`` such steps in a row.
         """
+        try:
+            return self._step()
+        except BaseException:
+            self.engine.mesh.recorder.end_step()  # who catches it is at work of its own, which the watchdog leaves alone
+            raise
+
+    def _step(self):
         train, begin = self.config.train, time.perf_counter()
         self.engine.trace.begin_step(self.step_number + 1)
         order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch,
@@ -208,8 +215,10 @@ class Run:
         if self.stop and not self.stopped_by:
             recorder = self.engine.mesh.recorder
             recorder.begin("agree", "to go on")
-            self.stopped_by = self.stop.agreed(self.comm)
-            recorder.end("agree")
+            try:
+                self.stopped_by = self.stop.agreed(self.comm)
+            finally:
+                recorder.end("agree")
         return self.stopped_by is not None
 
     def save(self):

@@ -16,6 +16,7 @@ from tiny import LAYOUTS, configure, everything, same, tiny
 from mpillm import comm as mpi
 from mpillm.checkpoint import reading, saving
 from mpillm.comm.group import Group
+from mpillm.comm.recorder import RESTING
 from mpillm.errors import CollectiveError, DataError, MpillmError, NumbersError
 from mpillm.guard import stragglers
 from mpillm.pipeline import stage
@@ -26,6 +27,26 @@ pytestmark = pytest.mark.mpi
 
 def make(comm, path, name, **more):
     return Run(tiny(configure(path, name, **{**LAYOUTS[comm.size], **more})), comm)
+
+
+@pytest.mark.parametrize("where", ["data", "stragglers", "agree"])
+def test_an_error_that_a_script_catches_leaves_the_rank_at_rest(comm, data_path, monkeypatch, where):
+    """The watchdog is to leave alone who does something else then; and the run goes on."""
+    trainer = make(comm, data_path, f"caught-{where}", **{"train.hang_limit_s": 60.0})
+    trainer.step()
+    failing = {"data": (trainer.train_tokens, "samples"), "stragglers": (trainer.stragglers, "end_step"),
+               "agree": (trainer, "stop")}[where]
+    monkeypatch.setattr(*failing, Mock(side_effect=DataError("planted"),
+                                       **{"agreed.side_effect": DataError("planted")}))
+    with pytest.raises(DataError, match="planted"):
+        next(iter(trainer)) if where == "agree" else trainer.step()
+    recorder = trainer.engine.mesh.recorder
+    assert_all(recorder.kind == RESTING and not recorder._open, recorder.kind, comm)
+    assert_all(comm.size == 1 or trainer.watchdog.limit_of(recorder.kind) == math.inf, "still watched", comm)
+    monkeypatch.undo()
+    before = trainer.step_number
+    assert_all(trainer.step()["step"] == before + 1, "does not go on", comm)
+    trainer.free()
 
 
 def held(trainer):
