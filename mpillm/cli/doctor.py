@@ -13,9 +13,11 @@ from collections import Counter
 import click
 
 from mpillm import __version__
-from mpillm.errors import FAILURE, OK, LaunchError
+from mpillm.config import Config
+from mpillm.errors import FAILURE, OK, LaunchError, MpillmError
 from mpillm.files import to_json
 
+ODD_MODEL = {"hidden_size": 40, "num_layers": 1, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}
 SHM_BYTES = 1 << 26  # a rank; less than any model worth a node needs
 CUDA_SWITCHES = ("MPICH_GPU_SUPPORT_ENABLED", "MPIR_CVAR_ENABLE_GPU", "OMPI_MCA_opal_cuda_support")
 LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "PRTE_", "OMPI_COMM_", "HYDI_", "HYDRA_", "SLURM_")
@@ -52,18 +54,36 @@ def examine(comm, as_json):
     """Report what all ranks see; return the exit code. Collective over ``comm``."""
     seen = sees_folder_of_rank_0(comm)
     ranks = comm.allgather({**describe_rank(comm), "shares_folder": seen})
-    faults = find_faults(ranks)
+    faults, exact = find_faults(ranks), exact_ways(comm)
     if comm.rank == 0:
-        report(ranks, faults, as_json)
+        report(ranks, faults, as_json, exact)
     return FAILURE if faults else OK
 
 
-def report(ranks, faults, as_json):
+def exact_ways(comm):
+    """Return by which way of products exact numerics go here, for each dtype ``{"way", "refused"}``.
+
+    Collective over ``comm``. Tried on sizes that nothing divides; a run tries its own.
+    """
+    from mpillm.train.selftest import check_exact
+
+    found = {}
+    for dtype in ("float32", "float64"):
+        config = Config.from_dict({"model": ODD_MODEL, "train": {
+            "numerics": "exact", "dtype": dtype, "seq_len": 12, "global_batch": 9, "microbatch": 2}})
+        try:
+            found[dtype] = {"way": check_exact(config.resolve(1), comm), "refused": None}
+        except MpillmError as error:
+            found[dtype] = {"way": None, "refused": str(error)}
+    return found
+
+
+def report(ranks, faults, as_json, exact=None):
     """Print ranks and faults."""
     if as_json:
-        click.echo(to_json({"sound": not faults, "faults": faults, "ranks": ranks}, indent=1))
+        click.echo(to_json({"sound": not faults, "faults": faults, "exact": exact, "ranks": ranks}, indent=1))
     else:
-        click.echo(to_text(ranks, faults))
+        click.echo(to_text(ranks, faults, exact))
 
 
 def sees_folder_of_rank_0(comm):
@@ -207,7 +227,7 @@ def is_other_mpi(library, compiled_for, compiled_standard, standard):
     return known.get(compiled_for, False) or standard < compiled_standard
 
 
-def to_text(ranks, faults):
+def to_text(ranks, faults, exact=None):
     """Lay the report out for people."""
     first, nodes = ranks[0], Counter(rank["node"] for rank in ranks)
     lines = [
@@ -219,6 +239,8 @@ def to_text(ranks, faults):
         f"memory     {first['memory_bytes'] / 2**30:.1f} GiB a rank, by {first['memory_limit']}",
         f"/dev/shm   {first['shm_free_bytes'] / 2**30:.1f} GiB free",
     ]
+    for dtype, found in (exact or {}).items():
+        lines.append(f"exact      {dtype}: " + (f"products {found['way']}" if found["way"] else f"no: {found['refused']}"))
     for rank in ranks:
         lines.append(
             f"rank {rank['rank']:<5} node {rank['node']}, cores {_spans(rank['cores'])}, {rank['threads']} threads"

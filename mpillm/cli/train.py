@@ -75,8 +75,9 @@ class Progress:
         from mpillm.verify.compare import describe
 
         self.train, self.is_terminal, self.last_line_s = run.config.train, sys.stderr.isatty(), 0.0
+        exact = f"exact products {run.engine.way}, " if run.config.train.numerics == "exact" else ""
         start = f"going on from step {run.step_number}" if run.step_number else "starting"
-        click.echo(f"mpillm train: {run.comm.size} ranks, {run.threads} threads each, {describe(run.config.layout)}; "
+        click.echo(f"mpillm train: {run.comm.size} ranks, {run.threads} threads each, {exact}{describe(run.config.layout)}; "
                    f"{start} in {run.folder}", err=True)
         self.bar = tqdm(total=self.train.steps, initial=run.step_number, unit="step", disable=not self.is_terminal,
                         dynamic_ncols=True)

@@ -22,8 +22,10 @@ from mpillm.config import Config, Layout
 from mpillm.data.tokenizers import load_tokenizer, new_document
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
+from mpillm.nn.products import WAYS
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
+from mpillm.train.selftest import choose_way
 
 OVERRIDES = ("layout.data", "layout.order", "layout.pipeline", "layout.stage_cuts", "layout.tensor", "train.device",
              "train.dtype", "train.exact_blocks", "train.numerics")
@@ -67,8 +69,11 @@ class Generator:
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if is_exact else "any")
         with half_made(comm) as made:
             made.callback(self.mesh.free)
+            device = pick_device(train.device, comm)
+            way = choose_way(self.config, comm, rows=(1, train.seq_len)) if is_exact else "plain"
             split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None,
-                                dtype=getattr(torch, train.dtype), device=pick_device(train.device, comm))
+                                dtype=getattr(torch, train.dtype), device=device,
+                                multiply=WAYS[way if device.type == "cpu" else "plain"])
             place, cuts = self.mesh.coord("pipeline"), [0, *layout.stage_cuts, model.num_layers]
             self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
             if model.tie_embeddings and layout.pipeline == 1:

@@ -13,7 +13,8 @@ row           ``w [D/p, F]``: inputs      ``y = x w``            ``dx = dy w^T``
 import torch
 from torch import nn
 
-from mpillm.nn.split import add_product, gradient_of, later
+from mpillm.nn.products import add_product
+from mpillm.nn.split import gradient_of, later
 
 
 class ColumnParallelLinear(nn.Module):
@@ -82,25 +83,25 @@ def products(x_TD, split, *blocks):
     Local. Backward sums the input gradients in one buffer and hands the weight gradients to
     ``split.weight_gradients``.
     """
-    return _Products.apply(x_TD, split.weight_gradients, blocks, *[layer.weight for layer, _ in blocks])
+    return _Products.apply(x_TD, split, blocks, *[layer.weight for layer, _ in blocks])
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_gradients, blocks, *weights):
+    def forward(ctx, x, split, blocks, *weights):
         ctx.save_for_backward(x)
-        ctx.weight_gradients, ctx.blocks = weight_gradients, blocks
-        return tuple(x @ _matrix(layer, rows) for layer, rows in blocks)
+        ctx.split, ctx.blocks = split, blocks
+        return tuple(split.multiply(x, _matrix(layer, rows)) for layer, rows in blocks)
 
     @staticmethod
     def backward(ctx, *grads):
-        (x,) = ctx.saved_tensors
-        ctx.weight_gradients.add(later(_accumulate, ctx.blocks, x.detach(), grads))
+        (x,), multiply = ctx.saved_tensors, ctx.split.multiply
+        ctx.split.weight_gradients.add(later(_accumulate, multiply, ctx.blocks, x.detach(), grads))
         dx = None
         if ctx.needs_input_grad[0]:
             for (layer, rows), dy in zip(ctx.blocks, grads):
                 matrix = _matrix(layer, rows).t()
-                dx = dy @ matrix if dx is None else dx.addmm_(dy, matrix)
+                dx = multiply(dy, matrix) if dx is None else add_product(dx, dy, matrix, multiply)
         return dx, None, None, *[None] * len(grads)
 
 
@@ -110,8 +111,8 @@ def _matrix(layer, rows):
     return block.t() if layer.is_transposed else block
 
 
-def _accumulate(blocks, x, grads):
+def _accumulate(multiply, blocks, x, grads):
     """Add the weight gradients of ``y = x @ matrix``."""
     for (layer, rows), dy in zip(blocks, grads):
         left, right = (dy, x) if layer.is_transposed else (x, dy)
-        add_product(gradient_of(layer.weight, rows), left, right)
+        add_product(gradient_of(layer.weight, rows), left.t(), right, multiply)

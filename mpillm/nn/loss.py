@@ -11,7 +11,8 @@ from torch import nn
 
 from mpillm.comm import collectives
 from mpillm.nn.linear import ColumnParallelLinear, products
-from mpillm.nn.split import add_product, gradient_of, later
+from mpillm.nn.products import add_product
+from mpillm.nn.split import gradient_of, later
 from mpillm.schedules.blocks import bounds, loss_chunks
 from mpillm.schedules.tree import tree_sum
 
@@ -86,14 +87,15 @@ class _HeadLoss(torch.autograd.Function):
 def _chunk(head, weight, x, targets, scale, dx, dw, is_new):
     """Return the summed loss of a chunk of tokens; set ``dx`` and add to ``dw``, or set it where it ``is_new``, unless
     they are None. A call a chunk, so that none holds the logits of the one before."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = [(x @ _rows(weight, head, block).t()).to(wide) for block in head.blocks]
+    wide, multiply = torch.promote_types(x.dtype, torch.float32), head.split.multiply
+    logits = [multiply(x, _rows(weight, head, block).t()).to(wide) for block in head.blocks]
     loss = _cross_entropy(logits, targets, head, scale)
     if dx is not None:
         slopes = [part.to(x.dtype) for part in logits]
-        dx.copy_(tree_sum([slope @ _rows(weight, head, block) for slope, block in zip(slopes, head.blocks)], torch.add))
+        dx.copy_(tree_sum([multiply(slope, _rows(weight, head, block)) for slope, block in zip(slopes, head.blocks)],
+                          torch.add))
         for slope, block in zip(slopes, head.blocks):
-            add_product(_rows(dw, head, block), slope, x, is_new)
+            add_product(_rows(dw, head, block), slope.t(), x, multiply, is_new)
     return loss
 
 

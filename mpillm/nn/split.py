@@ -13,6 +13,7 @@ from torch import nn
 
 from mpillm.autograd.regions import allgather_to, copy_to, reduce_from, reduce_scatter_from
 from mpillm.comm.sums import combine_tree
+from mpillm.nn.products import plain
 from mpillm.schedules.blocks import bounds, counts
 
 
@@ -74,15 +75,18 @@ class TensorSplit:
         Blocks of the fixed computation of ``exact``; by default one a rank.
     dtype, device
         Of the weights.
+    multiply : callable
+        The way of products (:data:`mpillm.nn.products.WAYS`).
     """
 
-    def __init__(self, group, sequence_parallel=False, blocks=None, dtype=torch.float32, device="cpu"):
+    def __init__(self, group, sequence_parallel=False, blocks=None, dtype=torch.float32, device="cpu",
+                 multiply=plain):
         self.group, self.rank, self.size = group, group.rank, group.size
         self.sequence_parallel = sequence_parallel and group.size > 1
         self.blocks = group.size if blocks is None else blocks
         self.is_exact = blocks is not None
         self.local_blocks = self.blocks // group.size
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.multiply = dtype, device, multiply
         self.weight_gradients = WeightGradients()
 
     def owned(self, units):
@@ -174,20 +178,6 @@ def gradient_of(weight, rows=None):
             weight.grad = torch.zeros_like(weight)
         grad = weight.grad
     return grad if rows is None else grad[slice(*rows)]
-
-
-def add_product(grad, left, right, is_new=False):
-    """Add ``left.T @ right`` to ``grad``, or set it to that if it ``is_new``; in one pass where the dtypes agree, and on
-    GPUs, whose products of half types can end in float32."""
-    beta = 0 if is_new else 1
-    if grad.dtype == left.dtype:
-        grad.addmm_(left.t(), right, beta=beta)
-    elif grad.is_cuda:
-        torch.addmm(grad, left.t(), right, grad.dtype, beta=beta, out=grad)
-    elif is_new:
-        grad.copy_(left.t() @ right)
-    else:
-        grad.add_(left.t() @ right)
 
 
 def later(function, *arguments):

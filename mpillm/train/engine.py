@@ -13,6 +13,7 @@ from mpillm.errors import ConfigError, half_made
 from mpillm.guard.digests import Digests
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initialise
+from mpillm.nn.products import WAYS
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.pipeline import Microbatch, PipelineRunner, Stage
@@ -23,6 +24,7 @@ from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import make_schedule, named_or_read
 from mpillm.train.gradients import GradientSync
 from mpillm.train.optimizers import ShardedOptimizer
+from mpillm.train.selftest import check_exact
 from mpillm.train.storage import Bucket, MicrobatchTree, bucket_parts
 
 
@@ -45,7 +47,7 @@ class Engine:
     ------
     ConfigError
         On every rank, if the model can only be planned for, ``train.device = "cuda"`` and some rank sees no GPU, or
-        ``numerics = "exact"`` and some rank has one.
+        ``numerics = "exact"`` and some rank has one, or the kernels of some rank do not keep its promise.
     ScheduleError
         If the pipeline schedule does not pass the checker.
     """
@@ -67,6 +69,7 @@ class Engine:
         if self.is_exact and any(self.mesh.world.comm.allgather(self.device.type == "cuda")):
             raise ConfigError("train.numerics = exact: kernels of GPUs add in an order that changes from run to run: set "
                               "train.device = cpu, or train.numerics = fast")
+        self.way = check_exact(config, self.mesh.world.comm) if self.is_exact else "plain"
         self.trace = Trace(trace_folder, self.mesh)
         made.callback(self.trace.close)
         self.stages = self._make_stages()
@@ -198,7 +201,8 @@ class Engine:
         stages = []
         for index in range(mesh.coord("pipeline"), self.num_stages, layout.pipeline):
             split = TensorSplit(mesh.group("tensor"), layout.sequence_parallel,
-                                config.train.exact_blocks if self.is_exact else None, self.dtype, self.device)
+                                config.train.exact_blocks if self.is_exact else None, self.dtype, self.device,
+                                WAYS[self.way])
             module = TransformerStage(model, split, cuts[index], cuts[index + 1], layout.recompute)
             stages.append(Stage(index, self.num_stages, module))
         return stages

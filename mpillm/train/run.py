@@ -24,7 +24,6 @@ from mpillm.plan import Plan
 from mpillm.train.engine import Engine
 from mpillm.train.metrics import Metrics
 from mpillm.train.optimizers import learning_rate
-from mpillm.train.selftest import check_exact
 
 
 class Run:
@@ -89,9 +88,6 @@ class Run:
         writing = f"train.run_dir = {self.folder} cannot be written, choose another"
         on_rank_0(self.comm, writing, partial((self.folder / "checkpoints").mkdir, parents=True, exist_ok=True))
         self.threads = set_threads(self.comm)
-        if self.config.train.numerics == "exact":
-            with agreed(self.comm, "self-test of train.numerics = exact"):
-                check_exact(self.config)
         self.step_number, self.samples_seen, self.sample_order, self.saved_step = 0, 0, ORDER, 0
         self.skipped, self.skipped_in_a_row = 0, 0
         self.stop, self.stopped_by = stop, None

@@ -1,84 +1,191 @@
-"""Whether this machine's kernels keep the promise of ``numerics = "exact"``, tried on the model's own shapes.
+"""Whether this launch's kernels keep the promise of ``numerics = "exact"``, and by which way of products, tried on the
+model's own shapes.
 
 The promise rests on facts that hold for the kernels of a CPU type and torch build, or do not: products of equal shapes
 have equal bits wherever their operands lie; row-wise operations give a row the same bits whichever rows lie beside it;
-an optimiser gives a shard the same bits as the whole.
+an optimiser gives a shard the same bits as the whole; neither the number of threads nor the rank makes a difference.
 """
 
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from mpillm.comm.group import Group
 from mpillm.comm.single import SingleComm
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, agreed
 from mpillm.nn.norm import RMSNorm
+from mpillm.nn.products import WAYS, add_product
 from mpillm.nn.split import TensorSplit
+from mpillm.schedules.blocks import counts, loss_chunks
 from mpillm.train.optimizers import state_kinds, update
 from mpillm.train.storage import ALIGNMENT
 
+USE_FAST, ONE_THREAD = "use train.numerics = fast", "set OMP_NUM_THREADS=1"
 
-def check_exact(config):
-    """Refuse ``exact`` if kernels give different bits where it needs equal ones.
 
-    Local: every rank tries its own processor.
+@dataclass(frozen=True)
+class Report:
+    """What a rank found: the operation that does not repeat and what helps (empty if all repeat), a digest of all bits."""
+
+    operation: str
+    remedy: str
+    bits: str
+
+
+def check_exact(config, comm):
+    """Refuse ``exact`` if kernels give different bits where it needs equal ones; return the way of products to take.
+
+    Collective over ``comm``; what it takes and raises is what :func:`choose_way` does.
+    """
+    _insist(config, comm, comm.allgather(_report(partial(_operations, config))))
+    return choose_way(config, comm)
+
+
+def choose_way(config, comm, rows=None):
+    """Return the first way of products, a name in :data:`mpillm.nn.products.WAYS`, that keeps the promise on all ranks.
+
+    Collective over ``comm``: every rank tries its own processor, and whether its number of threads makes a difference.
 
     Parameters
     ----------
     config : Config
         Resolved.
+    comm : Comm
+    rows : iterable of int, optional
+        Numbers of tokens that are computed together; those of training if left out.
 
     Raises
     ------
     ConfigError
-        On the rank whose kernels fail, naming the operation.
+        On every rank, if kernels give different bits where equal ones are needed, naming the operation, or if ranks
+        differ in their bits.
+    CollectiveError
+        On every rank instead, if kernels fail on some ranks only.
     """
+    first = None
+    for way, multiply in WAYS.items():
+        reports = comm.allgather(_report(partial(_products, config, multiply, rows)))
+        # Threads do not choose: layouts whose ranks have more or fewer of them take one way
+        if len({report.bits for report in reports}) == 1 and USE_FAST not in {report.remedy for report in reports}:
+            _insist(config, comm, reports)
+            return way
+        first = first or reports
+    return _insist(config, comm, first)
+
+
+def _report(trials):
+    """Carry ``trials`` out with one thread and with all."""
     threads, found = torch.get_num_threads(), {}
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            found[count] = list(_trials(config))
+            found[count] = [(operation, _bits(one), _bits(other)) for operation, one, other in trials()]
     finally:
         torch.set_num_threads(threads)
+    digest = sha256(b"".join(one for _, one, _ in found[1])).hexdigest()
     for (operation, one, other), (_, threaded, _) in zip(found[1], found[threads]):
-        if not torch.equal(one, other):
-            _refuse(config, operation, "use train.numerics = fast")
-        if not torch.equal(one, threaded):
-            _refuse(config, f"{operation} with {threads} threads", "set OMP_NUM_THREADS=1")
+        if one != other:
+            return Report(operation, USE_FAST, digest)
+        if one != threaded:
+            return Report(f"{operation} with {threads} threads", ONE_THREAD, digest)
+    return Report("", "", digest)
 
 
-def _refuse(config, what, remedy):
-    raise ConfigError(
-        f"train.numerics = exact: {what} in {config.train.dtype} does not repeat bit for bit on this processor with "
-        f"torch {torch.__version__}: {remedy}"
-    )
+def _bits(x):
+    return sha256(x.detach().contiguous().numpy()).digest()
 
 
-def _trials(config):
-    """Yield ``(operation, result, the same computed otherwise)``."""
-    model, train = config.model, config.train
+def _insist(config, comm, reports):
+    """Raise what the reports of all ranks complain of, if anything."""
+    mine = reports[comm.rank]
+    with agreed(comm, "self-test of train.numerics = exact"):
+        if mine.operation:
+            raise ConfigError(
+                f"train.numerics = exact: {mine.operation} in {config.train.dtype} does not repeat bit for bit on this "
+                f"processor with torch {torch.__version__}: {mine.remedy}")
+    others = [rank for rank, report in enumerate(reports) if report.bits != reports[0].bits]
+    if others:
+        raise ConfigError(
+            f"train.numerics = exact: ranks {others} of {comm.size} compute other bits than rank 0: start all on one type "
+            f"of processor with one build of torch, or {USE_FAST}")
+
+
+def _draws(train):
+    """Return a function that draws tensors of a shape."""
     dtype, generator = getattr(torch, train.dtype), torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+def _rows(train):
+    """Return the numbers of tokens of a microbatch: of all, and of the last of a batch."""
+    last = train.global_batch % train.microbatch or train.microbatch
+    return {sequences * train.seq_len for sequences in (train.microbatch, last)}
+
+
+def _products(config, multiply, rows):
+    """Yield ``(operation, result, the same with operands at odd addresses)`` of all products."""
+    model, blocks, draw = config.model, config.train.exact_blocks, _draws(config.train)
+    groups = {n * model.head_dim for n in counts(model.num_kv_heads, blocks)}
+    heads = {n * model.num_heads // model.num_kv_heads for n in groups}
+    layers, vocabulary = groups | heads | {*counts(model.ffn_size, blocks)}, {*counts(model.vocab_size, blocks)}
+    shapes = set()
+    for tokens in rows or _rows(config.train):
+        chunks = counts(tokens, loss_chunks(tokens, model.vocab_size))
+        shapes |= {(tokens, width) for width in layers} | {(chunk, width) for chunk in chunks for width in vocabulary}
+    if not _is_offered(multiply, draw(1, 1)):
+        yield "a product", torch.zeros(1), torch.ones(1)
+        return
+    for tokens, width in sorted(shapes):
+        x, weight = draw(tokens, model.hidden_size), draw(width, model.hidden_size)
+        y = multiply(x, weight.t())
+        yield "a product", y, multiply(_moved(x), _moved(weight).t())
+        yield "a product backward", multiply(y, weight), multiply(_moved(y), _moved(weight))
+        yield ("a weight's gradient", add_product(weight.clone(), y.t(), x, multiply),
+               add_product(_moved(weight), _moved(y).t(), _moved(x), multiply))
+
+
+def _is_offered(multiply, x):
+    """Tell whether this build of torch has the way for the type of ``x``."""
+    try:
+        multiply(x, x)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _operations(config):
+    """Yield ``(operation, result, the same computed otherwise)`` of what is no product."""
+    model, train, draw = config.model, config.train, _draws(config.train)
     x = draw(train.microbatch * train.seq_len, model.hidden_size)
-    yield from _products(x, [draw(-(-size // train.exact_blocks), model.hidden_size)
-                             for size in (model.ffn_size, model.num_heads * model.head_dim, model.vocab_size)])
     block = x[:max(1, len(x) // train.exact_blocks)]
+    yield "attention", *_attention(config, draw)
     yield from _norm(x, block, model.norm_eps)
     yield "a sum over tokens", block.sum(0), _moved(block).sum(0)
     yield "a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)
     yield "a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)
-    masters = torch.promote_types(dtype, torch.float32)
+    masters = torch.promote_types(x.dtype, torch.float32)
     yield "the optimiser on a shard", *_optimizer(train, draw(8 * ALIGNMENT).to(masters))
 
 
-def _products(x, weights):
-    """Yield products forward and backward, each twice: with operands here, and at odd addresses."""
-    for weight in weights:
-        y = x @ weight.t()
-        yield "a product", y, _moved(x) @ _moved(weight).t()
-        yield "a product backward", y @ weight, _moved(y) @ _moved(weight)
-        yield "a weight's gradient", y.t() @ x, _moved(y).t() @ _moved(x)
+def _attention(config, draw):
+    """Return output and gradients of a block of heads, twice.
+
+    Its operands have just been computed, each in memory of its own: their alignment is always the same.
+    """
+    model, train = config.model, config.train
+    heads = max(counts(model.num_kv_heads, train.exact_blocks)) * model.num_heads // model.num_kv_heads
+    operands = [draw(train.microbatch, train.seq_len, heads, model.head_dim) for _ in range(4)]
+    mask = torch.ones(train.seq_len, train.seq_len, dtype=torch.bool).tril() if config.data.mask_documents else None
+
+    def attend():
+        *inputs, gradient = (x.clone().transpose(1, 2).requires_grad_() for x in operands)
+        out = scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=mask is None)
+        return torch.stack([out, *torch.autograd.grad(out, inputs, gradient.detach())])
+
+    return attend(), attend()
 
 
 def _norm(x, block, eps):

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpillm.comm import shared
 from mpillm.comm.single import SingleComm
+from mpillm.errors import MpillmError
+from mpillm.nn.products import WAYS
 from mpillm.schedules.blocks import align, counts
 from mpillm.train.engine import Engine
 from mpillm.verify.compare import describe
@@ -63,6 +65,36 @@ def test_exact_does_not_depend_on_schedule_sharding_or_recompute(comm):
                   for name, ranges in engine.weight_ranges().items() for start, values in ranges)
         engine.free()
         assert_all(ok, schedule, comm)
+
+
+def test_a_way_of_products_that_fails_on_one_rank_is_taken_by_none(comm, monkeypatch):
+    """Also in float64, which oneDNN has no kernels for."""
+    first, *others = WAYS
+    config = tiny({**EXACT, "model.num_layers": 2, "train.dtype": "float64"})
+    if comm.rank == comm.size - 1:
+        monkeypatch.setitem(WAYS, first, lambda left, right: left @ right + left.data_ptr() % 64)
+    with monkeypatch.context() as everywhere:
+        everywhere.setitem(WAYS, first, lambda left, right: left @ right + left.data_ptr() % 64)
+        history, whole = alone(config, comm, 2)
+    for layout in one_for_every_degrees(config, comm.size):
+        engine = Engine(layout, comm)
+        ok = engine.way in others and train(engine, 2) == history
+        ok &= all(torch.equal(values, whole[name][start:start + len(values)])
+                  for name, ranges in engine.weight_ranges().items() for start, values in ranges)
+        engine.free()
+        assert_all(ok, f"{describe(layout.layout)}: {engine.way}", comm)
+
+
+def test_ranks_whose_products_differ_are_refused_on_all(comm, monkeypatch):
+    more = float(comm.rank == comm.size - 1 > 0)
+    for way in WAYS:
+        monkeypatch.setitem(WAYS, way, lambda left, right: (left[:, :, None] * right.contiguous()).sum(1) + more)
+    layout = with_layout(tiny(EXACT), data=1, pipeline=comm.size, tensor=1).resolve(comm.size)
+    if comm.size == 1:
+        Engine(layout, comm).free()
+        return
+    with pytest.raises(MpillmError, match=rf"ranks \[{comm.size - 1}\] of {comm.size} compute other bits"):
+        Engine(layout, comm)
 
 
 def test_fast_would_fail_the_comparison():
