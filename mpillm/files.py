@@ -1,28 +1,88 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, JSON that is JSON, and what to do where a file cannot be written."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import secrets
+import shutil
+from pathlib import Path
+
+from mpillm.errors import DataError
+
+_REMEDIES = {
+    errno.EDQUOT: "your quota there is used up: remove files of yours, or ask for more",
+    errno.EROFS: "name a place that can be written", errno.EACCES: "name a place that you may write to",
+    errno.EPERM: "name a place that you may write to", errno.ENOENT: "make its folder first",
+    errno.ENOTDIR: "make its folder first", errno.EISDIR: "name a file",
+}
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS, errno.EBADF}
+
+
+def remedy(error):
+    """Return what to do about the error of a file that cannot be written. Local."""
+    return _REMEDIES.get(getattr(error, "errno", None), "free some space")
+
+
+def unwritable(path, error):
+    """Return the :class:`mpillm.errors.DataError` that names a file, the system's error and the remedy. Local."""
+    return DataError(f"{path}: cannot be written ({error.strerror or error}): {remedy(error)}")
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path beside ``path`` that takes its place when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Give a temporary path beside ``path`` that takes its place when all went well; else what was there stays.
+
+    Local. Of a link, what it leads to is replaced; what is no plain file, as a pipe or ``/dev/stdout``, is written to.
+    A file that is replaced keeps its mode.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) or _is_output(path):
+        yield Path(path)
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        sync(temporary)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _is_output(path):
+    """Tell whether ``path`` leads to what standard output or errors go to, though that be a file."""
+    with contextlib.suppress(OSError):
+        return any(os.path.samestat(os.stat(path), os.fstat(descriptor)) for descriptor in (1, 2))
+    return False
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk, on file systems that have that. Local."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path, text):
-    """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write a text file as :func:`replacing` does; raises :func:`unwritable`. Local."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_json(path, value):
+    """Write what :func:`to_json` makes of a value as :func:`replacing` does. Local."""
+    write_text(path, to_json(value, indent=1) + "\n")
 
 
 def to_json(value, indent=None):

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from pydantic import StrictInt
 
 from mpillm.errors import ConfigError
-from mpillm.files import to_json
+from mpillm.files import write_json
 from mpillm.plain import KNOWN_KEYS, load_json
 
 
@@ -203,7 +202,7 @@ class Machine:
 
     def save(self, path):
         """Write the machine as JSON."""
-        Path(path).write_text(to_json(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, name):

@@ -1,6 +1,5 @@
 """What a run obeys: the layout, and which algorithm each collective takes; beside it what was predicted."""
 
-import os
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Any
 from pydantic import StrictInt
 
 from mpillm.errors import ConfigError
-from mpillm.files import to_json
+from mpillm.files import write_json
 from mpillm.plain import KNOWN_KEYS, checked, load_json
 from mpillm.schedules.algorithm import COMPOSED, LIBRARY, PADDED, PIECES, WHOLE, WINDOW, Algorithm
 from mpillm.schedules.generators import ALGORITHMS
@@ -179,9 +178,7 @@ class Plan:
 
     def save(self, path):
         """Write the plan as JSON."""
-        temporary = Path(f"{path}.tmp")  # a job that starts meanwhile sees the old one, or this, whole
-        temporary.write_text(to_json(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, asdict(self))
 
     @staticmethod
     def path_for(path, ranks):

@@ -20,7 +20,7 @@ from mpillm.comm.group import as_group
 from mpillm.comm.limits import usable_cores
 from mpillm.comm.world import launched_size
 from mpillm.errors import ConfigError, DataError, LaunchError
-from mpillm.files import to_json
+from mpillm.files import write_json
 from mpillm.machine import Machine
 from mpillm.plan import DecisionTable
 
@@ -191,7 +191,7 @@ def _check_writable(option, path):
 
 
 def _write_report(output, rows):
-    Path(output).write_text(to_json({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(output, {"machine": machine(), "rows": rows})
 
 
 def _words(text, allowed):

@@ -1,12 +1,12 @@
 """What several commands share: the configuration argument with its ``--section.key VALUE`` overrides."""
 
 import functools
-from pathlib import Path
 
 import click
 
+from mpillm import files
 from mpillm.config import Config
-from mpillm.errors import ConfigError, DataError
+from mpillm.errors import ConfigError
 from mpillm.files import to_json
 
 
@@ -43,16 +43,7 @@ def parse_overrides(words):
 
 def write_json(path, found):
     """Write JSON to a file, or to standard output for ``-``."""
-    text = to_json(found, indent=1)
     if path == "-":
-        click.echo(text)
+        click.echo(to_json(found, indent=1))
     else:
-        write_text(path, text + "\n")
-
-
-def write_text(path, text):
-    """Write a file that an option names."""
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+        files.write_json(path, found)

@@ -22,7 +22,7 @@ from mpillm.cli.options import CONTEXT, with_config
               help="write plans for up to K ranks less beside it, for train --plan when a job comes back smaller")
 def command(config, name, ranks, output, top, price, explain, figure, tolerate):
     """Choose the layout for CONFIG on a machine; needs no MPI, and no data if the vocabulary's size is given."""
-    from mpillm.errors import ConfigError, DataError
+    from mpillm.errors import ConfigError
     from mpillm.machine import Machine
     from mpillm.planner import layout
 
@@ -35,15 +35,12 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
     if tolerate and not output:
         raise ConfigError("--tolerate: the plans are written beside -o FILE, which is not given")
     if output:
-        try:
-            made.save(output)
-            for fewer in range(ranks - 1, max(0, ranks - 1 - tolerate), -1):
-                try:
-                    plan_for_fewer(config, machine, fewer, top).save(made.path_for(output, fewer))
-                except ConfigError as error:
-                    click.echo(f"mpillm plan: no plan for {fewer} ranks: {error}", err=True)
-        except OSError as error:
-            raise DataError(f"-o {output}: cannot be written ({error.strerror or error})") from error
+        made.save(output)
+        for fewer in range(ranks - 1, max(0, ranks - 1 - tolerate), -1):
+            try:
+                plan_for_fewer(config, machine, fewer, top).save(made.path_for(output, fewer))
+            except ConfigError as error:
+                click.echo(f"mpillm plan: no plan for {fewer} ranks: {error}", err=True)
     predicted = made.predicted
     click.echo(f"{layout.describe(made.layout)}: {predicted['step_s']:.4g} s a step, "
                f"{predicted['memory_bytes_per_rank'] / 1e9:.3g} GB a rank, bubble {predicted['bubble_fraction']:.1%}; "

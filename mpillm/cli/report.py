@@ -9,6 +9,7 @@ import numpy as np
 
 from mpillm.cli.options import write_json
 from mpillm.errors import DataError
+from mpillm.files import replacing, unwritable
 from mpillm.plan import Plan
 from mpillm.report.chrome import trace_events
 from mpillm.report.figures import draw_loss, draw_step_time, draw_timeline, save_figure
@@ -165,9 +166,9 @@ def _save(path, figure, rows):
 
 def _write_csv(path, rows):
     try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}): choose another -o") from error
+        raise unwritable(path, error) from error

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from mpillm.cli.options import write_json, write_text
+from mpillm.cli.options import write_json
 from mpillm.errors import ConfigError
+from mpillm.files import write_text
 
 
 @click.group("simulate")

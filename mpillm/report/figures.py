@@ -7,8 +7,10 @@ can tell apart.
 
 import functools
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import replacing
 from mpillm.report.records import bubble, step_shares, window
 from mpillm.schedules.pipeline import KINDS as ACTIONS
 from mpillm.schedules.pipeline import Action
@@ -36,7 +38,8 @@ def save_figure(figure, path):
         If there is no such folder or format.
     """
     try:
-        figure.savefig(path, dpi=DOTS_PER_IN)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=DOTS_PER_IN, format=Path(path).suffix[1:])
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be drawn ({error}): choose another place or name") from error
 

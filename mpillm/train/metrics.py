@@ -4,7 +4,7 @@ import json
 import os
 
 from mpillm.errors import DataError
-from mpillm.files import to_json
+from mpillm.files import replacing, to_json, unwritable
 
 
 class Metrics:
@@ -38,9 +38,8 @@ class Metrics:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}, line {number}: not the metrics of a step ({error!r}): mend or remove it, or "
                                 "choose another train.run_dir") from None
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
         self._last_start = sum(map(len, kept[:-1]))
         self._file = open(path, "ab")
 
@@ -53,7 +52,7 @@ class Metrics:
             self._file.write(to_json(metrics).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise DataError(f"write {self.path}: {error}: free some space, or choose another train.run_dir") from error
+            raise unwritable(self.path, error) from error
         self.last, self._last_start = metrics, start
 
     def close(self):

@@ -1,16 +1,28 @@
 """Files that others read: what is wrong with one is told by key; a file appears whole or the old one stays."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+from tiny import unpack
 
 from mpillm.config import Config
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, DataError
+from mpillm.files import write_json, write_text
 from mpillm.machine import PRESETS, Machine
 from mpillm.plan import Plan
 from mpillm.planner.routes import Topology
+from mpillm.report.records import read_metrics, read_trace
+from mpillm.schedules.check import check
+from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.collective import CollectiveSchedule
 from mpillm.schedules.generators import make_collective
+from mpillm.schedules.pipeline import named_or_read
 
 NETWORK = {"nodes": [{"name": 3}, {"name": "b", "compute": True}],
            "links": [{"from": 3, "to": "b", "bytes_per_s": 1e9}, {"from": "b", "to": 3, "bytes_per_s": 1e9}]}
@@ -80,8 +92,88 @@ def test_what_is_left_out_has_its_default(tmp_path, good):
                 kind.load(path)
 
 
+def test_what_version_0_1_0_wrote_is_read(tmp_path):
+    """Its run, tokens and checkpoint are taken up in tests/mpi/test_resume.py."""
+    unpack("v0.1.0", tmp_path, ("kind", "num_nodes"))
+    machine = Machine.load(tmp_path / "machine.json")
+    assert machine.num_ranks == 2 and [level.name for level in machine.levels] == ["node"] and machine.table[0][4] == "mpi"
+    for path in (tmp_path / "plan.json", tmp_path / "run" / "plan.json"):
+        plan = Plan.load(path)
+        assert (plan.num_ranks, plan.num_nodes, plan.layout["data"], plan.layout["microbatch"]) == (2, 1, 2, 1)
+        assert plan.table.choose("allgather", "data", "float32", 1 << 30) == "ring"
+        plan.applied_to(Config.load(tmp_path / "config.toml").with_values({"model.vocab_size": 257})).resolve(2)
+    schedule = CollectiveSchedule.load(tmp_path / "schedule.json")
+    check_collective(schedule)
+    assert (schedule.op, schedule.num_ranks) == ("allgather", 3)
+    assert Topology.load(tmp_path / "topology.json").ranks == [0, 1, 2]
+    check(named_or_read(str(tmp_path / "pipeline.txt"), 2, 3, 1))
+    assert Config.load(tmp_path / "run" / "config.toml").model.kind == "llama"
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2] and "validation_loss" in metrics[1]
+    (launch,) = read_trace(tmp_path / "run" / "trace")
+    assert sorted(launch.steps) == [1, 2]
+
+
 def test_a_configuration_is_named_by_its_path(tmp_path):
     path = tmp_path / "tiny.toml"
     path.write_text("[model]\nhidden_siz = 3\n")
     with pytest.raises(ConfigError, match="tiny.toml: .*hidden_siz: unknown key, did you mean hidden_size"):
         Config.load(path)
+
+
+@pytest.mark.parametrize("write", [write_text, lambda path, text: write_json(path, {"text": text})])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, write):
+    path, link = tmp_path / "real" / "file.json", tmp_path / "link.json"
+    path.parent.mkdir()
+    link.symlink_to(path)  # which leads to nothing yet
+    old = os.umask(0o027)
+    try:
+        write(link, "old")
+    finally:
+        os.umask(old)
+    assert link.is_symlink() and "old" in path.read_text() and path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o664)  # for the group to change
+    write(str(link), "new")
+    assert link.is_symlink() and "new" in path.read_text() and path.stat().st_mode & 0o777 == 0o664
+    for number, todo in ((errno.EDQUOT, "your quota there is used up"), (errno.ENOSPC, "free some space"),
+                         (errno.EROFS, "name a place")):
+        def full(self, text, number=number, **options):
+            self.touch()
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(DataError, match=rf"link.json: cannot be written \({os.strerror(number)}\): {todo}"):
+            write(link, "newer")
+        monkeypatch.undo()
+    assert "new" in path.read_text() and os.listdir(path.parent) == ["file.json"]
+    for where, todo in ((tmp_path / "none" / "x", "make its folder first"), (path / "x", "make its folder first")):
+        with pytest.raises(DataError, match=f"cannot be written .*: {todo}"):
+            write(where, "x")
+
+
+def test_what_is_no_plain_file_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through" and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
+    write_text("/dev/null", "x")
+    assert not os.path.isfile("/dev/null")
+    for target in (tmp_path / "output", None):  # a file, a pipe
+        words = [sys.executable, "-c", "from mpillm.files import write_text; write_text('/dev/stdout', 'x' * 9)"]
+        with open(target or os.devnull, "w") as file:
+            job = subprocess.run(words, stdout=file if target else subprocess.PIPE, check=True)
+        assert (target.read_bytes() if target else job.stdout) == b"x" * 9
+    assert sorted(os.listdir(tmp_path)) == ["output", "pipe"]
+
+
+def test_a_file_system_that_cannot_sync_takes_files(tmp_path, monkeypatch):
+    for number in (errno.EINVAL, errno.ENOSYS, errno.EIO):
+        def failing(descriptor, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with nullcontext() if number != errno.EIO else pytest.raises(DataError, match="Input/output error"):
+            write_text(tmp_path / "file", str(number))
+    assert (tmp_path / "file").read_text() == str(errno.ENOSYS)
