@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 
 import h5py
 
@@ -23,6 +24,15 @@ def open_to_read(path):
         if "locking flag" in str(error):  # this process has it open already, with the lock
             return h5py.File(path, "r")
         raise
+
+
+def system_error(error):
+    """Return the number of the system's error behind what h5py raised, or None where it is what the file holds. Local.
+
+    Only opening gives an ``OSError`` with its number; all else, a ``KeyError`` even, tells it in words.
+    """
+    told = re.search(r"\berrno = (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(told[1]) if told else None)
 
 
 @contextlib.contextmanager

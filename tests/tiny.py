@@ -1,13 +1,16 @@
 """The small model that tests train, with sizes that nothing divides, and its token file."""
 
 import itertools
+import json
 import random
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 
-from mpillm.checkpoint.reading import Checkpoint
+from mpillm.checkpoint.reading import Checkpoint, digest_of
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config
 from mpillm.schedules.pipeline import SCHEDULES, make_schedule
@@ -152,3 +155,19 @@ def same(path, one, other):
     """Tell whether two runs' newest checkpoints hold the same bytes."""
     left, right = everything(path, one), everything(path, other)
     return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
+
+
+def unpack(version, folder, lacks=()):
+    """Unpack the files that a version wrote (see ``data/README.rst``), without the keys that ``lacks`` names."""
+    with tarfile.open(Path(__file__).parent / "data" / f"{version}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    path = next(folder.glob("run/checkpoints/step-*/manifest.json"))
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    for part in (manifest, manifest["model"], manifest["data"]):
+        for key in lacks:
+            part.pop(key, None)
+    path.write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
+    path = folder / "run" / "config.toml"
+    kept = [line for line in path.read_text().splitlines() if line.split(" ")[0] not in lacks]
+    path.write_text("\n".join(kept))

@@ -4,12 +4,14 @@ Every shard is a contiguous range of the row-major order of one whole tensor. ``
 after all files are written, synced and agreed on (:mod:`mpillm.checkpoint.saving`); what the manifest lists is whole.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import stat
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,30 +21,86 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mpillm.config import Config
-from mpillm.errors import CheckpointError
-from mpillm.hdf5 import open_to_read
+from mpillm.errors import CheckpointError, DataError
+from mpillm.hdf5 import open_to_read, system_error
 from mpillm.nn.init import parameter_table
 
 VERSION = 1
 MANIFEST_BYTES = 1 << 28  # at most; a shard takes about 300
-COMPRESSION = 1000  # at most, by a file system: what takes less room than that is a hole, not data
+SHARD_ELEMENTS = 1 << 26  # at most, of one that is read; those written are smaller
+PAUSES_S = (0.1, 0.5, 2.0)  # before a file is read again that could not be read for a reason that may pass
 _NAME = re.compile(r"step-(\d{8})(\.replaced)?")
 # What h5py, json and numpy raise on what was not written by mpillm; deep nesting is a RuntimeError.
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError)
+# Errors of the system that say what lies there. All others are of the file system, and say nothing of the checkpoint.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+_PASSING = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT, errno.ENFILE, errno.EMFILE}
+_REMEDIES = {errno.ENOLCK: "set HDF5_USE_FILE_LOCKING=FALSE", errno.EACCES: "ask its owner to let you read it",
+             errno.ENOMEM: "give this rank more memory"}
+
+
+class OtherVersion(CheckpointError):
+    """A checkpoint of a format that this version does not know: it is no worse than older ones."""
 
 
 def complete_checkpoints(folder):
-    """Return the complete checkpoints below ``folder``, oldest first. Local."""
+    """Return the complete checkpoints below ``folder``, oldest first. Local.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be looked at: who went on without would start anew.
+    """
     found = {}
-    for path in sorted(Path(folder).glob("step-*"), reverse=True):  # a new one comes after the one that it replaces
-        if _NAME.fullmatch(path.name) and (path / "manifest.json").is_file():
+    for name in sorted(_names(folder), reverse=True):  # a new one comes after the one that it replaces
+        if _NAME.fullmatch(name) and _is_there(path := Path(folder) / name):
             found[path.stem] = path
     return sorted(found.values())
 
 
 def interrupted_saves(folder):
     """Return the names of what saves that were interrupted left below ``folder``."""
-    return sorted(path.name for path in Path(folder).glob("step-*.tmp"))
+    return sorted(name for name in _names(folder) if re.fullmatch(r"step-.*\.tmp", name))
+
+
+def _names(folder):
+    try:
+        return _patiently(os.listdir, folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_there(path):
+    """Tell whether a folder has a manifest. Unlike ``Path.is_file`` it does not take every error for a no."""
+    try:
+        return stat.S_ISREG(_patiently((path / "manifest.json").stat).st_mode)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise
+
+
+def _patiently(read, *arguments):
+    """Return what ``read`` returns; where the file system fails in a way that may pass, after some tries."""
+    for pause_s in PAUSES_S:
+        try:
+            return read(*arguments)
+        except _MALFORMED as error:
+            if system_error(error) not in _PASSING:
+                raise
+        time.sleep(pause_s)
+    return read(*arguments)
+
+
+def _refusal(what, error):
+    """Return what to raise for an error of reading ``what``: of the file system, or of what was found there."""
+    if isinstance(error, CheckpointError):
+        return error
+    number = errno.ENOMEM if isinstance(error, MemoryError) else system_error(error)
+    if number is None or number in _ABSENT:
+        return CheckpointError(f"{what} ({_in_a_line(error)})")
+    remedy = _REMEDIES.get(number, "try again when the file system can read it, or name another checkpoint")
+    return DataError(f"{what} ([Errno {number}] {os.strerror(number)}), though it may be whole: {remedy}")
 
 
 def step_of(path):
@@ -73,8 +131,9 @@ class Entry:
     shards: list[Shard]
 
     def __post_init__(self):
-        if not all(shard.start < shard.stop <= math.prod(self.shape) for shard in self.shards):
-            raise ValueError("a shard is empty or does not lie in its tensor")
+        size = math.prod(self.shape)
+        if not all(shard.start < shard.stop <= min(size, shard.start + SHARD_ELEMENTS) for shard in self.shards):
+            raise ValueError(f"a shard is empty, does not lie in its tensor or has more than {SHARD_ELEMENTS} elements")
 
 
 _TENSORS = TypeAdapter(dict[str, dict[str, Entry]])
@@ -92,28 +151,29 @@ class Checkpoint:
     ------
     CheckpointError
         If there is none, or its manifest cannot be used.
+    DataError
+        Here and in :meth:`read`, if the file system cannot read it: it is no worse for that.
     """
 
     def __init__(self, path):
         self.path = _find(Path(path))
         try:
-            file = self.path / "manifest.json"
-            if file.stat().st_size > MANIFEST_BYTES:
-                raise ValueError(f"it is longer than {MANIFEST_BYTES} bytes")
-            self.manifest = json.loads(file.read_text(encoding="utf-8"))
+            self.manifest = json.loads(_patiently(self._manifest_text))
             if self.manifest["version"] != VERSION:
-                raise CheckpointError(
-                    f"checkpoint {self.path}: format version {self.manifest['version']}, this mpillm reads {VERSION}"
-                )
+                raise OtherVersion(f"checkpoint {self.path}: format version {self.manifest['version']}, this mpillm "
+                                   f"reads {VERSION}: take the mpillm that wrote it")
             if self.manifest.pop("sha256") != digest_of(self.manifest):
                 raise ValueError("its digest does not match")
             self.step = TypeAdapter(_Count).validate_python(self.manifest["step"])
             self.tensors = _TENSORS.validate_python(self.manifest.pop("tensors"))
         except _MALFORMED as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"checkpoint {self.path}: manifest.json cannot be used ({_in_a_line(error)})"
-                                  ) from error
+            raise _refusal(f"checkpoint {self.path}: manifest.json cannot be used", error) from error
+
+    def _manifest_text(self):
+        file = self.path / "manifest.json"
+        if file.stat().st_size > MANIFEST_BYTES:
+            raise ValueError(f"it is longer than {MANIFEST_BYTES} bytes")
+        return file.read_text(encoding="utf-8")
 
     def names(self, kind="weight"):
         """Return the names of the tensors of a kind."""
@@ -123,8 +183,18 @@ class Checkpoint:
         """Return the whole shape of a tensor."""
         return tuple(self._entry(name, kind).shape)
 
+    def model_section(self):
+        """Return the ``[model]`` section of the run; keys that came later than the checkpoint have their defaults.
+
+        Raises
+        ------
+        ConfigError
+            If the manifest has none that can be.
+        """
+        return Config.from_dict({"model": self.manifest.get("model", {})}, source=self.path).model
+
     def model(self):
-        """Return the model whose weights these are.
+        """Return the model whose weights these are. Reads one shard, before room is made for all.
 
         Raises
         ------
@@ -133,7 +203,7 @@ class Checkpoint:
         CheckpointError
             If the weights are not all those of the model, or more than the files can hold.
         """
-        model = Config.from_dict({"model": self.manifest.get("model", {})}, source=self.path).model
+        model = self.model_section()
         if model.num_layers > len(self.names()):  # before a table is made of them
             raise CheckpointError(f"checkpoint {self.path}: holds {len(self.names())} weights, fewer than "
                                   f"model.num_layers = {model.num_layers}")
@@ -141,10 +211,12 @@ class Checkpoint:
         for name, shape in shapes.items():
             if self.shape(name) != shape:
                 raise self._other_shape(name, "weight", shape)
-        files = [path.stat() for path in self.path.glob("rank-*.h5")]
-        held_bytes = sum(min(file.st_size, COMPRESSION * 512 * file.st_blocks) for file in files)
+        held_bytes = sum(path.stat().st_size for path in self.path.glob("rank-*.h5"))
         if 4 * sum(map(math.prod, shapes.values())) > held_bytes:
             raise CheckpointError(f"checkpoint {self.path}: its files hold {held_bytes} bytes, less than the model has")
+        # A file may be a hole, and what it takes on the disk is told by some file systems only: a hole has no digest.
+        largest = max(shapes, key=lambda name: math.prod(shapes[name]))
+        self.read(largest, start=math.prod(shapes[largest]) - 1, shape=shapes[largest])
         return model
 
     def read(self, name, kind="weight", start=0, stop=None, shape=None):
@@ -188,7 +260,7 @@ class Checkpoint:
         try:
             out = np.empty(stop - start, entry.dtype)
         except _MALFORMED as error:
-            raise CheckpointError(f"checkpoint {self.path}: {kind} of {name} cannot be read ({error})") from error
+            raise _refusal(f"checkpoint {self.path}: {kind} of {name} cannot be read", error) from error
         for place, shard, part in parts:
             out[place] = self._read_shard(shard, out.dtype)[part]
         return out
@@ -204,29 +276,26 @@ class Checkpoint:
                                f"model's is {tuple(shape)}")
 
     def _read_shard(self, shard, dtype):
-        """Read one shard and hold it against its digest.
-
-        Follows no link, reads only plain data that lie in the file, and makes room for no more than the shard.
-        """
+        """Read one shard and hold it against its digest."""
         file_path, where = self.path / Path(shard.file).name, shard.dataset
         try:
-            if not stat.S_ISREG(os.lstat(file_path).st_mode):
-                raise CheckpointError(f"checkpoint file {file_path}: is a link or device: checkpoints hold plain files")
-            with open_to_read(file_path) as file:
-                dataset = _plain_dataset(file, where)
-                if dataset is None or dataset.shape != (shard.stop - shard.start,) or dataset.dtype != dtype:
-                    raise CheckpointError(
-                        f"checkpoint file {file_path}: {where} is not the shard the manifest lists"
-                    )
-                values = dataset[:]
+            values = _patiently(_read_dataset, file_path, where, shard.stop - shard.start, dtype)
         except _MALFORMED as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"checkpoint file {file_path}: {where} cannot be read ({_in_a_line(error)})"
-                                  ) from error
+            raise _refusal(f"checkpoint file {file_path}: {where} cannot be read", error) from error
         if hashlib.sha256(values).hexdigest() != shard.sha256:
             raise CheckpointError(f"checkpoint file {file_path}: {where} is damaged, its digest does not match")
         return values
+
+
+def _read_dataset(path, where, length, dtype):
+    """Read what a shard is said to be: follow no link, read only plain data of the file, make room for no more."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise CheckpointError(f"checkpoint file {path}: is a link or device: checkpoints hold plain files")
+    with open_to_read(path) as file:
+        dataset = _plain_dataset(file, where)
+        if dataset is None or dataset.shape != (length,) or dataset.dtype != dtype:
+            raise CheckpointError(f"checkpoint file {path}: {where} is not the shard the manifest lists")
+        return dataset[:]
 
 
 def _in_a_line(error):
@@ -250,9 +319,9 @@ def _plain_dataset(file, where):
 
 def _find(path):
     for folder in (path, path / "checkpoints"):
-        if (folder / "manifest.json").is_file():
+        if _is_there(folder):
             return folder
-        found = complete_checkpoints(folder) if folder.is_dir() else []
+        found = complete_checkpoints(folder)
         if found:
             return found[-1]
     raise CheckpointError(f"{path}: neither a checkpoint nor a run with a complete one (step-…/manifest.json)")

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import warnings
+from itertools import count
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ import torch
 from mpillm import hdf5
 from mpillm.checkpoint.reading import VERSION, complete_checkpoints, digest_of, step_of
 from mpillm.errors import DataError, agreed, on_rank_0
+from mpillm.files import remedy, sync
 
 SHARD_ELEMENTS = 1 << 20  # at most: who reads a part of a shard has all of it in memory for a moment
 
 
 def save(folder, step, shards, manifest, comm, keep=3):
-    """Write the checkpoint of ``step`` below ``folder``; of those up to it keep the newest ``keep``.
+    """Write the checkpoint of ``step`` below ``folder``; of those up to it keep the newest ``keep``, or all for None.
 
     Collective over ``comm``. Parameters and errors are those of :class:`Saving`.
 
@@ -45,8 +47,8 @@ class Saving:
     manifest : dict
         What else to keep; equal on all ranks.
     comm : Comm
-    keep : int
-        How many stay, the newest of those up to this step.
+    keep : int or None
+        How many stay, the newest of those up to this step; all for None.
     in_background : bool
         Let a thread copy the tensors and write them. They must not change before :meth:`wait_copied`. MPI is left to
         the calling thread.
@@ -112,7 +114,7 @@ class Saving:
         with agreed(self._comm, self._action):
             if self._error:
                 what = f"{type(self._error).__name__}: {self._error}"
-                raise DataError(f"{self._action}: {what}: free some space, or choose another train.run_dir"
+                raise DataError(f"{self._action}: {what}: {remedy(self._error)}, or choose another train.run_dir"
                                 ) from self._error
         on_rank_0(self._comm, self._action, self._announce, self._comm.gather(self._entries))
         return self._final
@@ -126,15 +128,16 @@ class Saving:
         _write_manifest(self._temporary, {"version": VERSION, "step": self.step, **self._manifest, "tensors": tensors})
         folder, replaced = self._final.parent, self._final.with_suffix(".replaced")
         if self._final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _make_way(replaced)
             os.rename(self._final, replaced)  # which stands for it until the next line is done
         os.rename(self._temporary, self._final)
-        _sync_folder(folder)
+        sync(folder)
         try:
             replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
             # newer ones are there where they turned out to be damaged: they must not push out what is whole
             up_to_this = [path for path in complete_checkpoints(folder) if step_of(path) <= self.step]
-            for old in (*replaced, *up_to_this[:-self._keep]):
+            bad = [path for path in folder.glob(f"step-{'[0-9]' * 8}.bad") if path.stem <= self._final.name]
+            for old in (*replaced, *bad, *up_to_this[:-(self._keep or len(up_to_this))]):
                 _retire(old)
         except OSError as error:
             _warn(folder, error)
@@ -146,8 +149,25 @@ class Saving:
     def _clear(self):
         """Make an empty temporary folder; remove those of saves that were interrupted."""
         for left in self._final.parent.glob("step-*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+            _make_way(left)
         self._temporary.mkdir(parents=True)
+
+
+def set_aside(folder, first):
+    """Take their names from the checkpoints of step ``first`` or later, which nobody should go on from.
+
+    Local. ``step-00000005.bad`` stays until a checkpoint of that step or later is announced; it can be named.
+
+    Returns
+    -------
+    list of str
+        Their new names.
+    """
+    bad = [path for path in complete_checkpoints(folder) if step_of(path) >= first]
+    for path in bad:
+        _make_way(path.with_suffix(".bad"))
+        path.rename(path.with_suffix(".bad"))
+    return [f"{path.stem}.bad" for path in bad]
 
 
 def _write_file(path, shards):
@@ -180,14 +200,20 @@ def _write_manifest(folder, manifest):
         json.dump({**manifest, "sha256": digest_of(manifest)}, file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync(folder)
+
+
+def _make_way(path):
+    """Remove a folder, or at least take its name: over NFS files stay while somebody has them open."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        _retire(path)
 
 
 def _retire(path):
-    """Take its name from a checkpoint by one rename: removed file by file it would look complete to the last."""
-    retired = path.with_suffix(".old")
-    shutil.rmtree(retired, ignore_errors=True)
-    path.rename(retired)
+    """Take its name from a folder by one rename: a checkpoint removed file by file would look complete to the last."""
+    used = {retired.name for retired in path.parent.glob(f"{path.stem}.*.old")}
+    path.rename(next(retired for number in count() if (retired := path.with_suffix(f".{number}.old")).name not in used))
 
 
 def _remove_retired(folder):
@@ -205,9 +231,3 @@ def _warn(folder, error):
     warnings.warn(f"{folder}: an old checkpoint cannot be removed ({error}); the next save tries again", stacklevel=3)
 
 
-def _sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import asdict
 
-from mpillm.checkpoint import reading
+from mpillm.checkpoint import reading, saving
 from mpillm.data.samples import ORDERS
 from mpillm.data.tokens import file_digest
 from mpillm.errors import CheckpointError, ConfigError, DataError
@@ -53,19 +53,46 @@ def newest(folder, before=None):
     Raises
     ------
     CheckpointError
-        If there are some, and none can be opened.
+        If there are some, and all are damaged; or if one is of another version, and older ones no better for it.
+    DataError
+        If the file system cannot read one, which may be whole.
     """
     refusal = None
     for path in reversed(reading.complete_checkpoints(folder / "checkpoints")):
         if before is None or reading.step_of(path) < before:
             try:
                 return _of_a_run(path)
+            except reading.OtherVersion:
+                raise
             except CheckpointError as error:
                 refusal = error
                 warnings.warn(f"{error}: looking for an older one", stacklevel=2)
     if refusal:
         raise refusal
     return None
+
+
+def give_up_from(folder, step):
+    """Set aside the checkpoints of ``step`` and later, whose weights are no good, if there are older ones.
+
+    Local.
+
+    Returns
+    -------
+    str
+        In words, what the next start will find.
+    """
+    steps = [reading.step_of(path) for path in reading.complete_checkpoints(folder)]
+    older = [kept for kept in steps if kept < step]
+    if not steps:
+        return "there is no checkpoint: start anew with a lower train.lr, or look at the data"
+    if not older:  # with none at all the next start would begin at the first step
+        return (f"the last checkpoint is of step {max(steps)}, and none is of other weights: start anew with a lower "
+                "train.lr and another train.run_dir, or look at the data")
+    bad = saving.set_aside(folder, step)
+    return (f"those saved as {', '.join(bad)} are set aside; " if bad else "") + (
+        f"the last checkpoint is of step {max(older)}: start again with a lower train.lr, or look at the data from "
+        "there on")
 
 
 def check_same(start, config, fingerprint):
@@ -107,10 +134,12 @@ def order_of(manifest):
 
 def check_model(source, model):
     """Refuse a checkpoint of another model than this ``[model]`` section. Local."""
-    saved = source.manifest.get("model")
-    saved = saved if isinstance(saved, dict) else {}
-    differing = [f"{key} = {saved.get(key)} (this run: {value})" for key, value in asdict(model).items()
-                 if saved.get(key) != value]
+    try:
+        saved = asdict(source.model_section())
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {source.path}: names no model: {error}") from error
+    differing = [f"{key} = {saved[key]} (this run: {value})" for key, value in asdict(model).items()
+                 if saved[key] != value]
     if differing:
         raise CheckpointError(
             f"checkpoint {source.path}: of another model: {', '.join(differing)}: use the configuration "
@@ -121,10 +150,12 @@ def check_model(source, model):
 def _of_a_run(path):
     """Open a checkpoint and see that its manifest says what a run needs."""
     found = reading.Checkpoint(path)
-    saved = {"skipped": 0, **found.manifest}
+    saved = {"skipped": 0, "skipped_in_a_row": 0, **found.manifest}
     data = saved.get("data")
-    counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"]]
-    if not (all(type(count) is int and 0 <= count < 1 << 63 for count in counts) and saved["skipped"] <= found.step
+    counts = [data.get("samples_seen") if isinstance(data, dict) else None, saved.get("seed"), saved["skipped"],
+              saved["skipped_in_a_row"]]
+    if not (all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+            and saved["skipped_in_a_row"] <= saved["skipped"] <= found.step
             and isinstance(saved.get("model"), dict) and isinstance(saved.get("optimizer"), str)
             and {"fingerprint", "sha256"} & data.keys()):
         raise CheckpointError(f"checkpoint {found.path}: manifest.json does not say what a run needs: model, "

@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 
 from mpillm.errors import ConfigError, DataError, MpillmError
-from mpillm.files import to_json, write_text
 
 INDEX = "model.safetensors.index.json"
 
@@ -11,10 +10,6 @@ INDEX = "model.safetensors.index.json"
 def refuse_used(folder, what):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{what} {folder}: is in use already: name an empty directory or a new one")
-
-
-def write_json(path, values):
-    write_text(path, to_json(values, indent=1) + "\n")
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import numpy as np
 from mpillm.checkpoint.reading import Checkpoint
 from mpillm.data.settings import GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Settings
 from mpillm.data.tokenizers import load_tokenizer
-from mpillm.files import write_text
-from mpillm.hf.folder import INDEX, refuse_used, reporting, safetensors_library, write_json
+from mpillm.files import write_json, write_text
+from mpillm.hf.folder import INDEX, refuse_used, reporting, safetensors_library
 from mpillm.hf.llama import KEYS, hf_name, turned
 from mpillm.nn.init import parameter_table
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from mpillm.checkpoint import reading, saving
-from mpillm.checkpoint.start import check_model, check_same, find_start, newest, order_of
+from mpillm.checkpoint.start import check_model, check_same, find_start, give_up_from, newest, order_of
 from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
@@ -17,7 +17,8 @@ from mpillm.config import AXES
 from mpillm.data.samples import ORDER, training_order
 from mpillm.data.tokenizers import copy_tokenizer
 from mpillm.data.tokens import TokenFile, fingerprint, has_tokens, with_vocabulary
-from mpillm.errors import CheckpointError, CollectiveError, NumbersError, agreed, half_made, on_rank_0
+from mpillm.errors import CheckpointError, NumbersError, agreed, half_made, on_rank_0
+from mpillm.files import write_text
 from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
 from mpillm.plan import Plan
@@ -163,14 +164,20 @@ class Run:
         self.skipped += 1
         self.skipped_in_a_row += 1
         found = f"step {self.step_number}: loss {loss}, gradient norm {norm}"
-        if self.skipped_in_a_row == self.config.train.skip_limit:
-            raise NumbersError(
-                f"{found}: not finite for {self.skipped_in_a_row} steps in a row (train.skip_limit); none of them "
-                f"changed the weights, the last checkpoint is of step {self.saved_step}: lower train.lr, or look "
-                "at the data from there on"
-            )
+        if self.skipped_in_a_row >= self.config.train.skip_limit:
+            self._give_up(found)
         if self.comm.rank == 0:
             warnings.warn(f"{found}: not finite, the update is left out", stacklevel=3)
+
+    def _give_up(self, found):
+        """End, with the checkpoints set aside whose weights give no finite numbers."""
+        self.finish_save()
+        updated = self.step_number - self.skipped_in_a_row  # since then the weights are the same
+        what_next = on_rank_0(self.comm, found, give_up_from, self.folder / "checkpoints", updated)
+        raise NumbersError(
+            f"{found}: not finite for {self.skipped_in_a_row} steps in a row (train.skip_limit); none of them changed "
+            f"the weights, which are those of step {updated}; {what_next}"
+        )
 
     def evaluate(self):
         """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples.
@@ -232,9 +239,12 @@ class Run:
                         "data": {"fingerprint": self.fingerprint, "order": self.sample_order,
                                  "samples_seen": self.samples_seen,
                                  "seq_len": self.config.train.seq_len},
-                        "skipped": self.skipped, "seed": self.config.train.seed}
+                        "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                        "seed": self.config.train.seed}
+            # The one before is known to train, this one is not; and where numbers are not finite, none is to go.
+            keep = None if self.skipped_in_a_row else max(2, self.config.train.checkpoint_keep)
             self._saving = saving.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,
-                                         self.config.train.checkpoint_keep, self.config.train.checkpoint_background)
+                                         keep, self.config.train.checkpoint_background)
         if not self.config.train.checkpoint_background:
             self.finish_save()
         return self.folder / "checkpoints" / f"step-{self.step_number:08d}"
@@ -286,6 +296,8 @@ class Run:
         if start is not None:
             with self.engine.trace.span("load", "checkpoint"):
                 self._load_or_older(start, resume)
+            if resume == "auto":  # what is newer was refused, and is not to count as one that is kept
+                on_rank_0(self.comm, "resume", saving.set_aside, self.folder / "checkpoints", self.step_number + 1)
         elif self.config.train.init_from:
             self._load_weights()
         else:
@@ -294,24 +306,29 @@ class Run:
 
     def _load_or_older(self, start, resume):
         """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""
-        action, older = f"resume from {start.path}", None
+        action, damage = f"resume from {start.path}", None
         on_rank_0(self.comm, action, check_same, start, self.config, self.fingerprint)
-        try:
+        with agreed(self.comm, action):
+            try:
+                self._load(start)
+            except CheckpointError as error:  # any other error says nothing of the checkpoint, and ends the start
+                damage = error
+        damages = [found for found in self.comm.allgather(damage and str(damage)) if found]
+        if not damages:
+            return
+        older = on_rank_0(self.comm, action, newest, self.folder, start.step) if resume == "auto" else None
+        if older is None:
             with agreed(self.comm, action):
-                return self._load(start)
-        except (CheckpointError, CollectiveError) as error:
-            if resume == "auto":
-                older = on_rank_0(self.comm, action, newest, self.folder, start.step)
-            if older is None:
-                raise
-            if self.comm.rank == 0:
-                warnings.warn(f"{error}: going on from {older.path} instead", stacklevel=2)
-        return self._load_or_older(older, resume)
+                if damage:
+                    raise damage
+        if self.comm.rank == 0:
+            warnings.warn(f"{damages[0]}: going on from {older.path} instead", stacklevel=2)
+        self._load_or_older(older, resume)
 
     def _load(self, start):
         """Take up weights, optimiser state, step and data cursor of a checkpoint."""
         saved = start.manifest
-        self.skipped = saved.get("skipped", 0)
+        self.skipped, self.skipped_in_a_row = saved.get("skipped", 0), saved.get("skipped_in_a_row", 0)
         self.engine.optimizer.restore(
             lambda kind, piece: start.read(piece.name, kind, piece.start, piece.stop, piece.shape),
             start.step - self.skipped)
@@ -340,7 +357,7 @@ class Run:
 
     def _describe(self):
         """Write what describes the run, once it is sure to start."""
-        (self.folder / "config.toml").write_text(self.config.to_toml(), encoding="utf-8")
+        write_text(self.folder / "config.toml", self.config.to_toml())
         self.plan.save(self.folder / "plan.json")
         copy_tokenizer(self.config.data.path, self.folder)
 

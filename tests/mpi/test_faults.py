@@ -1,7 +1,9 @@
 """What goes wrong on one rank is one decision of all: bad numbers, flipped bits, damaged files, calls that differ."""
 
+import errno
 import json
 import math
+import os
 import re
 import time
 import warnings
@@ -85,6 +87,59 @@ def test_bad_numbers_on_one_rank_change_nothing_on_any(comm, data_path, monkeypa
             trainer.step()
     monkeypatch.undo()
     trainer.free()
+
+
+def test_weights_that_went_bad_leave_good_checkpoints_to_go_on_from(comm, data_path):
+    """The update of step 5 is of finite gradients, and what it leaves is not: its checkpoint is as bad as the next."""
+    good = {"train.checkpoint_every": 1, "train.checkpoint_keep": 1, "train.steps": 4, "train.lr_schedule": "constant"}
+    bad = {**good, "train.steps": 20, "train.lr": 1e38, "train.warmup_steps": 0, "train.dtype": "float32",
+           "train.grad_clip": 0.0}
+    folder = data_path / "run" / "checkpoints"
+
+    def trained(**more):
+        trainer = make(comm, data_path, "run", **{"train.dtype": "float32", **more})
+        try:
+            return trainer.step_number, [metrics["loss"] for metrics in trainer]
+        finally:
+            trainer.free()
+            comm.Barrier()
+
+    trained(**good)
+    assert_all([path.name[-1] for path in reading.complete_checkpoints(folder)] == ["3", "4"], os.listdir(folder), comm)
+    for _ in range(2):
+        with warnings.catch_warnings(), pytest.raises(NumbersError, match="checkpoint is of step 4: start again"):
+            warnings.simplefilter("ignore")
+            trained(**bad)
+        names = sorted(os.listdir(folder))
+        assert_all("step-00000004" in names and "step-00000005.bad" in names, names, comm)
+        comm.Barrier()
+    first, losses = trained(**{**good, "train.steps": 12})  # as the message says, with a lower rate
+    assert_all(first == 4 and np.isfinite(losses).all(), f"{first} {losses}", comm)
+    assert_all(sorted(os.listdir(folder)) == ["step-00000011", "step-00000012"], os.listdir(folder), comm)
+
+
+def test_what_one_rank_cannot_read_just_now_is_waited_for_and_no_older_one_taken(comm, data_path, monkeypatch):
+    trainer = make(comm, data_path, "run", **{"train.checkpoint_every": 2, "train.steps": 4})
+    for _ in trainer:
+        pass
+    trainer.free()
+    original, left = reading.open_to_read, [2]
+
+    def failing(path):
+        if comm.rank == comm.size - 1 and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return original(path)
+
+    monkeypatch.setattr(reading, "open_to_read", failing)
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+    resumed = make(comm, data_path, "run")
+    assert_all(resumed.step_number == 4, resumed.step_number, comm)
+    resumed.free()
+    left[0] = 100
+    with pytest.raises(MpillmError, match=r"step-00000004.*\[Errno 116\] Stale file handle") as caught:
+        make(comm, data_path, "run")
+    assert_all(caught.value.exit_code == 74, caught.value, comm)
 
 
 def test_a_run_that_left_a_step_out_resumes_bit_for_bit(comm, data_path, monkeypatch):

@@ -9,11 +9,14 @@ import time
 import numpy as np
 import pytest
 from helpers import assert_all
-from tiny import LAYOUTS, configure, everything, same, tiny, write_token_file
+from tiny import LAYOUTS, configure, everything, same, tiny, unpack, write_token_file
 
 from mpillm.checkpoint.saving import _write_manifest
+from mpillm.config import Config
 from mpillm.errors import DataError, MpillmError
 from mpillm.guard.stop import StopRequest
+from mpillm.inference.generator import Generator
+from mpillm.nn.attention import KeyValueCache
 from mpillm.train import optimizers
 from mpillm.train.run import Run
 
@@ -127,6 +130,42 @@ def test_forgetting_anything_is_seen(comm, data_path, forget, monkeypatch):
     getattr(Forgetful, forget)(monkeypatch)
     run(comm, data_path, "parts", 6)
     assert_all(not same(data_path, "whole", "parts"), f"nothing seen though {forget} was forgotten", comm)
+
+
+@pytest.mark.parametrize("lacks", [(), ("kind", "rope_theta", "seq_len", "skipped")])
+def test_a_run_of_version_0_1_0_goes_on(comm, data_path, lacks):
+    """What that version wrote; and what one would have written that knew some keys less, which have their defaults."""
+    folder = data_path / "kept"
+    if comm.rank == 0:
+        unpack("v0.1.0", folder, lacks)
+    comm.Barrier()
+    expected = json.loads((folder / "expected.json").read_text())
+    layout = {1: {}, 2: {"layout.tensor": 2}, 3: {"layout.data": 3}, 4: {"layout.data": 2, "layout.tensor": 2}}[comm.size]
+    words = {"data.path": str(folder / "tokens.h5"), "train.run_dir": str(folder / "run"), **layout}
+    trainer = Run(Config.load(folder / "config.toml", words), comm)
+    assert_all(trainer.step_number == 2, trainer.step_number, comm)
+    found = list(trainer)
+    trainer.free()
+    for line, kept in zip(found, expected["metrics"], strict=True):
+        equal = all(line[key] == pytest.approx(value, rel=2e-6) for key, value in kept.items())
+        assert_all(equal, f"{line} {kept}", comm)
+    kept = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert_all(kept == [1, 2, 3, 4], kept, comm)
+
+
+@pytest.mark.parametrize("lacks", [(), ("kind", "rope_theta")])
+def test_weights_of_version_0_1_0_generate(comm, data_path, lacks):
+    folder = data_path / "kept"
+    if comm.rank == 0:
+        unpack("v0.1.0", folder, lacks)
+    comm.Barrier()
+    part = comm.Split(comm.rank // 2)  # for the model has two heads and one layer
+    generator = Generator(folder / "run", part, {"layout.tensor": part.size})
+    logits = generator.next_logits([111, 110, 101], 0, KeyValueCache())
+    generator.free()
+    part.Free()
+    expected = json.loads((folder / "expected.json").read_text())["next_logits"]
+    assert_all(logits[:len(expected)] == pytest.approx(expected, abs=1e-6), logits[:len(expected)], comm)
 
 
 @pytest.mark.parametrize("change, word", [

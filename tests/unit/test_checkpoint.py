@@ -1,5 +1,6 @@
 """Checkpoints on one process: written, read with h5py and numpy alone, joined at other ranges, damaged."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from mpillm.checkpoint import reading, saving
+from mpillm.checkpoint import start as starting
 from mpillm.checkpoint.reading import Checkpoint, complete_checkpoints, interrupted_saves, step_of
 from mpillm.checkpoint.saving import Saving, save
 from mpillm.comm.single import SingleComm
@@ -282,9 +284,148 @@ def test_a_model_that_is_not_there_is_refused_before_room_is_made(tmp_path, chan
         Checkpoint(path).model()
 
 
+def hole(file, where, count):
+    """Make a dataset to which nothing was written, and whose file has nothing there."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    h5py.h5d.create(file.id, where.encode(), h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple((count,)), plist)
+
+
+def test_a_hole_in_a_file_is_refused_before_room_is_made(tmp_path):
+    """All sizes agree, and shards cover the weights; what lies on the disk is asked of nobody."""
+    path, count, number = with_model(tmp_path / "checkpoints"), 1 << 22, 1000
+
+    def lie(manifest):
+        manifest["model"].update(vocab_size=number * count // 8)
+        for name in ("embedding.weight", "head.weight"):
+            entry = manifest["tensors"]["weight"][name]
+            shard = {**entry["shards"][0], "dataset": "hole"}
+            entry.update(shape=[number * count // 8, 8], shards=[
+                {**shard, "start": start, "stop": start + count} for start in range(0, number * count, count)])
+
+    with h5py.File(path / "rank-00000.h5", "a") as file:
+        hole(file, "hole", count)
+    change_manifest(path, lie)
+    with pytest.raises(CheckpointError, match="less than the model has"):  # one dataset does not stand for many
+        Checkpoint(path).model()
+    os.truncate(path / "rank-00000.h5", 10**11)
+    with pytest.raises(CheckpointError, match="hole is damaged"):
+        Checkpoint(path).model()
+
+
+def test_nothing_is_asked_that_file_systems_need_not_tell(tmp_path, monkeypatch):
+    """Blocks, times and numbers of files; folders that cannot be synced."""
+    stat, fsync = Path.stat, os.fsync
+
+    def bare(self, **options):
+        found = stat(self, **options)
+        return os.stat_result((found.st_mode, 0, 0, 1, 0, 0, found.st_size, 0, 0, 0))  # st_blocks is 0 here, too
+
+    def only_files(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(Path, "stat", bare)
+    monkeypatch.setattr(os, "fsync", only_files)
+    path = with_model(tmp_path / "checkpoints")
+    assert path.stat().st_mtime == 0 and Checkpoint(path).model() == Model(**MODEL)
+
+
 def test_another_format_version(path):
     change_manifest(path, lambda manifest: manifest.update(version=2))
     refused(path, "format version 2, this mpillm reads 1")
+    with pytest.raises(CheckpointError, match="format version 2"):  # which is no reason to take an older one
+        write(path.parent, 2)
+        starting.newest(path.parents[1])
+
+
+def fails(monkeypatch, times, number, in_words):
+    """Let reading a dataset fail so many times, as the system or as HDF5 tells it."""
+    left, original = [times], reading.open_to_read
+
+    def failing(path):
+        if left[0]:
+            left[0] -= 1
+            raise KeyError(f"Unable to open object (file read failed, errno = {number}, error message = 'x')"
+                           ) if in_words else OSError(number, "as the system says")
+        return original(path)
+
+    monkeypatch.setattr(reading, "open_to_read", failing)
+    monkeypatch.setattr(reading, "PAUSES_S", (0, 0))
+    return left
+
+
+@pytest.mark.parametrize("in_words", [False, True])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EACCES, errno.ENOLCK])
+def test_a_file_system_that_fails_says_nothing_of_a_checkpoint(path, monkeypatch, number, in_words):
+    passes = number not in (errno.EACCES, errno.ENOLCK)
+    write(path.parent, 2)
+    fails(monkeypatch, 2 if passes else 0, number, in_words)
+    assert Checkpoint(path).read("norm.weight").tobytes() == values("norm.weight", "weight").numpy().tobytes()
+    left = fails(monkeypatch, 10, number, in_words)
+    with pytest.raises(DataError, match=rf"rank-00000.h5.*\[Errno {number}\].*may be whole") as caught:
+        Checkpoint(path).read("norm.weight")
+    assert not isinstance(caught.value, CheckpointError)  # for which an older one would be taken
+    assert left == [7 if passes else 9]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(path, monkeypatch, number):
+    manifest = {"data": {"samples_seen": 0, "sha256": ""}, "model": {}, "optimizer": "sgd", "seed": 0}
+    save(path.parent, 4, shards(), manifest, SingleComm())
+    monkeypatch.setattr(reading, "PAUSES_S", (0, 0))
+    assert starting.find_start(path.parents[1], "auto").step == 4
+    assert starting.find_start(path, "auto") is None  # there is no such folder
+    for owner, name in ((os, "listdir"), (Path, "stat"), (Path, "read_text")):
+        with monkeypatch.context() as patch:
+            def failing(*arguments, **options):
+                raise OSError(number, "as the system says")
+
+            patch.setattr(owner, name, failing)
+            with pytest.raises(OSError, match=f"Errno {number}") as caught:
+                starting.find_start(path.parents[1], "auto")
+            assert not isinstance(caught.value, CheckpointError)
+
+
+def test_bad_ones_do_not_push_out_good_ones(tmp_path):
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step, keep=2 if step < 6 else None)
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [2, 4, 6, 8]
+    found = starting.give_up_from(tmp_path, 6)
+    assert "step-00000006.bad, step-00000008.bad are set aside; the last checkpoint is of step 4" in found
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [2, 4]
+    assert Checkpoint(tmp_path / "step-00000008.bad").step == 8  # to be looked at
+    write(tmp_path, 7, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000007", "step-00000008.bad"]
+    starting.give_up_from(tmp_path, 7)
+    write(tmp_path, 8, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000008"]
+    assert "none is of other weights" in starting.give_up_from(tmp_path, 4)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000004", "step-00000008"]
+    assert "there is no checkpoint" in starting.give_up_from(tmp_path / "none", 4)
+
+
+def test_what_cannot_be_removed_makes_way(tmp_path, monkeypatch):
+    """Over NFS a folder stays as long as somebody has a file of it open; renaming works."""
+    write(tmp_path)
+    for name in ("step-00000003.tmp", "step-00000003.replaced", "step-00000003.0.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".nfs0001").touch()
+    remove = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.warns(UserWarning, match="cannot be removed"):
+        path = write(tmp_path)
+    assert complete_checkpoints(tmp_path) == [path] and Checkpoint(path).step == 3
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    write(tmp_path)
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def change_manifest(path, change):
