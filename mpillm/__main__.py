@@ -1,5 +1,6 @@
 """The command line: ``python -m mpillm COMMAND``, also installed as ``mpillm``."""
 
+import difflib
 import importlib
 import sys
 
@@ -39,6 +40,14 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return None
         return importlib.import_module(f"mpillm.cli.{name}").command
+
+    def resolve_command(self, context, words):
+        try:
+            return super().resolve_command(context, words)
+        except click.UsageError as error:
+            close = difflib.get_close_matches(words[0], COMMANDS, 1)
+            error.message += f" Did you mean {close[0]}?" if close else f" There are: {', '.join(COMMANDS)}."
+            raise
 
     def format_commands(self, context, formatter):
         with formatter.section("Commands"):

@@ -1,5 +1,6 @@
 """What several commands share: the configuration argument with its ``--section.key VALUE`` overrides."""
 
+import difflib
 import functools
 
 import click
@@ -32,13 +33,22 @@ def parse_overrides(words):
         word = words.pop(0)
         key, has_value, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in key:
-            raise ConfigError(f"{word}: unknown option; a key of the configuration is set as --section.key VALUE")
+            raise ConfigError(f"{word}: unknown option{_meant(word)}; a key of the configuration is set as --section.key "
+                              "VALUE")
         if not has_value:
             if not words:
                 raise ConfigError(f"{word}: needs a value, as in {word} VALUE")
             value = words.pop(0)
         overrides[key] = value
     return overrides
+
+
+def _meant(word):
+    """Return which option of the command was meant, if one is near."""
+    context = click.get_current_context(silent=True)
+    options = [name for option in context.command.params for name in option.opts] if context else []
+    close = difflib.get_close_matches(word.partition("=")[0], options, 1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def write_json(path, found):

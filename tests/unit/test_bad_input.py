@@ -5,11 +5,13 @@ The kinds of bad input to a training are in tests/mpi/test_bad_input.py.
 
 from concurrent.futures import ThreadPoolExecutor
 
+import click
 import pytest
 import tomli_w
 from helpers import run_mpi
 from tiny import MODEL, write_token_file
 
+from mpillm import __main__
 from mpillm.cli import data
 from mpillm.errors import ConfigError
 
@@ -91,6 +93,22 @@ def test_usage_errors_are_reported_once(folder):
     for words in (["train"], ["train", "config.toml", "--steps"], ["fly"]):
         job = run_mpi(0, ["-m", "mpillm", *words], cwd=folder)
         check(job, 2, [])
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["trian", "config.toml"], "Did you mean train?"), (["fly"], "There are: doctor, data,"),
+    (["train", "config.toml", "--resme", "never"], "--resme: unknown option, did you mean --resume?"),
+    (["train", "config.toml", "--probe-tpo=2"], "--probe-tpo=2: unknown option, did you mean --probe-top?"),
+    (["doctor", "--jsno"], "--json"), (["train", "config.toml", "--train.stepz", "2"], "did you mean steps"),
+    (["train", "config.toml", "--trian.steps", "2"], "did you mean train"),
+    (["train", "config.toml", "--steps", "2"], "--steps: unknown option; a key"),
+])
+def test_what_is_misspelt_is_told_what_was_meant(folder, monkeypatch, words, said):
+    monkeypatch.chdir(folder)
+    with pytest.raises((click.UsageError, ConfigError)) as caught:
+        __main__.cli.main(words, standalone_mode=False)
+    message = caught.value.format_message() if isinstance(caught.value, click.UsageError) else str(caught.value)
+    assert said in message
 
 
 def test_an_exception_on_one_rank_ends_the_job(folder):
