@@ -47,6 +47,10 @@ class WeightGradients:
         else:
             self._kept.append(compute)
 
+    def when_done(self, function):
+        """Call ``function`` once all that was added before is computed: now, or in its turn among what is kept."""
+        self.add(function)
+
     def keep(self):
         """From now on keep what is added."""
         self._kept = []

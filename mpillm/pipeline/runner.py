@@ -21,20 +21,17 @@ class PipelineRunner:
         The pipeline axis.
     trace : Trace
         Where actions and waits are recorded.
-    microbatch_done : callable, optional
-        Called with ``(stage index, microbatch)`` once all its weight gradients are there.
-    progress : callable, optional
-        Called between actions and while waiting, to let other communication progress; tells whether there is any.
+    gradients : GradientStore
+        Its ``microbatch_done(stage index, microbatch)`` is called once all weight gradients of a microbatch are there;
+        ``progress()`` between actions and while waiting, for reductions under way.
     """
 
-    def __init__(self, stages, group, trace, microbatch_done=None, progress=None):
+    def __init__(self, stages, group, trace, gradients):
         self.stages = {stage.index: stage for stage in stages}
-        self.group, self.trace = group, trace
-        self._microbatch_done = microbatch_done or (lambda stage, microbatch: None)
-        self._progress = progress or (lambda: False)
+        self.group, self.trace, self.gradients = group, trace, gradients
 
-    def run(self, schedule, work):
-        """Execute ``schedule`` on microbatches ``work``; return the losses by microbatch (last stage only).
+    def run(self, schedule, microbatches):
+        """Execute ``schedule``; return the losses by number of the microbatch (last stage only).
 
         Collective over the pipeline axis.
 
@@ -42,20 +39,20 @@ class PipelineRunner:
         ----------
         schedule : PipelineSchedule
             Checked before; without backward actions it evaluates.
-        work : list of Microbatch
+        microbatches : list of Microbatch
         """
-        step = _Step(self, schedule, work)
+        way = _Pass(self, schedule, microbatches)
         for action in schedule.actions[self.group.rank]:
-            step.execute(action)
-        step.finish()
-        return step.losses
+            way.execute(action)
+        way.finish()
+        return way.losses
 
 
-class _Step:
+class _Pass:
     """One pass through a schedule: the messages in flight and the losses so far."""
 
-    def __init__(self, runner, schedule, work):
-        self.runner, self.schedule, self.work = runner, schedule, work
+    def __init__(self, runner, schedule, microbatches):
+        self.runner, self.schedule, self.microbatches = runner, schedule, microbatches
         self.group, self.trace = runner.group, runner.trace
         self.last = schedule.num_stages - 1
         self.losses, self.local, self.sends, self.posted = {}, {}, [], {}
@@ -68,21 +65,21 @@ class _Step:
         x = self._receive(key, action) if key else None
         with self.trace.span(action.kind, str(action)):
             if action.kind == "F":
-                y = stage.forward(microbatch, x, self.work[microbatch])
+                y = stage.forward(microbatch, x, self.microbatches[microbatch])
                 if stage.is_last:
                     self.losses[microbatch] = y
                 else:
                     self._send((FORWARD, action.stage + 1, microbatch), y)
             elif action.kind == "W":
-                stage.weight_gradients(microbatch)
+                stage.compute_weight_gradients(microbatch)
             else:
                 dx = stage.backward(microbatch, x, keep_weights=action.kind == "I")
                 if not stage.is_first:
                     self._send((BACKWARD, action.stage - 1, microbatch), dx)
             if action.kind in "BW":
-                self.runner._microbatch_done(action.stage, microbatch)
+                self.runner.gradients.microbatch_done(action.stage, microbatch)
         self.sends = [send for send in self.sends if not send.test()]
-        self.runner._progress()
+        self.runner.gradients.progress()
 
     def finish(self):
         """Wait until everything sent has left."""
@@ -123,7 +120,7 @@ class _Step:
             return self.local.pop(key)
         with self.trace.span("wait", f"wait {action}"):
             pending = self.posted.pop(key)
-            while self.runner._progress() and not pending.test():
+            while self.runner.gradients.progress() and not pending.test():
                 os.sched_yield()
             x = pending.wait()
         while self.to_post and len(self.posted) < RECEIVES_AHEAD:
@@ -133,5 +130,5 @@ class _Step:
     def _post(self, key):
         stage = self.runner.stages[key[1]]
         like = next(stage.module.parameters())
-        shape = (stage.module.split.tokens(self.work[key[2]].batch.tokens), stage.module.model.hidden_size)
+        shape = (stage.module.split.tokens(self.microbatches[key[2]].batch.tokens), stage.module.model.hidden_size)
         self.posted[key] = irecv(torch.Size(shape), like, self.group, self._source(key), self._tag(key))

@@ -27,54 +27,55 @@ class Stage:
     """
 
     def __init__(self, index, num_stages, module):
-        self.index, self.module = index, module
+        self.index, self.num_stages, self.module = index, num_stages, module
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self._in_flight, self._kept = {}, {}
 
     def when_gradients(self, module, function):
         """Call ``function`` whenever ``module``, and all behind it in the stage, have weight gradients of a microbatch.
 
-        They have once backward has come to the input of ``module``; those that are kept, once they were computed.
+        They have once backward has come to the input of ``module``, which the gradient of that input tells. What is
+        kept for a ``W`` action is computed in the order in which backward came by, and ``function`` called in its turn.
         """
         weight_gradients = self.module.split.weight_gradients
 
         def mark(_, inputs):
             if torch.is_grad_enabled():
-                inputs[0].register_hook(lambda grad: weight_gradients.add(function))
+                inputs[0].register_hook(lambda grad: weight_gradients.when_done(function))
 
         module.register_forward_pre_hook(mark)
 
-    def forward(self, microbatch, x, work):
-        """Run microbatch ``work`` through the stage; return its activations, or the last stage's loss.
+    def forward(self, number, x, microbatch):
+        """Run the microbatch of this number through the stage; return its activations, or the last stage's loss.
 
-        ``x`` is what the previous stage sent; the first stage takes its tokens from ``work``.
+        ``x`` is what the previous stage sent; the first stage takes the tokens of ``microbatch``.
         """
         if self.is_first:
-            x = work.tokens_T
+            x = microbatch.tokens_T
         elif torch.is_grad_enabled():
             x = x.requires_grad_()
-        y = self.module(x, work.batch)
+        y = self.module(x, microbatch.batch)
         if self.is_last:
-            y = self.module.loss(y, work.batch, work.targets_T, work.scale)
+            y = self.module.loss(y, microbatch.batch, microbatch.targets_T, microbatch.scale)
         if torch.is_grad_enabled():
-            self._in_flight[microbatch] = (x, y)
+            self._in_flight[number] = (x, y)
         return y.detach()
 
-    def backward(self, microbatch, dy, keep_weights=False):
+    def backward(self, number, dy, keep_weights=False):
         """Return the gradient of the stage's input (``None`` on the first), from the output's or, last, from the loss.
 
-        With ``keep_weights`` the weights' gradients wait for :meth:`weight_gradients`.
+        With ``keep_weights`` the weights' gradients wait for :meth:`compute_weight_gradients`.
         """
-        x, y = self._in_flight.pop(microbatch)
+        x, y = self._in_flight.pop(number)
         pending = self.module.split.weight_gradients
         if keep_weights:
             pending.keep()
         torch.autograd.backward(y, dy)
         if keep_weights:
-            self._kept[microbatch] = pending.take()
+            self._kept[number] = pending.take()
         return None if self.is_first else x.grad
 
-    def weight_gradients(self, microbatch):
+    def compute_weight_gradients(self, number):
         """Compute what :meth:`backward` kept."""
         with torch.no_grad():
-            self._kept.pop(microbatch)()
+            self._kept.pop(number)()

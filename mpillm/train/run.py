@@ -283,12 +283,12 @@ class Run:
     def _reader(self, tokens, order):
         """Return the function that gives the engine ranges of the samples ``order``."""
 
-        def samples(start, stop):
+        def read(start, stop):
             indices = order[start:stop]
             documents = tokens.documents_of(indices) if self.config.data.mask_documents else None
             return *tokens.samples(indices), documents
 
-        return samples
+        return read
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
@@ -302,7 +302,7 @@ class Run:
             self._load_weights()
         else:
             return
-        self.engine.publish()
+        self.engine.distribute_weights()
 
     def _load_or_older(self, start, resume):
         """Load ``start``; where it is damaged and nobody asked for it by name, the newest that is not."""

@@ -19,9 +19,8 @@ from mpillm.errors import ConfigError, agreed
 from mpillm.nn.norm import RMSNorm
 from mpillm.nn.products import WAYS, add_product
 from mpillm.nn.split import TensorSplit
-from mpillm.schedules.blocks import counts, loss_chunks
+from mpillm.schedules.blocks import ALIGNMENT, counts, loss_chunks
 from mpillm.train.optimizers import state_kinds, update
-from mpillm.train.storage import ALIGNMENT
 
 USE_FAST, ONE_THREAD = "use train.numerics = fast", "set OMP_NUM_THREADS=1"
 

@@ -19,8 +19,8 @@ from mpillm.machine import Machine
 from mpillm.planner.layout import price_layout
 from mpillm.schedules.blocks import align
 from mpillm.train.engine import Engine
+from mpillm.train.flat_buffers import Bucket
 from mpillm.train.run import Run
-from mpillm.train.storage import Bucket
 from mpillm.verify.compare import compare_layout, describe
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -55,7 +55,7 @@ def test_from_the_second_step_on_schedules_are_bound_already(comm, zero, monkeyp
         made.clear()
         train(engine, 1, step)
         found = {op: made.count(op) for op in ("reduce_scatter", "allgather")}
-        wanted = len(engine.all_buckets) if step == 1 and comm.size > 1 else 0
+        wanted = len(engine.gradients.buckets) if step == 1 and comm.size > 1 else 0
         assert_all(set(found.values()) == {wanted}, (step, found), comm)
     engine.free()
 
@@ -95,14 +95,14 @@ def test_buckets_start_within_the_last_actions_in_one_order_whatever_the_shares(
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
 def test_the_first_bucket_starts_before_backward_has_come_to_the_others(comm, starts, monkeypatch):
     engine = Engine(tiny({**FOUR, "layout.data": 2}).resolve(2, num_nodes=2), comm)
-    assert len(engine.all_buckets) == 6  # without a plan one a layer, and the ends
+    assert len(engine.gradients.buckets) == 6  # without a plan one a layer, and the ends
     right, zeros = Bucket.start, []
     first = engine.microbatches[:1]
     engine.microbatches, engine.schedule = first, engine._schedule(1)
     monkeypatch.setattr(Bucket, "start", lambda self: (
-        zeros.append([not bucket.grad.any() for bucket in engine.all_buckets]), right(self))[1])
+        zeros.append([not bucket.grad.any() for bucket in engine.gradients.buckets]), right(self))[1])
     train(engine, 1)
-    own = engine.all_buckets
+    own = engine.gradients.buckets
     engine.free()
     wanted = [[later > i for later in range(6)] for i in range(6)]
     assert_all([bucket for bucket, _ in starts] == own and zeros[:5] == wanted[:5], zeros, comm)

@@ -128,7 +128,7 @@ def test_training_has_the_same_bits_as_by_messages(comm, monkeypatch):
                 pipeline.handover.free()
                 pipeline.open_handover(1 << 16, slots)
             history = train(engine, 2)
-            found.append((history, [bucket.data.clone() for bucket in engine.buckets]))
+            found.append((history, [bucket.data.clone() for bucket in engine.gradients.updated]))
             engine.free()
         wrong += [schedule for other in found[1:] if other[0] != found[0][0]
                   or not all(map(torch.equal, other[1], found[0][1]))]

@@ -19,7 +19,7 @@ from mpillm.comm.collectives import Pending
 from mpillm.nn import attention, embedding, linear, norm, split
 from mpillm.pipeline import runner, stage
 from mpillm.planner.stages import default_cuts
-from mpillm.train import engine, gradients, optimizers, storage
+from mpillm.train import engine, flat_buffers, gradient_store, optimizers
 from mpillm.verify.compare import compare_layout
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -109,7 +109,7 @@ def two_microbatches_change_places_on_the_way(patch, config):
 
 @fault(PIPELINE, "loss")
 def a_stage_is_given_the_previous_activation(patch, config):
-    right, kept = runner._Step._receive, {}
+    right, kept = runner._Pass._receive, {}
 
     def stale(self, key, action):
         x = right(self, key, action)
@@ -118,18 +118,18 @@ def a_stage_is_given_the_previous_activation(patch, config):
             return kept["first"].clone()
         return x
 
-    patch.setattr(runner._Step, "_receive", stale)
+    patch.setattr(runner._Pass, "_receive", stale)
 
 
 @fault(PIPELINE, "gradient of layers.{cut}.ffn.down.weight")
 def a_stage_is_given_the_previous_gradient(patch, config):
-    right, kept = runner._Step._receive, {}
+    right, kept = runner._Pass._receive, {}
 
     def stale(self, key, action):
         x = right(self, key, action)
         return kept.setdefault("first", x) if key[0] == p2p.BACKWARD and key[2] < 2 else x
 
-    patch.setattr(runner._Step, "_receive", stale)
+    patch.setattr(runner._Pass, "_receive", stale)
 
 
 @fault(PIPELINE, "gradient of layers.{cut}.ffn.down.weight")
@@ -146,59 +146,59 @@ def the_backward_of_a_microbatch_is_skipped(patch, config):
 
 @fault(ZERO_BUBBLE, "gradient of layers.{cut}.ffn.down.weight")
 def a_weight_action_is_dropped(patch, config):
-    right = stage.Stage.weight_gradients
-    patch.setattr(stage.Stage, "weight_gradients",
+    right = stage.Stage.compute_weight_gradients
+    patch.setattr(stage.Stage, "compute_weight_gradients",
                   lambda self, microbatch: None if self.is_first and microbatch == 2 else right(self, microbatch))
 
 
 @fault(DATA, "gradient of head.weight")
 def the_reduction_over_data_is_skipped(patch, config):
-    patch.setattr(storage.Bucket, "reduce", lambda self, is_whole: self.grad[slice(*self.range)])
+    patch.setattr(flat_buffers.Bucket, "reduce", lambda self, is_whole: self.grad[slice(*self.range)])
 
 
 @fault(DATA | {"layout.bucket_cuts": [0, 2, 4]}, "gradient of head.weight")
 def a_bucket_starts_before_its_last_gradient(patch, config):
     patch.setenv(shared.SWITCH, "0")
-    right = gradients.GradientSync.begin
-    patch.setattr(gradients.GradientSync, "begin", lambda self, microbatches: right(self, microbatches - 1))
+    right = gradient_store.GradientStore.begin
+    patch.setattr(gradient_store.GradientStore, "begin", lambda self, numbers, total: right(self, numbers[1:], total))
 
 
 @fault(WHOLE, "gradient of head.weight")
 def the_mean_over_data_is_taken_for_the_sum(patch, config):
-    right = storage.Bucket.reduce
-    patch.setattr(storage.Bucket, "reduce", lambda self, is_whole: right(self, is_whole).div_(2))
+    right = flat_buffers.Bucket.reduce
+    patch.setattr(flat_buffers.Bucket, "reduce", lambda self, is_whole: right(self, is_whole).div_(2))
 
 
 @fault(SEQUENCE, "gradient of norm.weight")
 def partial_gradients_of_norms_are_not_added(patch, config):
-    patch.setattr(storage.Bucket, "sum_partial", lambda self: None)
+    patch.setattr(flat_buffers.Bucket, "sum_partial", lambda self: None)
 
 
 @fault(TENSOR | GROUPED["shared"], "gradient of layers.{last}.attention.value.weight")
 def partial_gradients_of_shared_heads_are_not_added(patch, config):
-    patch.setattr(storage.Bucket, "sum_partial", lambda self: None)
+    patch.setattr(flat_buffers.Bucket, "sum_partial", lambda self: None)
 
 
 @fault(PIPELINE | TIED, "gradient of embedding.weight")
 def the_two_gradients_of_a_tied_matrix_are_not_added(patch, config):
-    patch.setattr(gradients.GradientSync, "_tie", lambda self, reduced: None)
+    patch.setattr(gradient_store.GradientStore, "_tie", lambda self, reduced: None)
 
 
 @fault(TENSOR, "gradient norm")
 def replicated_weights_count_twice_in_the_norm(patch, config):
-    right = storage.Piece
-    patch.setattr(storage, "Piece", lambda *args: right(*args[:-1], True))
+    right = flat_buffers.Piece
+    patch.setattr(flat_buffers, "Piece", lambda *args: right(*args[:-1], True))
 
 
 @fault(WHOLE, "gradient norm")
 def every_data_rank_counts_in_the_norm(patch, config):
-    right = storage.Bucket.pieces
-    patch.setattr(storage.Bucket, "pieces", lambda self: [replace(piece, is_counted=True) for piece in right(self)])
+    right = flat_buffers.Bucket.pieces
+    patch.setattr(flat_buffers.Bucket, "pieces", lambda self: [replace(piece, is_counted=True) for piece in right(self)])
 
 
 @fault(DATA, "gradient of head.weight")
 def the_gradient_is_not_clipped(patch, config):
-    patch.setattr(gradients.GradientSync, "clip", lambda self, reduced, limit: self.norm(reduced))
+    patch.setattr(gradient_store.GradientStore, "clip", lambda self, reduced, limit: self.norm(reduced))
 
 
 @fault(DATA, "weight of head.weight")
@@ -220,7 +220,7 @@ def norms_decay(patch, config):
 @fault(DATA, "weight of head.weight")
 def the_updated_weights_are_not_given_to_the_others(patch, config):
     patch.setenv(shared.SWITCH, "0")  # of weights in shared memory there is one copy
-    patch.setattr(storage.Bucket, "publish", lambda self: None)
+    patch.setattr(flat_buffers.Bucket, "distribute", lambda self: None)
 
 
 @fault(PIPELINE | TIED, "weight of embedding.weight")
@@ -232,14 +232,7 @@ def the_second_copy_of_a_tied_matrix_is_not_updated(patch, config):
 
 @fault(PIPELINE, "step 2: gradient of head.weight")
 def gradients_are_not_zeroed_between_steps(patch, config):
-    right = engine.Engine.train_step
-
-    def wrong(self, samples, lr):
-        found = right(self, samples, lr)
-        self.all_buckets = []
-        return found
-
-    patch.setattr(engine.Engine, "train_step", wrong)
+    patch.setattr(gradient_store.GradientStore, "zero", lambda self: None)
 
 
 @fault(PIPELINE, "step 2: weight of head.weight")
@@ -274,7 +267,7 @@ def rotary_positions_turn_the_wrong_way(patch, config):
 
 @fault(TENSOR, "loss")
 def initial_weights_are_those_of_the_local_index(patch, config):
-    right = engine.initialise
+    right = gradient_store.initialise
 
     def wrong(parameter, seed):
         shard = parameter.shard
@@ -282,7 +275,7 @@ def initial_weights_are_those_of_the_local_index(patch, config):
         right(parameter, seed)
         parameter.shard = shard
 
-    patch.setattr(engine, "initialise", wrong)
+    patch.setattr(gradient_store, "initialise", wrong)
 
 
 @fault(TENSOR | {"layout.recompute": "full"}, "gradient of layers.{last}.ffn.down.weight")

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny
 
 from mpillm.schedules.blocks import align, bounds
+from mpillm.train.flat_buffers import ALIGNMENT, Piece
 from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate
-from mpillm.train.storage import ALIGNMENT, Piece
 from mpillm.verify.reference import make_optimizer
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "adagrad"]

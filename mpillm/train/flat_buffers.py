@@ -1,4 +1,4 @@
-"""Flat storage: the parameters and gradients of a stage in flat buffers that are cut evenly over the data axis.
+"""Flat buffers: the parameters and gradients of a stage, each in one tensor that is cut evenly over the data axis.
 
 Where data ranks share a node the buffers lie in shared memory: gradients are reduced where they lie, and of weights
 whose optimiser is sharded there is one copy, which every rank reads and of which each updates its shard.
@@ -16,7 +16,6 @@ import torch
 from mpillm.comm import collectives
 from mpillm.comm.shared import if_room
 from mpillm.schedules.blocks import ALIGNMENT, align, bounds
-from mpillm.schedules.tree import TreeAccumulator
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,30 @@ def bucket_parts(stage, cuts, is_tied):
     """
     embedding, head = (None, None) if is_tied else (stage.embedding, stage.head)
     places = [(-1, embedding), *enumerate(stage.layers, stage.start), (stage.stop, stage.norm), (stage.stop, head)]
-    found = [(place, module) for place, module in places if module is not None]
-    return [[module for _, module in part] for _, part in groupby(found, lambda one: bisect_right(cuts, one[0]))]
+    places = [(place, module) for place, module in places if module is not None]
+    return [[module for _, module in part]
+            for _, part in groupby(places, lambda at: bisect_right(cuts, at[0]))]
+
+
+def make_buckets(stages, mesh, layout, is_tied):
+    """Return ``{stage index: its buckets}``, last to first as backward completes them, and one for a matrix that two
+    stages share: the head's is the first, the embedding's the last.
+
+    Collective over the mesh. Weights are zeros until :meth:`Bucket.fill`.
+    """
+    buckets, embedding, is_sharded = {}, None, layout.zero == 1
+    for stage in stages:
+        module = stage.module
+        own = [Bucket([p for layer in part for p in layer.parameters()], mesh, is_sharded, first_module=part[0])
+               for part in bucket_parts(module, layout.bucket_cuts, is_tied)]
+        if is_tied and module.is_first:
+            embedding = Bucket([module.embedding.weight], mesh, is_sharded, first_module=module.embedding)
+            own.insert(0, embedding)
+        if is_tied and module.is_last:
+            own.append(Bucket([module.head.weight], mesh, is_sharded, is_counted=False, tied_to=embedding,
+                              first_module=module.norm))
+        buckets[stage.index] = own[::-1]
+    return buckets
 
 
 class Bucket:
@@ -63,34 +84,35 @@ class Bucket:
         Whether this rank is the one of its pipeline that answers for these parameters.
     tied_to : Bucket, optional
         A bucket of the same shape whose data these parameters use as well.
-    first : Module, optional
+    first_module : Module, optional
         Of those that have the parameters, the first in forward: once backward has the gradient of its input, it has
         these gradients.
     """
 
-    def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None, first=None):
+    def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None, first_module=None):
         self.parameters = sorted(parameters, key=lambda p: not p.shard.is_partial_grad)
         self.mesh, self.group = mesh, mesh.group("data")
-        self.is_counted, self.tied_to, self.first = is_counted, tied_to, first
+        self.is_counted, self.tied_to, self.first_module = is_counted, tied_to, first_module
         self.offsets, end = [], 0
         for p in self.parameters:
             self.offsets.append(end)
             end = align(end + p.numel(), ALIGNMENT)
         self.num_partial = sum(align(p.numel(), ALIGNMENT) for p in self.parameters if p.shard.is_partial_grad)
         self.size = align(end, ALIGNMENT * self.group.size)
-        first = self.parameters[0]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        node = self.group.node if first.device.type == "cpu" else None
+        dtype, device = self.parameters[0].dtype, self.parameters[0].device
+        wide = torch.promote_types(dtype, torch.float32)
+        node = self.group.node if device.type == "cpu" else None
         if tied_to:
             self.data, self.is_one_copy = tied_to.data, tied_to.is_one_copy
         else:
-            shared = if_room(lambda: node.one_copy(self.size, first.dtype)) if node and is_sharded else None
+            shared = if_room(lambda: node.one_copy(self.size, dtype)) if node and is_sharded else None
             self.is_one_copy = shared is not None
-            self.data = torch.zeros(self.size, dtype=first.dtype, device=first.device) if shared is None else shared
-        memory = self.group.memory if first.device.type == "cpu" else None
+            self.data = torch.zeros(self.size, dtype=dtype, device=device) if shared is None else shared
+        memory = self.group.memory if device.type == "cpu" else None
         grad = if_room(lambda: memory.empty(self.size, wide)) if memory else None
-        self.grad = torch.zeros(self.size, dtype=wide, device=first.device) if grad is None else grad.zero_()
-        self._reduction, self._gathering = self.group.bind("reduce_scatter", self.grad), self.group.bind("allgather", self.data)
+        self.grad = torch.zeros(self.size, dtype=wide, device=device) if grad is None else grad.zero_()
+        self._reduction = self.group.bind("reduce_scatter", self.grad)
+        self._gathering = self.group.bind("allgather", self.data)
         self._gathering_grad = self.group.bind("allgather", self.grad)
         self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
@@ -131,17 +153,17 @@ class Bucket:
         """Return the pieces of parameters in this rank's range."""
         low, high = self.range
         is_counted = self.is_counted and (self.is_sharded or self.group.rank == 0)
-        found = []
+        pieces = []
         for p, offset in zip(self.parameters, self.offsets):
             start, stop = max(low, offset), min(high, offset + p.numel())
             if start < stop:
                 shard = p.shard
-                found.append(Piece(
+                pieces.append(Piece(
                     shard.name, shard.shape, shard.start + start - offset, shard.start + stop - offset, start - low,
                     min(high, align(stop, ALIGNMENT)) - low,
                     is_counted and not (shard.is_replicated and self.mesh.coord("tensor") > 0),
                 ))
-        return found
+        return pieces
 
     def sum_partial(self):
         """Add up gradients of which each tensor rank saw a part. Collective over the tensor axis."""
@@ -170,7 +192,7 @@ class Bucket:
             return block
         return self._gathering_grad.run()
 
-    def publish(self):
+    def distribute(self):
         """Give every rank the updated parameters. Collective over the data axis."""
         own = self.data[slice(*self.range)]
         if self.data.dtype != self.grad.dtype:
@@ -179,27 +201,3 @@ class Bucket:
             self.group.node.barrier()
         elif self.is_sharded:
             self._gathering.run()
-
-
-class MicrobatchTree:
-    """Sums the gradients of microbatches along the fixed tree, for ``numerics = "exact"``.
-
-    Each microbatch of a stage leaves its gradient in the stage's buckets; ``done`` takes it away, ``finish`` puts the
-    sum of all back.
-    """
-
-    def __init__(self, buckets, total, start, stop):
-        self.buckets = buckets
-        self.trees = [TreeAccumulator(total, start, stop, torch.Tensor.add_) for _ in buckets]
-
-    def done(self, microbatch):
-        """Take the gradient of global microbatch number ``microbatch``."""
-        for bucket, tree in zip(self.buckets, self.trees):
-            bucket.sum_partial()
-            tree.push(microbatch, bucket.grad.clone())
-            bucket.grad.zero_()
-
-    def finish(self):
-        """Put the sum over all microbatches into the gradient buffers."""
-        for bucket, tree in zip(self.buckets, self.trees):
-            bucket.grad.copy_(tree.value)

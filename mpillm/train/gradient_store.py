@@ -1,0 +1,230 @@
+"""The gradients of a step, from backward to what the optimiser uses: summed over microbatches and data ranks, tied, clipped.
+
+When the sum over data ranks starts: backward tells stage by stage how far it has come (:meth:`Stage.when_gradients`,
+set up in ``_follow_backward``), and at the end of an action the runner tells that a microbatch is through
+(``microbatch_done``). Both come to ``_ready``, which counts the microbatches of a bucket and starts it with the last.
+"""
+
+import os
+import time
+from collections import deque
+from functools import partial
+
+import torch
+
+from mpillm.comm import collectives
+from mpillm.comm.p2p import TIED, irecv, isend, tag_of
+from mpillm.nn.init import initialise, parameter_table
+from mpillm.schedules.tree import TreeAccumulator
+from mpillm.train.flat_buffers import make_buckets
+
+
+class GradientStore:
+    """The buckets of this rank's stages, with initial weights in them; reduces their gradients and clips them.
+
+    Collective over the mesh to make.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+    mesh : Mesh
+    stages : list of Stage
+    trace : Trace
+
+    Attributes
+    ----------
+    buckets : list of Bucket
+        All, in the order in which backward completes them. Every data rank starts their collectives in this order,
+        though with other numbers of microbatches they are complete at other times: on one communicator the order must
+        be the same.
+    updated : list of Bucket
+        Those that have weights of their own: all but a head's that uses the embedding's.
+    """
+
+    def __init__(self, config, mesh, stages, trace):
+        self.mesh, self.model, self._trace = mesh, config.model, trace
+        self.is_exact = config.train.numerics == "exact"
+        # Data ranks that share a node reduce in its memory, on the cores that backward runs on; exact sums trees of
+        # microbatches. Neither gains by starting early.
+        self._overlaps = not self.is_exact and mesh.size("data") > 1 and all(
+            mesh.world.comm.allgather(mesh.group("data").memory is None))
+        is_tied = self.model.tie_embeddings
+        self._of_stage = make_buckets(stages, mesh, config.layout, is_tied)
+        self.buckets = [bucket for own in reversed(self._of_stage.values()) for bucket in own]
+        self.updated = [bucket for bucket in self.buckets if bucket.tied_to is None]
+        embedding, head = self._of_stage.get(0), self._of_stage.get(stages[0].num_stages - 1)
+        self._tied = (embedding and embedding[-1], head and head[0]) if is_tied else (None, None)
+        for bucket in self.updated:
+            bucket.fill(lambda parameter: initialise(parameter, config.train.seed))
+        self._numbers, self._trees = range(0), {}
+        self._missing, self._waiting, self._under_way = {}, deque(), {}
+        if self._overlaps:
+            self._follow_backward(stages)
+
+    def begin(self, numbers, total):
+        """Begin a step: gradients are zero, and those of microbatches to come.
+
+        Local.
+
+        Parameters
+        ----------
+        numbers : range
+            The global numbers of this rank's microbatches.
+        total : int
+            How many all data ranks have.
+        """
+        self.zero()
+        self._numbers = numbers
+        self._missing, self._waiting = dict.fromkeys(self.buckets, len(numbers)), deque(self.buckets)
+        if self.is_exact:
+            self._trees = {stage: MicrobatchTree(own, total, numbers.start, numbers.stop)
+                           for stage, own in self._of_stage.items()}
+
+    def zero(self):
+        """Set all gradients to zero. Local."""
+        for bucket in self.buckets:
+            bucket.grad.zero_()
+
+    def microbatch_done(self, stage, microbatch):
+        """Note that backward of a microbatch is through the stage of this index.
+
+        Collective over the tensor axis; over the data axis each rank comes to it in its own time.
+        """
+        if self.is_exact:
+            self._trees[stage].done(self._numbers[microbatch])
+        elif self._overlaps:
+            self._ready(self._of_stage[stage][-1])
+
+    def progress(self):
+        """Let MPI work on the reductions under way; tell whether there are any. Local."""
+        for bucket in [bucket for bucket in self._under_way if bucket.is_reduced()]:
+            self._trace.add("transfer", f"bucket {self.buckets.index(bucket)}", self._under_way.pop(bucket))
+        return bool(self._under_way)
+
+    def reduce(self):
+        """Sum gradients over microbatches and data ranks; return ``{bucket: gradient of its range}``.
+
+        Collective over the mesh. The gradients of a tied matrix accumulate apart and are added once, here.
+        """
+        for tree in self._trees.values():
+            tree.finish()
+        while self.progress():
+            os.sched_yield()
+        for bucket in self._waiting:  # all of them, or none where reductions have started
+            if not self.is_exact:  # exact has done this for each microbatch
+                bucket.sum_partial()
+        reduced = {bucket: bucket.reduce(is_whole=self.is_exact) for bucket in self.buckets}
+        self._tie(reduced)
+        return reduced
+
+    def norm(self, reduced):
+        """Return the global norm of the gradient, equal on all ranks. Collective over the mesh."""
+        squares = self._row_squares(reduced) if self.is_exact else self._piece_squares(reduced)
+        return float(collectives.allreduce(squares, self.mesh.world).sum()) ** 0.5
+
+    def clip(self, reduced, limit):
+        """Scale the gradient down to ``limit`` if its global norm exceeds it; return the norm. Collective."""
+        norm = self.norm(reduced)
+        if limit and norm > limit:
+            for grad in reduced.values():
+                grad.mul_(limit / (norm + 1e-6))
+        return norm
+
+    def ranges(self, reduced):
+        """Cut whole gradients to the ranges that this rank updates."""
+        return {bucket: reduced[bucket][slice(*bucket.range)] if len(reduced[bucket]) == bucket.size
+                else reduced[bucket] for bucket in self.updated}
+
+    def free(self):
+        """Let go of weights and gradients. Local; once is enough."""
+        for bucket in self.buckets:
+            bucket.free()
+
+    def _follow_backward(self, stages):
+        """Let backward tell when it has completed a bucket, and let reductions progress after every layer.
+
+        A stage's last bucket may begin with the embedding, into whose input no gradient goes: it is complete at the
+        end of the action (:meth:`microbatch_done`).
+        """
+        for stage in stages:
+            for bucket in self._of_stage[stage.index][:-1]:
+                stage.when_gradients(bucket.first_module, partial(self._ready, bucket))
+            for layer in stage.module.layers:
+                stage.when_gradients(layer, self.progress)
+
+    def _ready(self, bucket):
+        """Note that a microbatch has left all its gradients in ``bucket``; start what is complete, in order.
+
+        As :meth:`microbatch_done`.
+        """
+        self._missing[bucket] -= 1
+        while self._waiting and self._missing[self._waiting[0]] == 0:
+            self._start(self._waiting.popleft())
+
+    def _start(self, bucket):
+        with self._trace.span("reduce", f"start of bucket {self.buckets.index(bucket)}"):
+            bucket.sum_partial()
+            self._under_way[bucket] = time.perf_counter()
+            bucket.start()
+
+    def _tie(self, reduced):
+        embedding, head = self._tied
+        if embedding and head:
+            reduced[embedding].add_(reduced[head])
+        elif embedding or head:
+            group = self.mesh.group("pipeline")
+            other = group.size - 1 if embedding else 0
+            own = reduced[embedding or head]
+            send = isend(own.clone(), group, other, tag_of(TIED))
+            own.add_(irecv(own.shape, own, group, other, tag_of(TIED)).wait())
+            send.wait()
+
+    def _piece_squares(self, reduced):
+        """Sum the squares of what this rank counts."""
+        counted = [grad[piece.low:piece.high] for bucket, grad in self.ranges(reduced).items()
+                   for piece in bucket.pieces() if piece.is_counted]
+        if not counted:
+            return torch.zeros(1, dtype=torch.float64)
+        return torch.stack(torch._foreach_norm(counted)).double().square().sum().reshape(1).cpu()
+
+    def _row_squares(self, reduced):
+        """Sum the squares of every row of every parameter, each at its fixed place; zeros for rows of other ranks."""
+        places, end = {}, 0
+        for name, (shape, _) in parameter_table(self.model).items():
+            places[name], end = end, end + (shape[0] if len(shape) > 1 else 1)
+        squares = torch.zeros(end, dtype=torch.float64)
+        for bucket in self.updated:
+            if not bucket.is_counted or self.mesh.coord("data") > 0:
+                continue
+            for p, offset in zip(bucket.parameters, bucket.offsets):
+                shard, width = p.shard, p.shard.shape[-1]
+                if p.numel() and not (shard.is_replicated and self.mesh.coord("tensor") > 0):
+                    rows = reduced[bucket][offset:offset + p.numel()].view(-1, width)
+                    first = places[shard.name] + shard.start // width
+                    squares[first:first + len(rows)] = rows.double().square().sum(1).cpu()
+        return squares
+
+
+class MicrobatchTree:
+    """Sums the gradients of microbatches along the fixed tree, for ``numerics = "exact"``.
+
+    Each microbatch of a stage leaves its gradient in the stage's buckets; ``done`` takes it away, ``finish`` puts the
+    sum of all back.
+    """
+
+    def __init__(self, buckets, total, start, stop):
+        self.buckets = buckets
+        self.trees = [TreeAccumulator(total, start, stop, torch.Tensor.add_) for _ in buckets]
+
+    def done(self, microbatch):
+        """Take the gradient of global microbatch number ``microbatch``."""
+        for bucket, tree in zip(self.buckets, self.trees):
+            bucket.sum_partial()
+            tree.push(microbatch, bucket.grad.clone())
+            bucket.grad.zero_()
+
+    def finish(self):
+        """Put the sum over all microbatches into the gradient buffers."""
+        for bucket, tree in zip(self.buckets, self.trees):
+            bucket.grad.copy_(tree.value)
