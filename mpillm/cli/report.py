@@ -3,6 +3,7 @@
 import csv
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import mode
 
 import click
 import numpy as np
@@ -119,9 +120,13 @@ def running_mean(values, reach):
 
 
 def find_restarts(metrics, launches):
-    """Return the steps before which the run was taken up again, as far as gaps and the trace tell."""
+    """Return the steps before which the run was taken up again, as far as gaps and the trace tell.
+
+    A gap is where lines are lacking that a launch would have written: more of them than between most steps.
+    """
     steps = [record["step"] for record in metrics]
-    gaps = {step for before, step in pairwise(steps) if step != before + 1}
+    apart = [after - before for before, after in pairwise(steps)]
+    gaps = {step for step, distance in zip(steps[1:], apart) if distance > mode(apart)}
     begins = {min(launch.steps) for launch in launches}
     return sorted(gaps | {step for step in begins if steps[0] < step <= steps[-1]})
 

@@ -20,8 +20,8 @@ def learning_rate(train, step):
     progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
     if train.lr_schedule == "constant":
         return train.lr
-    shape = 1 - progress if train.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return train.min_lr + (train.lr - train.min_lr) * shape
+    left = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[train.lr_schedule]
+    return train.min_lr + (train.lr - train.min_lr) * left
 
 
 def state_kinds(train):
@@ -62,8 +62,10 @@ def update(train, lr, weight_decay, weights, gradients, state, steps):
     elif train.optimizer == "rmsprop":
         rmsprop(weights, gradients, state["square_avg"], [], state.get("momentum_buffer", []), steps, foreach=True,
                 alpha=train.betas[1], eps=train.eps, momentum=train.momentum, centered=False, **common)
-    else:
+    elif train.optimizer == "adagrad":
         adagrad(weights, gradients, state["sum"], steps, fused=True, lr_decay=0.0, eps=train.eps, **common)
+    else:
+        raise KeyError(train.optimizer)
 
 
 def decays(shape):
@@ -85,7 +87,10 @@ class ShardedOptimizer:
     def __init__(self, train, buckets):
         self.train = train
         self.entries = [(bucket, piece) for bucket in buckets for piece in bucket.pieces()]
-        self._tensors = []  # one {kind: tensor} a piece, with its padding
+        # One {kind: tensor} a piece, with its padding. Weights are views of the buckets' masters, which are views of the
+        # buckets' data, which the model's parameters are views of: an update in place here is one of the model. Where
+        # masters are wider than the data, Bucket.distribute() rounds them into it.
+        self._tensors = []
         for bucket, piece in self.entries:
             weight = bucket.master[piece.low:piece.high]
             self._tensors.append({"weight": weight, **{kind: torch.zeros_like(weight) for kind in state_kinds(train)}})

@@ -1,14 +1,17 @@
 """Learning rates against values worked out by hand; sharded optimisers against PyTorch's on the whole, bit for bit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from tiny import tiny
 
+from mpillm.config import Train
 from mpillm.schedules.blocks import align, bounds
 from mpillm.train.flat_buffers import ALIGNMENT, Piece
-from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate
+from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate, state_kinds, update
 from mpillm.verify.reference import make_optimizer
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "adagrad"]
@@ -33,6 +36,22 @@ def test_learning_rates(schedule, wanted):
 def test_learning_rates_without_warmup_and_with_nothing_else():
     assert rates([1, 2, 3, 4], lr_schedule="linear", warmup_steps=0, steps=4) == pytest.approx([0.75, 0.5, 0.25, 0.0])
     assert rates([1, 2], lr_schedule="cosine", warmup_steps=2, steps=2) == [0.5, 1.0]
+
+
+def test_every_name_that_a_configuration_takes_is_handled_and_no_other():
+    """A schedule or an optimiser that comes in must not fall into one of those that are there."""
+    train, names = tiny().train, {field.name: get_args(field.type) for field in fields(Train)}
+    assert {"constant", "cosine"} < set(names["lr_schedule"]) and set(names["optimizer"]) == set(OPTIMIZERS)
+    for name in names["lr_schedule"]:
+        assert 0 <= learning_rate(replace(train, lr_schedule=name), 4) <= train.lr
+    for name in names["optimizer"]:
+        assert state_kinds(replace(train, optimizer=name, momentum=0.9))
+    unknown = SimpleNamespace(**vars(train) | {"lr_schedule": "sqrt", "optimizer": "lion"})
+    for refused in (lambda: learning_rate(unknown, 4), lambda: state_kinds(unknown),
+                    lambda: update(unknown, 0.1, 0.0, [torch.ones(1)], [torch.ones(1)], {"sum": [torch.zeros(1)]},
+                                   [torch.zeros(())])):
+        with pytest.raises(KeyError, match="sqrt|lion"):
+            refused()
 
 
 def test_matrices_decay_and_norms_do_not():

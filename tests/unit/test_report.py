@@ -266,6 +266,7 @@ def test_restarts_are_where_steps_are_missing_or_a_traced_launch_begins():
     launches = [Launch([], {number: [] for number in numbers}) for numbers in ([11, 12], [16, 17], [20])]
     assert find_restarts(metrics, launches) == [14, 16]
     assert find_restarts(metrics[:2], []) == []
+    assert find_restarts([{"step": step} for step in (5, 10, 15, 25, 30, 32)], []) == [25]  # one line for five steps
 
 
 def test_loss_rows_add_up_minutes():
