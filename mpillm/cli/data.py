@@ -1,6 +1,8 @@
 """``mpillm data``: text files to the HDF5 file of tokens that training reads."""
 
+import codecs
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,22 +25,20 @@ DEFAULT_VOCAB_SIZE = 8192
 @click.option("--vocab-size", type=int, help=f"Tokens of the BPE; {DEFAULT_VOCAB_SIZE} if not given.")
 @click.option("--validation-fraction", "fraction", type=float, default=0.0, show_default=True,
               help="Hold out about this part of the documents, chosen by a hash of their path (of a JSON "
-                   "line's text).")
+                   "line's text); where they are too few for that, this part of each, at its end.")
 @click.option("--validation", "held_out", multiple=True, metavar="FILE",
               help="Hold out this file; can be repeated.")
 def command(files, output, name, vocab_size, fraction, held_out):
     """Turn text FILES into tokens.
 
-    A .jsonl file has a document a line under the key "text"; any other file is one document. @LIST stands
-    for the files that the lines of the file LIST name. Empty documents are left out.
+    JSON lines with text under the key "text" are a document each, whatever the file is called; any other file is one
+    document. Files of gzip, bzip2 and xz are read unpacked. @LIST stands for the files that the lines of the file LIST
+    name. Empty documents are left out.
     """
     _check_launch()
     files, held_out = _expand(files), _expand(held_out)
     _check(files, held_out, output, name, vocab_size, fraction)
-    utf8 = name != "bytes"
-    train = Documents(files, low=fraction, utf8=utf8)
-    validation = Documents(held_out, utf8=utf8) if held_out else Documents(files, high=fraction, utf8=utf8)
-    _check_texts(train, validation, fraction or held_out)
+    train, validation = _splits(files, held_out, fraction, utf8=name != "bytes")
     size = sum(os.path.getsize(path) for path in files + held_out)
     passes = 2 if name == "bpe" else 1
     with tqdm(total=passes * size, desc="tokens", unit="B", unit_scale=True, disable=None) as bar:
@@ -49,6 +49,12 @@ def command(files, output, name, vocab_size, fraction, held_out):
         click.echo(
             f"{label:10} {split.documents:>12,} documents {split.bytes:>16,} bytes {split.tokens:>16,} tokens"
         )
+    if train.are_cut:
+        click.echo(f"{output}: too few documents to hold out whole ones: the last {fraction:.3g} of each is held out, from "
+                   "where a line begins")
+    if not splits[1].tokens:
+        click.echo(f"{output}: nothing is held out, so training will not be evaluated: --validation-fraction 0.1 holds "
+                   "out about a tenth")
 
 
 def _check_launch():
@@ -72,9 +78,13 @@ def _expand(names):
             paths.append(name)
             continue
         try:
-            lines = Path(name[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"list of files {name}: cannot be read ({error})") from error
+            data = Path(name[1:]).read_bytes()
+        except OSError as error:
+            raise DataError(f"list of files {name}: cannot be read ({error.strerror or error})") from error
+        if b"\0" in data:  # as in UTF-16, or where the @ was not meant
+            raise DataError(f"list of files {name}: is not a list of paths: give it a path a line, in UTF-8")
+        # paths may hold anything else that some count as the end of a line
+        lines = [os.fsdecode(line.removesuffix(b"\r")) for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n")]
         paths += [line for line in lines if line.strip()]
         if not any(map(str.strip, lines)):
             raise DataError(f"list of files {name}: is empty: give it a path a line")
@@ -106,16 +116,26 @@ def _check(files, held_out, output, name, vocab_size, fraction):
         raise DataError(f"token file {output}: cannot be written: {problem}: choose another -o")
 
 
-def _check_texts(train, validation, wants_validation):
-    """Refuse splits without any text."""
-    if next(iter(train), None) is None:
-        why = f"--validation-fraction {train.low} holds out every document" if train.low else "all are empty"
-        raise DataError(f"no training text in {len(train.paths)} files: {why}")
-    if wants_validation and next(iter(validation), None) is None:
+def _splits(files, held_out, fraction, utf8):
+    """Return the documents to train on and those held out; refuse splits without any text."""
+    train, validation = Documents(files, low=fraction, utf8=utf8), Documents(files, high=fraction, utf8=utf8)
+    if held_out:
+        validation = Documents(held_out, utf8=utf8)
+    elif fraction and not (_has_text(train) and _has_text(validation)):
+        train, validation = replace(train, are_cut=True), replace(validation, are_cut=True)
+    if not _has_text(train):
+        why = f"--validation-fraction {fraction} holds out every document" if fraction else "all are empty"
+        raise DataError(f"no training text in {len(files)} files: {why}")
+    if (fraction or held_out) and not _has_text(validation):
         raise DataError(
-            f"no validation text: {len(validation.paths)} files give no held-out document, and documents are "
-            "never cut: raise --validation-fraction, or hold out files with --validation"
+            f"no validation text: {len(validation.paths)} files give none to hold out: raise --validation-fraction, or "
+            "hold out files with --validation"
         )
+    return train, validation
+
+
+def _has_text(documents):
+    return next(iter(documents), None) is not None
 
 
 def _tokenizer(name, vocab_size, texts):

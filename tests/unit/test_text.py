@@ -1,9 +1,15 @@
 """Text to tokens and back, and the command that makes a token file."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
+import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import h5py
@@ -175,6 +181,104 @@ def test_bad_json_line_is_named(tmp_path, line):
         list(Documents((str(path),)))
 
 
+TEXTS = ["a", "naïve \u2028 line", "three\x0c\x85"]
+LINES = "".join(json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(TEXTS))
+PACKED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".ndjson", ".json", ".txt", ""])
+def test_json_lines_are_known_by_content(tmp_path, suffix, encoding, packing):
+    path = tmp_path / f"lines{suffix}{packing}"
+    path.write_bytes(PACKED[packing](LINES.encode(encoding)))
+    for utf8 in (True, False):
+        assert list(Documents((str(path),), utf8=utf8)) == [text.encode() for text in TEXTS]
+
+
+@pytest.mark.parametrize(("content", "is_unclear"), [
+    ('{"name": "x", "version": 3}\n', False), ("{\n  not JSON\n}\n", False), ("[1, 2]\n", False), ("{}", False),
+    ('[{"text": "a"}, {"text": "b"}]', True), ('{\n "text": "a"\n}', True), ('{"text": 3}\n{"text": 4}', True),
+    ('{"body": "a"}\n{"body": "b"}\n', True), ('{"text": "a"}\nand so on', True), ("[" * 100_000, False),
+])
+def test_other_json_is_one_document_and_said_to_be_where_lines_may_be_meant(tmp_path, content, is_unclear):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert list(Documents((str(path),))) == [content.encode()]
+    assert [str(warning.message).startswith(f"text file {path}: holds JSON") for warning in caught] == [True] * is_unclear
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+def test_text_is_known_by_its_byte_order_mark(tmp_path, encoding):
+    path, raw = tmp_path / "text.txt", "naïve 漢字\n".encode(encoding)
+    path.write_bytes(raw)
+    assert list(Documents((str(path),), utf8=False)) == [raw]
+    if encoding == "utf-16-le":  # without a mark
+        path.write_bytes("plain text\n".encode(encoding))
+        with pytest.raises(DataError, match="looks like UTF-16"):
+            list(Documents((str(path),)))
+    else:
+        assert list(Documents((str(path),))) == ["naïve 漢字\n".encode()]
+        if encoding != "utf-8-sig":
+            path.write_bytes(raw[:-1])
+            with pytest.raises(DataError, match=f"is not {encoding.upper()}"):
+                list(Documents((str(path),)))
+
+
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("name", ["text.txt", "lines.jsonl"])
+def test_a_compressed_file_that_is_cut_off_or_damaged(tmp_path, name, packing):
+    digits = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(3000)]
+    lines = [json.dumps({"text": text}) for text in digits] if name == "lines.jsonl" else digits
+    path = tmp_path / (name + packing)
+    path.write_bytes(PACKED[packing]("\n".join(lines).encode()))
+    assert len(list(Documents((str(path),)))) == (3000 if name == "lines.jsonl" else 1)
+    raw = path.read_bytes()
+    for damaged in (raw[:len(raw) // 2], raw[:4000] + bytes(20) + raw[4020:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{path.name}: (cannot be read|line [0-9]+ is no JSON)"):
+            list(Documents((str(path),)))
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\x03\x04", "zip"), (b"\x89HDF\r\n", "HDF5"), (b"PAR1", "Parquet"),
+    (bytes(257) + b"ustar", "tar")])
+def test_archives_are_no_text(tmp_path, content, kind):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=kind):
+        list(Documents((str(path),)))
+    with pytest.warns(UserWarning, match=kind):
+        assert list(Documents((str(path),), utf8=False)) == [content]
+
+
+@pytest.mark.parametrize("place", [0, 5, (1 << 20) - 1, (1 << 20) + 7])
+def test_the_byte_that_is_not_utf8_is_named(tmp_path, place):
+    path = tmp_path / "text"
+    raw = bytearray("é".encode() * (1 << 20))
+    path.write_bytes(raw)
+    assert list(Documents((str(path),))) == [raw]
+    raw[place] = 0xFF
+    path.write_bytes(raw)
+    expected = re.search("position ([0-9]+)", str(pytest.raises(UnicodeDecodeError, raw.decode).value))[1]
+    with pytest.raises(DataError, match=f"byte {expected} is not UTF-8"):
+        list(Documents((str(path),)))
+
+
+@pytest.mark.parametrize(("text", "share", "held_out"), [
+    ("one\ntwo\nthree\nfour\n", 0.25, "four\n"), ("one\ntwo\nthree\nfour\n", 0.4, "three\nfour\n"),
+    ("some words without an end of line", 0.3, "end of line"), ("é" * 10, 0.25, "é" * 3), ("x" * 10, 0.01, ""),
+    ("x" * 10, 0.99, "x" * 10), ("head\n" + "x" * 95, 0.1, "x" * 10),
+])
+def test_documents_are_cut_near_the_place_asked_for(tmp_path, text, share, held_out):
+    path = tmp_path / "text"
+    path.write_text(text, encoding="utf-8")
+    parts = [b"".join(Documents((str(path),), are_cut=True, **what)) for what in ({"low": share}, {"high": share})]
+    assert b"".join(parts) == text.encode() and parts[1].decode() == held_out
+
+
 def test_other_encodings_need_the_byte_tokenizer(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes("naïve".encode("latin-1"))
@@ -227,6 +331,33 @@ def test_command(folder, options):
         assert tokenizer.decode(file["validation/tokens"][:]) == Path("b.txt").read_bytes()
         assert f"{len(file['train/tokens'])} tokens" in output
     assert tokenizer.vocab_size == (257 if "bytes" in options else 260)
+
+
+def test_command_cuts_where_documents_are_too_few(folder):
+    text = "".join(f"line {i} of the only text\n" for i in range(1000))
+    Path("input.txt").write_text(text)
+    output = data("input.txt", "-o", "tokens.h5", "--tokenizer", "bytes", "--validation-fraction", "0.1")
+    assert "the last 0.1 of each is held out" in output and "nothing is held out" not in output
+    with h5py.File("tokens.h5") as file:
+        train, held_out = (ByteTokenizer().decode(file[f"{split}/tokens"][:]).decode() for split in ("train", "validation"))
+    assert train + held_out == text and train.endswith("\n") and len(held_out) == pytest.approx(len(text) / 10, abs=30)
+    assert "nothing is held out" in data("input.txt", "-o", "tokens.h5", "--tokenizer", "bytes")
+    Path("many.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(300)))
+    output = data("many.jsonl", "-o", "tokens.h5", "--tokenizer", "bytes", "--validation-fraction", "0.1")
+    assert "held out" not in output and re.search(r"train +2[67][0-9] documents", output)
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_list_of_files_ends_its_lines_at_line_feeds_alone(folder, start, end):
+    names = ["a\u2028b.txt", "c\x0cd.txt", "e\x85f.txt", "g\x1ch.txt", " spaces .txt", "caf\udce9.txt", "i\rj.txt"]
+    for name in names:
+        Path(name).write_text(name.encode(errors="surrogateescape").decode("latin-1"))
+    Path("names").write_bytes(start + b"".join(os.fsencode(name) + end for name in names))
+    assert f"train      {len(names):>12} documents" in data("@names", "-o", "tokens.h5", "--tokenizer", "bytes")
+    Path("names").write_text("a.txt\n", encoding="utf-16")
+    with pytest.raises(DataError, match="not a list of paths"):
+        data("@names", "-o", "tokens.h5")
 
 
 def test_command_learns_the_vocabulary_from_the_training_text_alone(folder):
