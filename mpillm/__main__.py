@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import os
 import sys
+import warnings
 
 import click
 
@@ -62,6 +64,7 @@ def cli():
 
 def main():
     """Run the command line; exit codes are those of :mod:`mpillm.errors`."""
+    warnings.formatwarning = _in_a_line
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     if {" ".join(words[:1]), " ".join(words[:2])} & set(UNDER_MPI) and not {"-h", "--help"} & set(sys.argv):
         if words[0] == "train":
@@ -74,6 +77,13 @@ def main():
     except MpillmError as error:
         sys.stderr.write(f"mpillm: error: {error}\n")
         raise SystemExit(error.exit_code) from None
+
+
+def _in_a_line(message, category, filename, lineno, line=None, whole=warnings.formatwarning):
+    """Format a warning that this package gives as its errors are; others say where they come from."""
+    if filename.startswith(os.path.dirname(__file__)):
+        return f"mpillm: warning: {message}\n"
+    return whole(message, category, filename, lineno, line)
 
 
 def _run():

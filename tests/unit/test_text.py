@@ -375,6 +375,14 @@ def test_command_takes_a_tokenizer_file(folder, bpe):
         assert file.attrs["tokenizer"] == "file"
 
 
+def test_command_warns_in_a_line(folder):
+    Path("pretty.json").write_text('[{"text": "a"}]')
+    job = subprocess.run([sys.executable, "-m", "mpillm", "data", "pretty.json", "-o", "tokens.h5", "--tokenizer", "bytes"],
+                         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    [line] = [line for line in job.stderr.splitlines() if "JSON" in line]
+    assert line.startswith("mpillm: warning: text file pretty.json: holds JSON")
+
+
 @pytest.mark.parametrize("arguments, error, message", [
     (("missing.txt",), DataError, "missing.txt: no such file"),
     ((".",), DataError, "is a directory"),
