@@ -9,7 +9,7 @@ import click
 from tqdm import tqdm
 
 from mpillm.data.text import Documents
-from mpillm.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
+from mpillm.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, load_tokenizer, train_bpe
 from mpillm.data.tokens import write_tokens
 from mpillm.errors import ConfigError, DataError
 
@@ -21,7 +21,7 @@ DEFAULT_VOCAB_SIZE = 8192
 @click.option("-o", "--output", required=True, help="The HDF5 file to write.")
 @click.option("--tokenizer", "name", default="bpe", show_default=True, metavar="bytes|bpe|FILE",
               help="The bytes themselves; a byte-level BPE learned from the training documents; or a JSON "
-                   "file of the tokenizers library.")
+                   "file of the tokenizers library, or a folder with its tokenizer.json.")
 @click.option("--vocab-size", type=int, help=f"Tokens of the BPE; {DEFAULT_VOCAB_SIZE} if not given.")
 @click.option("--validation-fraction", "fraction", type=float, default=0.0, show_default=True,
               help="Hold out about this part of the documents, chosen by a hash of their path (of a JSON "
@@ -143,7 +143,11 @@ def _tokenizer(name, vocab_size, texts):
         return ByteTokenizer()
     if name == "bpe":
         return train_bpe(texts, DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
-    return load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    if getattr(tokenizer, "has_grown", False):
+        click.echo(f"mpillm data: --tokenizer {name} names no token that ends a document: {END_OF_DOCUMENT} is added "
+                   f"as token {tokenizer.end}", err=True)
+    return tokenizer
 
 
 def _shown(documents, bar):

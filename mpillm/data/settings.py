@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from mpillm.errors import DataError
+from mpillm.files import to_json
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_settings.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG, MODEL_CONFIG = "tokenizer_config.json", "generation_config.json", "config.json"
@@ -59,15 +60,14 @@ class Settings:
     def of_folder(cls, folder):
         """Gather what the files of a Hugging Face folder say."""
         paths = [folder / name for name in _FILES if (folder / name).is_file()]
-        files = {path.name: read_json(path) if path.suffix == ".json" else path.read_text(encoding="utf-8")
-                 for path in paths}
+        files = {path.name: read_json(path) if path.suffix == ".json" else _read_text(path) for path in paths}
         model = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
         tokens = {key: model[key] for key in _MODEL_KEYS if model.get(key) is not None}
         return cls(files | ({MODEL_CONFIG: tokens} if tokens else {}), model.get("vocab_size"))
 
     def to_json(self):
         """Return the settings as the text of a JSON file."""
-        return json.dumps(self.files, indent=1, ensure_ascii=False) + "\n"
+        return to_json(self.files, indent=1) + "\n"
 
     def name(self, key):
         """Return the text of a token such as ``eos_token``, or None."""
@@ -110,12 +110,19 @@ class Settings:
 def read_json(path):
     """Return the object in a JSON file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(_read_text(path))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: not a JSON object")
     return values
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from error
 
 
 def _is_token(library, token):

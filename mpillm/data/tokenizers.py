@@ -70,6 +70,8 @@ class LibraryTokenizer:
         The one of them that ends a document; None if the tokenizer names none and the model has no room.
     starts : list of int
         Tokens that stand before a text.
+    has_grown : bool
+        Whether it named no end, and got one.
     bos : int or None
         The token that is named as the first of a text, by default the one that does stand there, else ``end``.
     """
@@ -81,7 +83,8 @@ class LibraryTokenizer:
         self.starts = [] if settings is None else settings.starts(library)
         self.ends = self.settings.ends(library)
         library.encode_special_tokens = True
-        if not self.ends and _size(library) < (vocab_size or self.settings.vocab_size or math.inf):
+        self.has_grown = not self.ends and _size(library) < (vocab_size or self.settings.vocab_size or math.inf)
+        if self.has_grown:
             library.add_special_tokens([END_OF_DOCUMENT])
             self.ends = [library.token_to_id(END_OF_DOCUMENT)]
         self.end = next(iter(self.ends), None)

@@ -179,7 +179,8 @@ class TokenFile:
         DataError
             If a token exceeds the vocabulary that the file states.
         """
-        rows = np.stack([self.tokens[i * self.seq_len:(i + 1) * self.seq_len + 1] for i in indices]).astype(np.int64)
+        starts = [int(i) * self.seq_len for i in indices]
+        rows = np.stack([self.tokens[start:start + self.seq_len + 1] for start in starts]).astype(np.int64)
         if rows.max() >= self.vocab_size:
             raise DataError(
                 f"data.path = {self.path}: token {rows.max()} in samples {list(indices)}, but the file states "
@@ -189,7 +190,8 @@ class TokenFile:
 
     def documents_of(self, indices):
         """Return the number of the document of every input token, ``[len(indices), seq_len]``."""
-        return np.stack([self._documents_between(i * self.seq_len, (i + 1) * self.seq_len) for i in indices])
+        starts = [int(i) * self.seq_len for i in indices]
+        return np.stack([self._documents_between(start, start + self.seq_len) for start in starts])
 
     def _documents_between(self, start, stop):
         first = bisect_right(self.documents, start)

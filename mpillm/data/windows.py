@@ -6,9 +6,9 @@ overlap, and the tokens of one go over into those of the next where both have th
 same places in the same words.
 
 The tokens are then those of the whole text. Words begin by what stands near, or by what stands since the last place
-where both windows had one begin. Within a word of a byte-pair encoding, a merge across the place would have happened in the
-left window, too: its left part is made by the same merges there, and so is its right part, a piece of a token that both
-windows have. Where windows do not agree, as in a long run of one letter, the left one grows until they do.
+where both windows had one begin. Within a word of a byte-pair encoding, a merge across the place would have happened in
+the left window, too: its left part is made by the same merges there, and so is its right part, a piece of a token that
+both windows have. Where windows do not agree, as in a long run of one letter, the left one grows until they do.
 """
 
 from dataclasses import dataclass

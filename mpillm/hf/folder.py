@@ -1,4 +1,4 @@
-"""What reading and writing of Hugging Face folders share: names of files, JSON, errors that name the folder."""
+"""What reading and writing of Hugging Face folders share: a name, a free place, errors that name the folder."""
 
 from contextlib import contextmanager
 

@@ -44,7 +44,7 @@ def to_hf(run, folder, file_elements=FILE_ELEMENTS):
         source = Checkpoint(run)
         model = source.model()
         tokenizer = load_tokenizer(run, model.vocab_size) if (run / TOKENIZER).is_file() else None
-        files_beside = _beside(tokenizer, Settings.beside(run / TOKENIZER), model)
+        files_beside = _beside(tokenizer, Settings.beside(run / TOKENIZER) or Settings(), model)
         folder.mkdir(parents=True, exist_ok=True)
         table = parameter_table(model)
         weight_files = _spread(table, file_elements)
@@ -80,18 +80,17 @@ def _beside(tokenizer, settings, model):
 
     Of ``config.json`` they hold the special tokens. A document begins where another ended, if nothing else begins it.
     """
-    files = {} if settings is None else dict(settings.files)
+    files = dict(settings.files)
     if tokenizer is None or tokenizer.end is None:
         return files
     ends = list(tokenizer.ends)
     tokens = {"bos_token_id": tokenizer.bos, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     files.setdefault(GENERATION_CONFIG, files.setdefault(MODEL_CONFIG, tokens))
-    if tokenizer.kind != "bytes":
-        texts = {"bos_token": tokenizer.name(tokenizer.bos), "eos_token": tokenizer.name(tokenizer.end)}
+    if tokenizer.kind != "bytes" and settings.name("eos_token") is None:
         default = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                   "model_max_length": model.max_seq_len, **texts}
-        if not settings or settings.name("eos_token") is None:
-            files[TOKENIZER_CONFIG] = default | files.get(TOKENIZER_CONFIG, {}) | {"eos_token": texts["eos_token"]}
+                   "model_max_length": model.max_seq_len, "bos_token": tokenizer.name(tokenizer.bos)}
+        files[TOKENIZER_CONFIG] = {**default, **files.get(TOKENIZER_CONFIG, {}),
+                                   "eos_token": tokenizer.name(tokenizer.end)}
     return files
 
 

@@ -50,6 +50,13 @@ def test_samples_come_as_asked_and_may_repeat(path):
     assert (file.samples([5, 0, 5])[0] == every[[5, 0, 5]]).all()
 
 
+def test_samples_of_integers_of_any_kind(tmp_path):
+    """What an index stands for may not fit its type."""
+    file = TokenFile(write_token_file(tmp_path / "tokens.h5", tokens=1000), "train", 12)
+    for find in (lambda indices: file.samples(indices)[1], file.documents_of):
+        assert (find(np.array([80, 3], np.uint8)) == find([80, 3])).all()
+
+
 def test_splits_are_apart(path):
     tokens, _ = read(path, "validation")
     assert (TokenFile(path, "validation", 12).samples([0])[0][0] == tokens[:12]).all()

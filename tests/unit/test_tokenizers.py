@@ -1,4 +1,4 @@
-"""What tokenizers bring along, in and out, and long texts in windows; ``transformers`` and the library are the oracles."""
+"""What tokenizers bring along, and long texts in windows; ``transformers`` and the library are the oracles."""
 
 import json
 import random
@@ -7,8 +7,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from mpillm import hf
+from mpillm.cli.data import command
 from mpillm.data import windows
 from mpillm.data.settings import SETTINGS, Settings
 from mpillm.data.tokenizers import (
@@ -100,8 +102,8 @@ KINDS = {
 def texts():
     """Return texts that are hard to cut, by name."""
     number = random.Random(0)
-    mixed = [AWKWARD, WORDS, " " * 300, "a" * 500, "\n" * 5, "漢字" * 90, "🙂🎉" * 60, "".join(number.choices("acgt", k=700)),
-             "".join(number.choices("0123456789", k=400))]
+    mixed = [AWKWARD, WORDS, " " * 300, "a" * 500, "\n" * 5, "漢字" * 90, "🙂🎉" * 60,
+             *("".join(number.choices(letters, k=500)) for letters in ("acgt", "0123456789"))]
     return {"mixed": "".join(number.choices(mixed, k=80)), "awkward": AWKWARD * 60, "one-letter": "a" * 9001,
             "spaces": f"x{' ' * 9000}y", "letters": "".join(number.choices("acgt", k=9000)), "emoji": "🙂🎉" * 1500,
             "digits": "".join(number.choices("0123456789", k=9000))}
@@ -206,7 +208,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>", "<s>")  # toke
     ({"special_tokens_map.json": {"eos_token": "<|im_end|>"}}, [2]),
     ({"generation_config.json": {"eos_token_id": 1}}, [1]),
     ({"generation_config.json": {"eos_token_id": [2, 1]}, "tokenizer_config.json": {"eos_token": "<s>"}}, [4, 2, 1]),
-    ({"generation_config.json": {"eos_token_id": [2, 0]}, "tokenizer_config.json": {"eos_token": "<|im_end|>"}}, [0, 2]),
+    ({"generation_config.json": {"eos_token_id": [2, 0]}, "tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+     [0, 2]),
     ({"config.json": {"eos_token_id": 3, "vocab_size": 300}}, [3]),
     ({"generation_config.json": {"eos_token_id": [-1, 999, None, True, 2]}}, [2]),
     ({"tokenizer_config.json": {"eos_token": "<nowhere>"}}, [0]),
@@ -253,6 +256,10 @@ def test_no_end_and_no_room_for_one(tmp_path):
     assert load_tokenizer(folder, 301).end == 300
     (folder / "config.json").unlink()
     assert load_tokenizer(folder).vocab_size == 301
+    (tmp_path / "text.txt").write_text(WORDS)
+    words = [str(tmp_path / "text.txt"), "-o", str(tmp_path / "tokens.h5"), "--tokenizer", str(folder)]
+    result = CliRunner().invoke(command, words, catch_exceptions=False)
+    assert "names no token that ends a document: <|endoftext|> is added as token 300" in result.output
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<x>"}')
     assert load_tokenizer(folder, 300).end == 0
 
@@ -337,8 +344,8 @@ def test_a_trained_tokenizer_names_its_end(tmp_path):
     tokenizer = train_bpe([WORDS * 20], 300)
     hf.to_hf(trained_run(tmp_path, tokenizer), tmp_path / "out")
     end = tokenizer.end
-    assert said(tmp_path / "out") == [end, end, None, end, end, None, "<|endoftext|>", "<|endoftext|>", None, None, None,
-                                      tokenizer.encode("what one").tolist()]
+    assert said(tmp_path / "out") == [end, end, None, end, end, None, "<|endoftext|>", "<|endoftext|>", None, None,
+                                      None, tokenizer.encode("what one").tolist()]
     hf.from_hf(tmp_path / "again", tmp_path / "out")
     hf.to_hf(tmp_path / "again", tmp_path / "back")
     assert said(tmp_path / "back") == said(tmp_path / "out")
@@ -347,8 +354,8 @@ def test_a_trained_tokenizer_names_its_end(tmp_path):
 
 def test_generation_is_that_of_transformers(tmp_path):
     """Begin as the tokenizer does, stop at every end that is named, whatever its name."""
-    folder = hf_folder(tmp_path / "hf", SPECIAL, "<s> $A", model={"bos_token_id": 4, "eos_token_id": 3}, bos_token="<s>",
-                       eos_token="</s>")
+    folder = hf_folder(tmp_path / "hf", SPECIAL, "<s> $A", model={"bos_token_id": 4, "eos_token_id": 3},
+                       bos_token="<s>", eos_token="</s>")
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = transformers.AutoTokenizer.from_pretrained(folder)("what one", return_tensors="pt").input_ids
     plain = model.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].tolist()
@@ -369,7 +376,8 @@ def test_logits_of_integers_of_any_kind(tmp_path):
     tokens = generator.tokenizer.encode("what one document")
     assert tokens.dtype == np.uint16
     wanted = generator.next_logits(tokens.tolist(), 0, KeyValueCache())
-    for row in (tokens, tokens.astype(np.uint32), tokens.astype(np.int32), torch.tensor(tokens.tolist()), tuple(tokens)):
+    rows = tokens, tokens.astype(np.uint32), tokens.astype(np.int32), torch.tensor(tokens.tolist()), tuple(tokens)
+    for row in rows:
         assert np.array_equal(generator.next_logits(row, 0, KeyValueCache()), wanted)
         assert list(generator.tokens(row, 4, 0)) == list(generator.tokens(tokens.tolist(), 4, 0))
         assert generator.tokenizer.decode(row) == ByteTokenizer().decode(ByteTokenizer().encode("what one document"))
@@ -384,3 +392,12 @@ def test_damaged_settings_are_named(tmp_path, content):
         with pytest.raises(DataError, match=f"{name}: not"):
             load_tokenizer(folder)
     assert Settings.beside(tmp_path / "words.json").files == {}
+
+
+def test_settings_are_json(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"top_p": Infinity, "stop": "\\ud800"}')
+    settings = Settings.from_json(Settings.of_folder(tmp_path).to_json().encode("utf-8"))
+    assert settings.files == {"generation_config.json": {"top_p": "Infinity", "stop": "\ud800"}}
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="chat_template.jinja: not UTF-8"):
+        Settings.of_folder(tmp_path)
