@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mpillm.comm.limits import node_id
 from mpillm.errors import ConfigError
 
 
@@ -30,9 +31,9 @@ def pick_device(name, comm):
     ConfigError
         On every rank, if ``"cuda"`` is asked for and some rank sees no GPU.
     """
-    nodes, gpus = zip(*comm.allgather((os.uname().nodename, torch.cuda.device_count())))
+    names, gpus, nodes = zip(*comm.allgather((os.uname().nodename, torch.cuda.device_count(), node_id())))
     if name == "cuda" and not all(gpus):
-        without = sorted({node for node, count in zip(nodes, gpus) if not count})
+        without = sorted({node for node, count in zip(names, gpus) if not count})
         raise ConfigError(f"train.device = cuda: torch sees no GPU on {', '.join(without)}: ask for nodes with GPUs, "
                           "install torch with CUDA, or set train.device = auto or cpu")
     if name == "cpu" or not gpus[comm.rank]:

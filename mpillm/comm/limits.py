@@ -12,6 +12,7 @@ import resource
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+_NODE = "the node"
 UNLIMITED_BYTES = 1 << 60  # what version 1 of control groups writes in place of no limit, less what it rounds off
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
 _USED = ("memory.current", "memory.usage_in_bytes")
@@ -41,7 +42,7 @@ def memory_bounds(root="/", environ=os.environ):
     status, found = _values(root / "proc/self/status"), []
     meminfo = _values(root / "proc/meminfo")
     if "MemAvailable" in meminfo:
-        found.append(Bound("the node", 1024 * meminfo["MemAvailable"]))
+        found.append(Bound(_NODE, 1024 * meminfo["MemAvailable"]))
     for folder, name in _groups(root, "memory"):
         limits = [n for limit in _LIMITS if (n := _number(folder / limit)) is not None and n < UNLIMITED_BYTES]
         if limits:
@@ -59,15 +60,22 @@ def memory_bounds(root="/", environ=os.environ):
     return found
 
 
+def node_id(root="/"):
+    """Return what tells this node from others: processes of one kernel have the same, whatever their containers call them,
+    and no two nodes do, though many be called localhost. Local."""
+    return _text(Path(root) / "proc/sys/kernel/random/boot_id").strip() or os.uname().nodename
+
+
 def memory_of_rank(comm, bounds):
     """Return the bytes that this rank may have, and what limits it: its share of each bound, of the one that allows least.
 
     Collective over ``comm``; the result is this rank's own.
     """
-    node = os.uname().nodename
-    sharing = comm.allgather([(node, bound.source) for bound in bounds])
-    shares = [(bound.left_bytes / (sum((node, bound.source) in others for others in sharing) if bound.is_shared else 1)
-               - bound.taken_bytes, bound.source) for bound in bounds]
+    node, name = node_id(), os.uname().nodename  # containers of one node have control groups of their own, of one name
+    mine = [(node if bound.source == _NODE else f"{node} {name}", bound.source) for bound in bounds]
+    sharing = comm.allgather(mine)
+    shares = [(bound.left_bytes / (sum(source in others for others in sharing) if bound.is_shared else 1)
+               - bound.taken_bytes, bound.source) for bound, source in zip(bounds, mine)]
     least, source = min(shares, default=(math.inf, "nothing"))
     return max(0.0, least), source
 
@@ -102,7 +110,7 @@ def cores_of_rank(comm, root="/"):
     ranks of its control group.
     """
     quota, group = core_quota(root)
-    mine = node, cores, _ = os.uname().nodename, sorted(os.sched_getaffinity(0)), group
+    mine = _, cores, _ = node_id(root), sorted(os.sched_getaffinity(0)), (os.uname().nodename, group)
     ranks = comm.allgather(mine)
     sharing, together = (sum(rank[part] == mine[part] for rank in ranks) for part in (slice(2), slice(None, None, 2)))
     return max(1, int(min(len(cores) // sharing, quota / together)))

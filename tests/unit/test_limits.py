@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+from unittest.mock import Mock
 
 import pytest
 
@@ -108,6 +109,30 @@ def test_ranks_share_what_names_one_source_on_one_node():
     comm = Ranks(lambda mine: [mine[1]], lambda mine: [mine[1]])  # of other jobs, in a group around all three
     assert limits.memory_of_rank(comm, bounds) == (3.0, "control group /a")
     assert limits.memory_of_rank(Ranks(), []) == (math.inf, "nothing")
+
+
+@pytest.mark.parametrize(("here", "there", "cores", "of_node", "of_group"), [
+    (("a", "n1"), ("a", "n1"), 4, 4.0, 4.0),
+    (("a", "localhost"), ("b", "localhost"), 8, 8.0, 8.0),
+    (("a", "pod-1"), ("a", "pod-2"), 4, 4.0, 8.0),  # which both call their control group /
+])
+def test_nodes_are_told_apart_by_their_kernels_not_their_names(monkeypatch, here, there, cores, of_node, of_group):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+
+    def found(place, comm):
+        monkeypatch.setattr(limits, "node_id", lambda root="/": place[0])
+        monkeypatch.setattr(os, "uname", lambda: Mock(nodename=place[1]))
+        return [limits.cores_of_rank(comm, "/nowhere"), limits.memory_of_rank(comm, [Bound("the node", 8.0)])[0],
+                limits.memory_of_rank(comm, [Bound("control group /", 8.0)])[0]]
+
+    heard = []
+    found(there, Ranks(lambda mine: heard.append(mine) or mine))
+    assert found(here, Ranks(lambda mine: heard.pop(0))) == [cores, of_node, of_group]
+
+
+def test_a_node_without_a_kernel_to_ask_has_its_name(tmp_path):
+    assert limits.node_id(tree(tmp_path, {"proc/sys/kernel/random/boot_id": "2ab0\n"})) == "2ab0"
+    assert limits.node_id(tmp_path / "nowhere") == os.uname().nodename
 
 
 @pytest.mark.parametrize(("files", "cores"), [
