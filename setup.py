@@ -22,6 +22,8 @@ setup(
         "h5py>=3.5",
         "mpi4py>=4.1",
         "numpy",
+        "platformdirs",
+        "psutil",
         "pydantic>=2",
         "scipy",
         "tomli; python_version < '3.11'",

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from mpillm.errors import LaunchError, MpillmError
 
 SAMPLE_EVERY_S = 0.05
@@ -87,33 +89,22 @@ def run_job(command, samples_memory=False):
 def tree_pss(pid):
     """Return the summed proportional set size, in bytes, of a process and all below it.
 
-    Local; 0 where the kernel does not tell. A page that n processes share counts 1/n in each, so that nothing counts
+    Local; 0 where the system does not tell. A page that n processes share counts 1/n in each, so that nothing counts
     twice. Source: proc_pid_smaps(5).
     """
-    return sum(map(_pss, process_tree(pid)))
+    total = 0
+    for process in process_tree(pid):
+        with suppress(psutil.Error):  # it has just ended
+            total += getattr(process.memory_full_info(), "pss", 0)
+    return total
 
 
-def process_tree(root):
-    """Return the ids of a process and all below it."""
-    children = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            after_name = path.read_text(errors="replace").rpartition(")")[2]
-            children.setdefault(int(after_name.split()[1]), []).append(int(path.parent.name))
-    found, waiting = [], [root]
-    while waiting:
-        found.append(waiting.pop())
-        waiting += children.get(found[-1], [])
-    return found
-
-
-def _pss(pid):
-    """Return the proportional set size of one process; 0 if it has just ended."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+def process_tree(pid):
+    """Return a process and all below it, none if it has ended."""
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
 
 
 @contextmanager
@@ -132,9 +123,9 @@ def _end(job):
     job.terminate()
     with suppress(subprocess.TimeoutExpired):
         job.wait(_GRACE_S)
-    for pid in processes:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
     job.wait()
 
 

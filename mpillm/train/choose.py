@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import torch
 
 from mpillm.comm.buffers import synchronize
@@ -123,7 +124,7 @@ def _best_plans(config, machine, num_ranks, count):
 def _cache_folder():
     """Return where machines are remembered; without a home directory one that cannot be written."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpillm"
+        return platformdirs.user_cache_path("mpillm", appauthor=False)
     except RuntimeError:
         return Path(os.devnull)
 

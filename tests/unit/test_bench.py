@@ -69,7 +69,7 @@ def test_an_interrupted_job_leaves_no_process(monkeypatch, number, raised):
     def interrupt(pid):
         if len(launch.process_tree(pid)) < 2:
             return 0
-        seen.extend(launch.process_tree(pid))
+        seen.extend(process.pid for process in launch.process_tree(pid))
         os.kill(os.getpid(), number)
         return 0
 
