@@ -5,6 +5,7 @@ tensor axis, or sharded by tokens with sequence parallelism (Korthikanti et al. 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -113,6 +114,9 @@ class TransformerStage(nn.Module):
         """Map tokens ``[T]`` (first stage) or activations to activations of this stage's last layer."""
         if self.is_first:
             x = self.split.collect(self.embedding(x))
+        if batch.mask is not None:  # added to scores: one for all layers, each of which would make and keep its own
+            scores = torch.zeros(batch.mask.shape, dtype=x.dtype, device=x.device)
+            batch = replace(batch, mask=scores.masked_fill_(~batch.mask, -math.inf))
         for layer in self.layers:
             x = layer(x, batch)
         return x

@@ -4,7 +4,13 @@ Below the configuration, which cuts a pipeline by it where nobody says how.
 """
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
+OF_MOMENTUM = {"sgd": 1, "rmsprop": 1}  # of which so many are there with momentum alone
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+def num_states(train):
+    """Return how many vectors of optimiser state a parameter has. Local."""
+    return STATES[train.optimizer] - (0 if train.momentum else OF_MOMENTUM.get(train.optimizer, 0))
 
 
 def layer_parameters(model):

@@ -90,7 +90,7 @@ def _mix(pricer, layout, limit_bytes, ways):
         # From a stage to the next, so that what is dealt out in turn is spread over them.
         own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
                      for place in range(sizes[stage]))
-        key = len(own), (limit_bytes - fixed) / held
+        key = len(own), (limit_bytes - fixed) / held - pricer.mask_bytes(layout)
         if key not in choices:
             choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(kept, len(own)), key[1])
         for mode, (_, layer) in zip(sorted(choices[key].modes), own):

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpillm.config import AXES
 from mpillm.planner.balance import balance
-from mpillm.planner.counts import ITEM_BYTES, STATES, layer_parameters, step_flops
+from mpillm.planner.counts import ITEM_BYTES, layer_parameters, num_states, step_flops
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
@@ -80,7 +80,8 @@ class Pricer:
     def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
         level = machine.level_for(reach)
-        return (layer_work(model, machine, level, seq_len, tokens, tensor, self.item, recompute, sequence_parallel),
+        return (layer_work(model, machine, level, seq_len, tokens, tensor, self.item, recompute, sequence_parallel,
+                           self.config.data.mask_documents),
                 head_work(model, machine, level, tokens, tensor, self.item))
 
     def shares(self, layout):
@@ -193,12 +194,14 @@ class Pricer:
             layer, (most, own, falling) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)
             first, last = ([count * each for each in layer[:3]] for count in (most, own))
             last = [each + more for each, more in zip(last, head[:3])]
-            kept = layer.kept_bytes * max(most, own), layer.kept_bytes * falling
+            mask_bytes = self.mask_bytes(layout)
+            kept = layer.kept_bytes * max(most, own) + mask_bytes, layer.kept_bytes * falling + p * mask_bytes
             return (most, own), first, last, kept, head.kept_bytes
         speeds, works = self._speeds(layout)[1], self._stage_works(layout).reshape(4, chunks, p).sum(1)
         fullest = int((works[:3].sum(0) / speeds)[:max(1, p - 1)].argmax())
         first = (works[:3, fullest] / speeds[fullest]).tolist()
         last = ((works[:3, -1] + head[:3]) / speeds[-1]).tolist()
+        works[3] += self.mask_bytes(layout)
         kept = float(works[3].max()), float((works[3] * np.arange(p, 0, -1)).max())
         return _dealt(tuple(sizes), p)[:2], first, last, kept, head.kept_bytes
 
@@ -322,9 +325,11 @@ class Pricer:
     def _update_s(self, layout, parameters):
         """Return the seconds of the optimiser with what it touches, of the weights' way back to the data ranks, and of
         setting gradients to zero: what is overwritten is read first."""
-        states, wide = STATES[self.config.train.optimizer], max(4, self.item)
+        states, wide = num_states(self.config.train), max(4, self.item)
         own = parameters / (layout.data if layout.zero else 1)
         touched = own * wide * (3 + 2 * states) + parameters * (2 * wide + (self.item if self.item < wide else 0))
+        if self.config.train.digests:  # of weights and state, after this update and before the next
+            touched += 2 * (parameters * self.item + own * wide * self._num_masters())
         return touched / self.machine.memory_bytes_per_s + self.reduction.weights_s(layout, parameters)
 
     def held(self, layout, microbatches):
@@ -337,11 +342,25 @@ class Pricer:
                 "interleaved": p + (p - 1) / v if v > 1 else p}.get(layout.schedule, p)
         return min(held, microbatches), layout.schedule == "1f1b" and microbatches >= p
 
+    def _num_masters(self):
+        """Return the vectors that an optimiser keeps beside weights and gradients: its state, and of half types masters."""
+        return num_states(self.config.train) + (self.item == 2)
+
+    def mask_bytes(self, layout):
+        """Return what the stages of a rank keep of a microbatch's documents: who sees whom, as it is added to scores. Local."""
+        return layout.chunks * layout.microbatch * self.config.train.seq_len**2 * self.item * self.config.data.mask_documents
+
     def fixed_bytes(self, layout, parameters, head_bytes):
         """Return the memory of a rank but for the activations of its layers. Local."""
-        masters = STATES[self.config.train.optimizer] + (self.item == 2)
+        train, wide, count = self.config.train, max(4, self.item), self.num_microbatches(layout)
         shards = layout.data if layout.zero else 1
-        state = parameters * (self.item + max(4, self.item) * (1 + masters / shards))
+        state = parameters * (self.item + wide * (1 + self._num_masters() / shards))
+        if train.numerics == "exact":  # sums of microbatches under way in their tree, one of each size
+            state += parameters * wide * (count.bit_length())
+        if train.checkpoint_background:  # a copy of what a rank saves
+            state += parameters / layout.data * wide * (1 + num_states(train))
+        if self.config.data.mask_documents:  # of all microbatches, a byte for each pair of positions
+            state += count * layout.microbatch * train.seq_len**2
         # One layer at a time is there as a whole.
         again = self.work(layout, "none")[0].kept_bytes if "full" in layout.recompute else 0.0
         return state + head_bytes + again

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mpillm.planner.counts import ITEM_BYTES, STATES, head_flops, layer_flops, layer_parameters
+from mpillm.planner.counts import ITEM_BYTES, head_flops, layer_flops, layer_parameters, num_states
 
 # What a core computes while it moves a byte: measured were 178 GFLOP/s in products and 14 to 38 GB/s in lookup and
 # update, in float32 on one core while the other had nothing to do.
@@ -116,7 +116,7 @@ def step_costs(config):
     """
     model, train = config.model, config.train
     tokens, item_bytes = train.global_batch * train.seq_len, ITEM_BYTES[train.dtype]
-    update = FLOPS_PER_BYTE * (4 * (3 + 2 * STATES[train.optimizer]) + 4 + item_bytes)  # of a parameter
+    update = FLOPS_PER_BYTE * (4 * (3 + 2 * num_states(train)) + 4 + item_bytes)  # of a parameter
     table = update * model.vocab_size * model.hidden_size
     costs = [3 * tokens * layer_flops(model, train.seq_len) + update * layer_parameters(model)] * model.num_layers
     costs[0] += table + FLOPS_PER_BYTE * tokens * LOOKUP_ITEMS * model.hidden_size * item_bytes

@@ -6,6 +6,7 @@ from mpillm.schedules.blocks import loss_chunks
 
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
 SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
+CAUSAL_BLOCK = 256  # positions: of the scores that nobody sees, kernels leave out whole blocks (PyTorch's for CPUs, 2.13)
 BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
 
 
@@ -43,7 +44,8 @@ def ring_s(level, size, n_bytes, op="allreduce"):
     return (size - 1) * (passes * level.message_s(part) + sums * part * level.gamma_s_per_byte)
 
 
-def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel):
+def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel,
+               is_masked=False):
     """Price a layer for a microbatch on one tensor rank.
 
     Local. Products at the machine's rate for their sizes; attention at the rate for its head size;
@@ -65,6 +67,8 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
         Of an activation or a weight.
     recompute : {"none", "selective", "full"}
     sequence_parallel : bool
+    is_masked : bool
+        Whether attention is told by a mask who sees whom, and so computes all scores.
 
     Returns
     -------
@@ -76,8 +80,9 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
               (model.ffn_size / tensor, h))
     products, inputs, weights = (sum(map(machine.product_s, *zip(*sizes))) for sizes in (
         [(tokens, k, n) for k, n in shapes], [(tokens, n, k) for k, n in shapes], [(k, tokens, n) for k, n in shapes]))
-    # Without a mask half of the scores are computed for nothing.
-    attention = (4 if model.kind == "gpt" else 2) * tokens * seq_len * heads / tensor / (
+    # Half of the scores are computed for nothing where no causal kernel leaves them out.
+    whole_scores = 4 if model.kind == "gpt" else 4 / (1 + min(1, CAUSAL_BLOCK / seq_len)) if is_masked else 2
+    attention = whole_scores * tokens * seq_len * heads / tensor / (
         machine.attention_flops_per_s or machine.matmul_flops_per_s(model.head_dim))
     whole = tokens * h * item_bytes
     split = tensor if sequence_parallel else 1
