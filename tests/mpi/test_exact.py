@@ -133,7 +133,7 @@ class Formula:
         self.item = 8 if engine.config.train.dtype == "float64" else 4
         self.sp = self.layout.sequence_parallel and self.t > 1
         self.is_one_copy = self.layout.zero == 1 and engine.mesh.group("data").node is not None
-        self.overlaps = not self.is_exact and self.d > 1 and engine.mesh.group("data").node is None
+        self.is_cut = self.layout.bucket_cuts != ()
         self.is_whole_kv = not self.is_exact and self.t > self.model.num_kv_heads
 
     def mine(self, units):
@@ -161,7 +161,7 @@ class Formula:
             parts += [self.layer() for _ in layers]
             if index == last:
                 parts.append(([m.hidden_size] + apart, [m.hidden_size] * self.sp))
-            for _, together in groupby(enumerate(parts), lambda part: part[0] * self.overlaps):
+            for _, together in groupby(enumerate(parts), lambda part: part[0] * self.is_cut):
                 sizes, partial = zip(*(part for _, part in together))
                 found += [(sum(sizes, []), sum(partial, []), False)] * any(sizes)
             if m.tie_embeddings:
