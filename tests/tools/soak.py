@@ -1,9 +1,14 @@
 """Every layout of this launch's ranks, for the long test: against the reference, and bit for bit in ``exact``; and with
 ranks that are late at random, bit for bit on every path that messages take.
 
-    PYTHONPATH=tests mpiexec -n N python tests/tools/soak.py
+    PYTHONPATH=tests mpiexec -n N python tests/tools/soak.py [PART ...] [OPTION ...]
+
+What ``exact`` is to show, with odd sizes, in minutes: ``exact`` as the only part, on 1, 2 and 4 ranks, with ``--few`` for one
+layout of every choice of degrees; ``--way`` and ``--dtype`` for each way of products; the variables that choose a processor's
+instructions for another processor.
 """
 
+import argparse
 import random
 import sys
 import time
@@ -19,9 +24,11 @@ from mpillm.comm import executor, group, handover, library, scheduled, shared
 from mpillm.comm.tables import only
 from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
+from mpillm.nn.products import WAYS
 from mpillm.plan import DEFAULT_TABLE
 from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL, WINDOW
 from mpillm.train.engine import Engine
+from mpillm.train.selftest import check_exact
 from mpillm.verify.compare import all_layouts, compare_layout, describe
 
 MODELS = {
@@ -31,6 +38,7 @@ MODELS = {
 }
 EXACT = {"train.numerics": "exact", "train.dtype": "float32", "train.steps": 20}
 STEPS = 500
+PARTS = ("reference", "exact", "late", "paths")
 # How often ranks are late, by up to 5 ms; least at what is called again and again while they wait
 LATE = ((shared.Node, "barrier", 0.02), (library.Library, "_call", 0.02), (handover.Handover, "_take", 0.02),
         (executor.Executor, "Test", 0.002))
@@ -46,17 +54,38 @@ PATHS = {
 
 
 def main():
-    """Compare all; return the exit code."""
-    comm, differing = comm_world(), 0
-    torch.set_num_threads(1)
+    """Compare what is asked for; return the exit code."""
+    asked, comm, differing = options(), comm_world(), 0
+    torch.set_num_threads(asked.threads)
+    for way in set(WAYS) - {asked.way or way for way in WAYS}:
+        del WAYS[way]
+    exact = {**EXACT, "train.dtype": asked.dtype}
     for name, model in MODELS.items():
-        differing += against_reference(tiny(model), f"{name}, 5 steps in float64", comm)
-        differing += against_one_rank(tiny({**model, **EXACT}), f"{name}, 20 steps in exact float32", comm)
+        if "reference" in asked.parts:
+            differing += against_reference(tiny(model), f"{name}, 5 steps in float64", comm)
+        if "exact" in asked.parts:
+            differing += against_one_rank(tiny({**model, **exact}), name, comm, asked.few)
     late = {"train.steps": STEPS, "model.num_layers": 4}
-    differing += late_against_one_rank(tiny({**EXACT, **late}), comm)
-    for path in PATHS if comm.size > 1 else ():
+    if "late" in asked.parts:
+        differing += late_against_one_rank(tiny({**exact, **late}), comm)
+    for path in PATHS if comm.size > 1 and "paths" in asked.parts else ():
         differing += late_against_in_time(tiny(late), path, comm)
     return VALIDATION if differing else OK
+
+
+def options():
+    """Read the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if left out")
+    parser.add_argument("--few", action="store_true", help="exact: one layout of every choice of degrees")
+    parser.add_argument("--way", choices=WAYS, help="exact: the way of products, in place of the first that holds")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of exact")
+    parser.add_argument("--threads", type=int, default=1, help="a rank")
+    asked = parser.parse_args()
+    if set(asked.parts) - set(PARTS):
+        parser.error(f"parts are {', '.join(PARTS)}")
+    asked.parts = asked.parts or PARTS
+    return asked
 
 
 def against_reference(config, title, comm):
@@ -66,11 +95,12 @@ def against_reference(config, title, comm):
                                 for layout in all_layouts(config, comm.size)})
 
 
-def against_one_rank(config, title, comm):
+def against_one_rank(config, title, comm, is_few):
     """Return how many layouts differ in any bit from the run of one rank."""
-    expected = alone(config, comm, 20)
-    return report(title, comm, {describe(layout.layout): differs(run(layout, comm, 20), expected, comm)
-                                for layout in all_layouts(config, comm.size)})
+    expected, layouts = alone(config, comm, 20), (one_for_every_degrees if is_few else all_layouts)(config, comm.size)
+    way = check_exact(config.resolve(1), comm)
+    return report(f"{title}, 20 steps in exact {config.train.dtype}, products {way}", comm, {
+        describe(layout.layout): differs(run(layout, comm, 20), expected, comm) for layout in layouts})
 
 
 def late_against_one_rank(config, comm):
