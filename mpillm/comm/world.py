@@ -24,6 +24,7 @@ _LAUNCH_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _THREADS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")  # OpenMP takes a number for each level of nesting
 _REFUSAL_S, _FAILURE_S, _EXIT_S = 3.0, 1.0, 5.0  # for how long a rank that ends so looks whether all do
+_NOTICE_S = 10.0  # after which one that has returned says for whom it waits
 _TURN_S, _TURNS = 0.5, 6  # of ranks that end alone, the least in number speaks; the others are ended before their turn
 _VOICES = 3  # of ranks that have different things to say, so many do
 _LAST_WORDS_S = 0.2  # for the launcher to pass on what was written: what it has not read when the job ends is lost
@@ -237,15 +238,24 @@ def _end(comm, code):
 
 
 def _all_arrive(comm, patience_s):
-    """Tell whether every rank comes here within a few seconds, that is, comes to its end as well."""
+    """Tell whether every rank comes here within so many seconds, that is, comes to its end as well."""
     if comm.size == 1:
         return True
+    before, now = (comm.rank - 1) % comm.size, time.monotonic()
+    deadline, notice = now + patience_s + _TURN_S * min(comm.rank, _TURNS), now + _NOTICE_S
     try:
-        request, deadline = comm.Ibarrier(), time.monotonic() + patience_s + _TURN_S * min(comm.rank, _TURNS)
-        while not request.Test():
+        requests = comm.isend(None, (comm.rank + 1) % comm.size), comm.irecv(source=before)
+        everybody = comm.Ibarrier()
+        while not everybody.Test():
             if time.monotonic() > deadline:
                 return False
+            if time.monotonic() > notice and not requests[1].test()[0]:  # so each that is missing is named by one at most
+                sys.stderr.write(f"[rank {comm.rank}/{comm.size} {os.uname().nodename}] has come to the end of main() and waits "
+                                 f"for rank {before}, which has not\n")
+                notice = math.inf
             time.sleep(0.01)
+        for request in requests:
+            request.wait()
     except (Exception, KeyboardInterrupt):  # MPI may be what failed, and who interrupts twice means it
         return False
     return True

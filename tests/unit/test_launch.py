@@ -120,6 +120,7 @@ mpillm.launch(main)
 # What three ranks do, the code that the job leaves with, and what is said once, by whom.
 ENDS = {
     "together": ("return", 0, None),
+    "one late": ("time.sleep(4 if rank == 1 else 0)", 0, "main() and waits for rank 1"),
     "with one code": ("sys.exit(85) if rank else 1 / 1; return 85", 85, None),
     "with codes of their own": ("sys.exit(3 if rank == 1 else None)", 3, None),
     "with a reason": ("sys.exit('no data')", 1, "no data"),
@@ -147,7 +148,7 @@ import os, sys, threading, time
 import mpillm
 from mpillm.comm import comm_world, world
 from mpillm.errors import ConfigError
-world._EXIT_S = 1.0
+world._EXIT_S = world._NOTICE_S = 1.0
 wait = lambda: comm_world().Barrier()
 def main():
     wait()
