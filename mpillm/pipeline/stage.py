@@ -9,10 +9,13 @@ from mpillm.nn.attention import Batch
 
 @dataclass
 class Microbatch:
-    """Some sequences of a batch: their tokens, what attention needs, and the weight of each token in the loss."""
+    """Some sequences of a batch: their tokens, what attention needs, and the weight of each token in the loss.
 
-    tokens_T: torch.Tensor
-    targets_T: torch.Tensor
+    Ranks without a first or last stage have no tokens.
+    """
+
+    tokens_T: torch.Tensor | None
+    targets_T: torch.Tensor | None
     scale: float
     batch: Batch
 

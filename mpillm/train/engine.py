@@ -71,6 +71,7 @@ class Engine:
             self.trace = Trace(trace_folder, self.mesh)
             made.callback(self.trace.close)
             self.stages = make_stages(config, self.mesh, self.device, self.way)
+            self.reads_tokens = any(stage.is_first or stage.is_last for stage in self.stages)
             self.gradients = GradientStore(config, self.mesh, self.stages, self.trace)
             made.callback(self.gradients.free)
             self.optimizer = ShardedOptimizer(train, self.gradients.updated)
@@ -87,8 +88,8 @@ class Engine:
         Parameters
         ----------
         read : callable
-            ``read(start, stop)`` returns inputs, targets (int64 ``[n, seq_len]``) and documents (or None) of
-            positions of the batch.
+            ``read(start, stop)`` returns inputs, targets (int64 ``[n, seq_len]``; not used where no stage of this rank
+            is first or last, :attr:`reads_tokens`) and documents (or None) of positions of the batch.
         lr : float
         before_update : callable, optional
             Called before weights and state change.
@@ -109,7 +110,7 @@ class Engine:
                              self.num_microbatches)
         with self.trace.span("data", "batch"):
             scale = 1.0 / (train.global_batch * train.seq_len)
-            microbatches = [self._microbatch(read(*cut), scale) for cut in self.microbatches]
+            microbatches = [self._microbatch(read, *cut, scale) for cut in self.microbatches]
         losses = self.runner.run(self.schedule, microbatches)
         with self.trace.span("reduce", "gradients"):
             reduced = self.gradients.reduce()
@@ -147,7 +148,7 @@ class Engine:
         losses = {}
         if cuts:
             with torch.no_grad():
-                microbatches = [self._microbatch(read(*cut), 1.0) for cut in cuts]
+                microbatches = [self._microbatch(read, *cut, 1.0) for cut in cuts]
                 losses = self.runner.run(self._forwards(len(cuts)), microbatches)
         return self._sum_losses(losses, first, total)
 
@@ -202,17 +203,18 @@ class Engine:
         forwards = tuple(tuple(a for a in row if a.kind == "F") for row in schedule.actions)
         return replace(schedule, name="forward", actions=forwards)
 
-    def _microbatch(self, arrays, scale):
-        """Move inputs, targets and documents to the device, the last as a mask."""
+    def _microbatch(self, read, start, stop, scale):
+        """Move inputs, targets and documents of some samples to the device, the last as a mask."""
         inputs, targets, documents = (None if part is None else torch.as_tensor(part, device=self.device)
-                                      for part in arrays)
-        sequences, positions = inputs.shape
+                                      for part in read(start, stop))
+        sequences, positions = stop - start, self.config.train.seq_len
         mask = None
         if documents is not None:
             causal = torch.ones(positions, positions, dtype=torch.bool, device=self.device).tril()
             mask = ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
         batch = Batch(sequences, positions, *self._tables, mask)
-        return Microbatch(inputs.reshape(-1), targets.reshape(-1), scale, batch)
+        tokens_T, targets_T = (part.reshape(-1) if self.reads_tokens else None for part in (inputs, targets))
+        return Microbatch(tokens_T, targets_T, scale, batch)
 
     def _sum_losses(self, losses, first, total):
         """Add the microbatches' losses of all ranks in their global order."""

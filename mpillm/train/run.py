@@ -286,7 +286,8 @@ class Run:
         def read(start, stop):
             indices = order[start:stop]
             documents = tokens.documents_of(indices) if self.config.data.mask_documents else None
-            return *tokens.samples(indices), documents
+            inputs, targets = tokens.samples(indices) if self.engine.reads_tokens else (None, None)
+            return inputs, targets, documents
 
         return read
 

@@ -12,6 +12,7 @@ import torch
 from helpers import assert_all
 from tiny import LAYOUTS, configure, tiny, write_token_file
 
+from mpillm.data.tokens import TokenFile
 from mpillm.errors import MpillmError
 from mpillm.report.records import read_trace
 from mpillm.train.run import Run
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 def start(comm, path, name="run", resume="auto", **more):
     """Open the run ``name``; ``__`` stands for the dot of a key."""
     more = {key.replace("__", "."): value for key, value in more.items()}
-    return Run(tiny(configure(path, name, **LAYOUTS[comm.size], **more)), comm, resume)
+    return Run(tiny(configure(path, name, **{**LAYOUTS[comm.size], **more})), comm, resume)
 
 
 def train(comm, path, name="run", resume="auto", **more):
@@ -98,6 +99,20 @@ def test_nothing_to_evaluate_on(comm, data_path):
     with pytest.raises(MpillmError, match="validation split has 5 tokens"):
         trainer.evaluate()
     trainer.free()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_stages_in_the_middle_read_no_tokens(comm, data_path, monkeypatch, mask):
+    """And a run of them gives the losses of a run without any."""
+    read, samples, train__mask = [], TokenFile.samples, {"data__mask_documents": mask, "train__steps": 2}
+    monkeypatch.setattr(TokenFile, "samples", lambda *arguments: (read.append(arguments), samples(*arguments))[1])
+    found = train(comm, data_path, "pipeline", train__eval_every=2, layout__data=1, layout__tensor=1,
+                  layout__pipeline=comm.size, **train__mask)
+    is_outer = comm.rank in (0, comm.size - 1)
+    assert_all(bool(read) == is_outer, f"{len(read)} times", comm)
+    whole = train(comm, data_path, "whole", train__eval_every=2, **train__mask)
+    assert_all(all(found[key] == pytest.approx(whole[key], rel=1e-11) for key in ("loss", "validation_loss")),
+               f"{found} {whole}", comm)
 
 
 def change_tokens(comm, path, change):
