@@ -14,8 +14,9 @@ from tiny import alone, reference_steps, tiny, train
 import mpillm
 from mpillm.comm.world import comm_world
 from mpillm.config import Layout
+from mpillm.planner.keys import describe
 from mpillm.train.engine import Engine
-from mpillm.verify.compare import compare_layout, describe
+from mpillm.verify.compare import compare_layout
 
 STEPS = 2
 LAYOUTS = {

@@ -72,7 +72,7 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line every few seconds."""
 
     def __init__(self, run):
-        from mpillm.verify.compare import describe
+        from mpillm.planner.keys import describe
 
         self.train, self.is_terminal, self.last_line_s = run.config.train, sys.stderr.isatty(), 0.0
         exact = f"exact products {run.engine.way}, " if run.config.train.numerics == "exact" else ""

@@ -19,6 +19,7 @@ RANDOM_VOCAB_SIZE = 257  # of the tokens that take the place of a missing file, 
 def command(config, steps, all_layouts):
     """Hold layouts of this launch's ranks against the serial reference; exit 17 if any differs beyond 1e-10."""
     from mpillm.comm.world import comm_world
+    from mpillm.planner.keys import describe
     from mpillm.verify import compare
 
     comm = comm_world()
@@ -36,7 +37,7 @@ def command(config, steps, all_layouts):
         found = compare.compare_layout(layout, comm, batches, expected)
         differing += found.first is not None
         if comm.rank == 0:
-            click.echo(f"{'DIFFERS' if found.first else 'agrees '} {compare.describe(layout.layout)}: {found}")
+            click.echo(f"{'DIFFERS' if found.first else 'agrees '} {describe(layout.layout)}: {found}")
     if comm.rank == 0:
         click.echo(f"{len(layouts)} layouts of {comm.size} ranks, {steps} steps: {differing} differ")
     return VALIDATION if differing else OK

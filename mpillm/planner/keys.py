@@ -36,10 +36,10 @@ def to_config(price, pricer):
 
 
 def describe(layout):
-    """Return a layout in one line of words. Local."""
+    """Return a layout, planned, priced or of a configuration, in one line of words. Local."""
     shown = layout if isinstance(layout, dict) else asdict(layout)
     text = f"data={shown['data']} pipeline={shown['pipeline']} tensor={shown['tensor']}"
-    text += f" microbatch={shown['microbatch']}"
+    text += f" microbatch={shown['microbatch']}" if "microbatch" in shown else ""
     if shown["pipeline"] > 1:
         text += f" {label(shown['schedule'])}" + (f" chunks={shown['chunks']}" if shown["chunks"] > 1 else "")
     text += f" zero={shown['zero']}" if shown["data"] > 1 else ""

@@ -82,7 +82,9 @@ class Run:
         self.plan.check(self.comm.size, num_nodes)
         config = self.plan.applied_to(config).resolve(self.comm.size, num_nodes)
         with agreed(self.comm, "data"):
-            self.config = self._open_data(config).resolve(self.comm.size, num_nodes)  # stages weigh the vocabulary
+            self.config = with_vocabulary(config).resolve(self.comm.size, num_nodes)  # stages weigh the vocabulary
+            self.train_tokens, self.validation_tokens = _open_splits(self.config, self.comm.rank)
+        self.fingerprint = on_rank_0(self.comm, "data", fingerprint, config.data.path)
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
         start = on_rank_0(self.comm, "resume", find_start, self.folder, resume)  # not all may see the files
@@ -186,7 +188,7 @@ class Run:
         """
         if self.validation_tokens is None:  # a run that never evaluates by itself needs none
             with agreed(self.comm, "data"):
-                self.validation_tokens = self._open_validation()
+                self.validation_tokens = TokenFile(self.config.data.path, "validation", self.config.train.seq_len)
         train, tokens = self.config.train, self.validation_tokens
         count = min(tokens.num_samples, train.eval_batches * train.global_batch or tokens.num_samples)
         total = 0.0
@@ -202,7 +204,8 @@ class Run:
 
     def _evaluates_now(self):
         every = self.config.train.eval_every
-        return every and self.validation_tokens and (self.step_number == self.config.train.steps or self.step_number % every == 0)
+        return every and self.validation_tokens and (
+            self.step_number == self.config.train.steps or self.step_number % every == 0)
 
     def _finish_evaluation(self):
         """Make up for the evaluation that the run was stopped in, before it goes on; collective."""
@@ -266,20 +269,6 @@ class Run:
         if self._metrics:
             self._metrics.close()
 
-    def _open_data(self, config):
-        """Open both splits and set what the data decide; local, the same on every rank."""
-        config = with_vocabulary(config)
-        train, path = config.train, config.data.path
-        self.train_tokens = TokenFile(path, "train", train.seq_len, config.model.vocab_size)
-        self._open_validation = partial(TokenFile, path, "validation", train.seq_len)
-        self.validation_tokens = None
-        if train.eval_every and has_tokens(path, "validation"):
-            self.validation_tokens = self._open_validation()
-        elif train.eval_every and self.comm.rank == 0:
-            warnings.warn(f"data.path = {path}: no text was held out for validation (mpillm data "
-                          "--validation-fraction 0.1 does), so nothing is evaluated", stacklevel=4)
-        return config
-
     def _reader(self, tokens, order):
         """Return the function that gives the engine ranges of the samples ``order``."""
 
@@ -293,7 +282,6 @@ class Run:
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
-        self.fingerprint = on_rank_0(self.comm, "data", fingerprint, self.config.data.path)
         if start is not None:
             with self.engine.trace.span("load", "checkpoint"):
                 self._load_or_older(start, resume)
@@ -364,3 +352,20 @@ class Run:
 
     def _open_metrics(self):
         self._metrics = Metrics(self.folder / "metrics.jsonl", self.step_number)
+
+
+def _open_splits(config, rank):
+    """Return the tokens to train on, and those to validate on, or None where there are none or none are asked for.
+
+    Local; rank 0 warns.
+    """
+    train, path = config.train, config.data.path
+    to_train = TokenFile(path, "train", train.seq_len, config.model.vocab_size)
+    if not train.eval_every:
+        return to_train, None
+    if has_tokens(path, "validation"):
+        return to_train, TokenFile(path, "validation", train.seq_len)
+    if rank == 0:
+        warnings.warn(f"data.path = {path}: no text was held out for validation (mpillm data "
+                      "--validation-fraction 0.1 does), so nothing is evaluated", stacklevel=3)
+    return to_train, None

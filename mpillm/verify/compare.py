@@ -12,8 +12,7 @@ from mpillm.comm.group import as_group
 from mpillm.data.samples import training_order
 from mpillm.data.tokens import TokenFile
 from mpillm.errors import ConfigError
-from mpillm.planner.keys import describe_recompute
-from mpillm.schedules.pipeline import SCHEDULES, label
+from mpillm.schedules.pipeline import SCHEDULES
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import decays, learning_rate
 from mpillm.verify.reference import Reference, make_optimizer
@@ -142,18 +141,6 @@ def all_layouts(config, ranks):
             yield resolved
     if not found:
         raise refusal
-
-
-def describe(layout):
-    """Name a layout in one line."""
-    text = f"data={layout.data} pipeline={layout.pipeline} tensor={layout.tensor}"
-    if layout.pipeline > 1:
-        text += f" {label(layout.schedule)}" + (f" chunks={layout.chunks}" if layout.chunks > 1 else "")
-    if layout.data > 1:
-        text += f" zero={layout.zero}"
-    if layout.sequence_parallel:
-        text += " sequence_parallel"
-    return text + describe_recompute(layout.recompute)
 
 
 def _unclipped(gradients, norm, limit):

@@ -16,12 +16,13 @@ from mpillm.comm import shared
 from mpillm.comm.executor import Executor
 from mpillm.comm.tables import only
 from mpillm.machine import Machine
+from mpillm.planner.keys import describe
 from mpillm.planner.layout import price_layout
 from mpillm.schedules.blocks import align
 from mpillm.train.engine import Engine
 from mpillm.train.flat_buffers import Bucket
 from mpillm.train.run import Run
-from mpillm.verify.compare import compare_layout, describe
+from mpillm.verify.compare import compare_layout
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 FOUR = {"model.num_layers": 4}

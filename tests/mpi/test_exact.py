@@ -14,9 +14,9 @@ from mpillm.comm import shared
 from mpillm.comm.single import SingleComm
 from mpillm.errors import MpillmError
 from mpillm.nn.products import WAYS
+from mpillm.planner.keys import describe
 from mpillm.schedules.blocks import align, counts
 from mpillm.train.engine import Engine
-from mpillm.verify.compare import describe
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 

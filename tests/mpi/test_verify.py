@@ -11,12 +11,13 @@ from helpers import assert_all
 from tiny import GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
 
 from mpillm.comm.single import SingleComm
+from mpillm.planner.keys import describe
 from mpillm.planner.synthesis import TEXTBOOK, synthesise
 from mpillm.schedules import make_schedule
 from mpillm.train.engine import Engine
 from mpillm.train.optimizers import learning_rate
 from mpillm.verify import compare
-from mpillm.verify.compare import all_layouts, compare_layout, describe
+from mpillm.verify.compare import all_layouts, compare_layout
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 

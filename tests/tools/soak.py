@@ -26,10 +26,11 @@ from mpillm.comm.world import comm_world, launch
 from mpillm.errors import OK, VALIDATION
 from mpillm.nn.products import WAYS
 from mpillm.plan import DEFAULT_TABLE
+from mpillm.planner.keys import describe
 from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL, WINDOW
 from mpillm.train.engine import Engine
 from mpillm.train.selftest import check_exact
-from mpillm.verify.compare import all_layouts, compare_layout, describe
+from mpillm.verify.compare import all_layouts, compare_layout
 
 MODELS = {
     "as many key/value heads": {},
