@@ -90,15 +90,15 @@ class Watchdog:
         where = f"[rank {self.rank}/{self.size} {os.uname().nodename}]"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            record.with_suffix(".tmp").write_text(to_json(self._record(quiet_s), indent=1), encoding="utf-8")
-            record.with_suffix(".tmp").rename(record)
             rest_s = self.limit_of(kind) - quiet_s if kind in FILES else 0.0
             if rest_s > 0:
-                mark.touch()
+                mark.touch()  # before the record, which may be the last that others wait for
                 sys.stderr.write(f"{where} step {self.recorder.step}, {kind}: quiet for {quiet_s:.0f} s; all wait for the "
                                  f"file system, for {rest_s:.0f} s at most\n")
                 sys.stderr.flush()
-            names = self._wait(beats, kind, rest_s)
+            record.with_suffix(".tmp").write_text(to_json(self._record(quiet_s), indent=1), encoding="utf-8")
+            record.with_suffix(".tmp").rename(record)
+            names = self._wait(beats, kind, rest_s, quiet_s <= self.limit_of(kind))
             if names is None:
                 mark.unlink(missing_ok=True)
                 record.unlink(missing_ok=True)
@@ -124,18 +124,21 @@ class Watchdog:
                 "pid": os.getpid(), "step": self.recorder.step, "kind": self.recorder.kind, "quiet_s": quiet_s,
                 "limit_s": self.limit_of(self.recorder.kind), "calls": list(self.recorder.last), "stacks": stacks}
 
-    def _wait(self, beats, kind, rest_s):
+    def _wait(self, beats, kind, rest_s, is_asked):
         """Wait for ``rest_s``, for others to write, and while one waits for a file system; return the names of what was
-        written, or None once there is progress."""
+        written, or None once there is progress, here or where a rank was that asked this one."""
         until = time.monotonic() + max(GRACE_S + self._look_s, rest_s)
         latest = until + FILES_PATIENCE * self.limit_s
         while self.recorder.beats == beats:
             names, now = os.listdir(self.folder), time.monotonic()
+            written = sum(name.endswith(".json") for name in names)
+            if is_asked and written == 1:
+                break
             if not rest_s > 0 and any(name.startswith("files-") for name in names):
                 until = min(latest, max(until, now + self.limit_of(kind)))  # as that rank has work to do when it goes on
-            elif now > until or not rest_s > 0 and sum(name.endswith(".json") for name in names) == self.size:
+            elif not rest_s > 0 and written == self.size:
                 return names
-            if now > latest:
+            if now > until:
                 return names
             time.sleep(self._look_s)
         return None

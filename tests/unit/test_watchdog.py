@@ -109,23 +109,36 @@ def test_who_waits_for_a_rank_that_waits_for_a_file_system_waits_with_it(tmp_pat
     played = Played(monkeypatch, tmp_path, 60.0)
     played.recorder.begin_step(1)
 
-    def asked():
-        told_by(tmp_path, "rank-00001.json")
-        (tmp_path / "files-00001").touch()
-
-    def sleep(s):  # the other goes on after 100 s, this rank 8 s later
+    def sleep(s):  # the other, asked by this one, goes on after 100 s, this rank 8 s later
+        if not sleeps:
+            (tmp_path / "files-00001").touch()
+            told_by(tmp_path, "rank-00001.json")
         played.now_s += s
-        if played.now_s > began_s + 100:
+        sleeps.append(played.now_s)
+        if played.now_s > sleeps[0] + 100:
             (tmp_path / "files-00001").unlink(missing_ok=True)
             (tmp_path / "rank-00001.json").unlink(missing_ok=True)
-        if played.now_s > began_s + 108:
+        if played.now_s > sleeps[0] + 108:
             played.recorder.end("wait")
 
+    sleeps = []
     monkeypatch.setattr(watchdog.time, "sleep", sleep)
-    played.play([*spans(played, [0.3] * 9, "wait"), (lambda: played.recorder.begin("wait", "1F0"), 0.3)])
-    began_s = played.now_s
-    played.play([(asked, 30.0), (lambda: played.recorder.begin("F", "1F0"), 0.5)])
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == "" and played.now_s > began_s + 108
+    played.play([*spans(played, [0.3] * 9, "wait"), (lambda: played.recorder.begin("wait", "1F0"), 30.0)])
+    assert sleeps[-1] > sleeps[0] + 108 and not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+def test_who_was_asked_takes_it_back_with_who_asked(tmp_path, monkeypatch, capsys):
+    """Though it makes no progress that the recorder sees: it is at work of its own."""
+    played, sleeps = Played(monkeypatch, tmp_path, 60.0, 3), []
+
+    def sleep(s):
+        played.now_s += s
+        sleeps.append((tmp_path / "rank-00000.json").exists())
+        (tmp_path / "rank-00001.json").unlink(missing_ok=True)
+
+    monkeypatch.setattr(watchdog.time, "sleep", sleep)
+    played.play([(lambda: told_by(tmp_path, "rank-00001.json"), 300.0)])
+    assert sleeps == [True] and not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
 
 
 def test_a_rank_in_a_file_says_that_all_wait_for_it(tmp_path, monkeypatch, capsys):
