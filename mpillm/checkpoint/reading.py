@@ -112,8 +112,8 @@ _Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 60)]
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Elements ``[start, stop)`` of a tensor, and where they lie."""
+class ShardEntry:
+    """What a manifest says about one shard: elements ``[start, stop)`` of a tensor, and where they lie."""
 
     file: str
     dataset: str
@@ -123,12 +123,12 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """What a manifest says about one tensor; its shards lie in it."""
 
     shape: Annotated[list[_Count], Field(max_length=8)]
     dtype: Literal["float64", "float32"]
-    shards: list[Shard]
+    shards: list[ShardEntry]
 
     def __post_init__(self):
         size = math.prod(self.shape)
@@ -136,7 +136,7 @@ class Entry:
             raise ValueError(f"a shard is empty, does not lie in its tensor or has more than {SHARD_ELEMENTS} elements")
 
 
-_TENSORS = TypeAdapter(dict[str, dict[str, Entry]])
+_TENSORS = TypeAdapter(dict[str, dict[str, TensorEntry]])
 
 
 class Checkpoint:

@@ -26,8 +26,8 @@ def find_start(folder, resume):
     CheckpointError
         If there are complete checkpoints and none can be opened.
     """
-    own = reading.complete_checkpoints(folder / "checkpoints")
-    if resume == "never" and (own or (folder / "metrics.jsonl").exists()):
+    held = reading.complete_checkpoints(folder / "checkpoints")
+    if resume == "never" and (held or (folder / "metrics.jsonl").exists()):
         raise ConfigError(
             f"--resume never: {folder} holds a run already: choose another train.run_dir, or --resume auto"
         )
@@ -38,7 +38,7 @@ def find_start(folder, resume):
                           "save removes it", stacklevel=2)
         return newest(folder)
     start = _of_a_run(resume)
-    newer = [path.name for path in own if reading.step_of(path) > start.step]
+    newer = [path.name for path in held if reading.step_of(path) > start.step]
     if newer:  # they would count as the newest, and push out those of this run
         raise ConfigError(
             f"--resume {resume}: is of step {start.step}, and {folder / 'checkpoints'} holds newer ones "

@@ -1,5 +1,6 @@
 """``metrics.jsonl``: what every step of a run came to, a line each."""
 
+import contextlib
 import json
 import os
 
@@ -29,8 +30,10 @@ class Metrics:
 
     def __init__(self, path, step):
         self.path, self.last = path, {}
-        kept = []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+        kept, text = [], b""
+        with contextlib.suppress(FileNotFoundError):  # any other error is none of an empty file, which would be written
+            text = path.read_bytes()
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
             try:  # a line without an end was being written when its run died
                 if line.endswith(b"\n") and (metrics := json.loads(line))["step"] <= step:
                     kept.append(line)

@@ -159,6 +159,11 @@ def test_weights_of_version_0_1_0_generate(comm, data_path, lacks):
     if comm.rank == 0:
         unpack("v0.1.0", folder, lacks)
     comm.Barrier()
+
+    def listing():
+        return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+    before = listing()
     part = comm.Split(comm.rank // 2)  # for the model has two heads and one layer
     generator = Generator(folder / "run", part, {"layout.tensor": part.size})
     logits = generator.next_logits([111, 110, 101], 0, KeyValueCache())
@@ -166,6 +171,7 @@ def test_weights_of_version_0_1_0_generate(comm, data_path, lacks):
     part.Free()
     expected = json.loads((folder / "expected.json").read_text())["next_logits"]
     assert_all(logits[:len(expected)] == pytest.approx(expected, abs=1e-6), logits[:len(expected)], comm)
+    assert_all(listing() == before, "who only reads a run wrote to it", comm)
 
 
 @pytest.mark.parametrize("change, word", [

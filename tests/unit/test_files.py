@@ -23,6 +23,7 @@ from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.collective import CollectiveSchedule
 from mpillm.schedules.generators import make_collective
 from mpillm.schedules.pipeline import named_or_read
+from mpillm.train.metrics import Metrics
 
 NETWORK = {"nodes": [{"name": 3}, {"name": "b", "compute": True}],
            "links": [{"from": 3, "to": "b", "bytes_per_s": 1e9}, {"from": "b", "to": 3, "bytes_per_s": 1e9}]}
@@ -166,6 +167,23 @@ def test_what_is_no_plain_file_is_written_to(tmp_path):
             job = subprocess.run(words, stdout=file if target else subprocess.PIPE, check=True)
         assert (target.read_bytes() if target else job.stdout) == b"x" * 9
     assert sorted(os.listdir(tmp_path)) == ["output", "pipe"]
+
+
+def test_metrics_that_cannot_be_read_are_not_written_anew(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    Metrics(path, 0).close()
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def failing(self, **options):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale"):
+        patch.setattr(Path, "read_bytes", failing)
+        patch.setattr(Path, "exists", lambda self: False)  # as from Python 3.14 on
+        Metrics(path, 2)
+    kept = Metrics(path, 2)
+    kept.close()
+    assert kept.last == {"step": 2} and len(path.read_text().splitlines()) == 2
 
 
 def test_a_file_system_that_cannot_sync_takes_files(tmp_path, monkeypatch):
