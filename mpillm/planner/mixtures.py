@@ -76,23 +76,23 @@ def mix(pricer, layout, limit_bytes):
 
 def _mix(pricer, layout, limit_bytes, ways):
     """Return the price of the best mixture of some ways to recompute."""
-    plain = replace(layout, recompute="none")
+    plain, footprint = replace(layout, recompute="none"), pricer.footprint
     p, sizes = layout.pipeline, pricer.stage_sizes(plain)
-    layers, _, _, _, head_bytes = pricer.ends(plain)
-    fixed = pricer.fixed_bytes(replace(layout, recompute=ways), pricer.parameters(layout, layers), head_bytes)
-    works = [pricer.work(layout, mode)[0] for mode in ways]
-    time_s, kept = ([[value] for value in row] for row in zip(*(
-        (work.forward_s + work.input_s + work.weight_s, work.kept_bytes) for work in works)))
+    works, each = [pricer.work(layout, mode)[0] for mode in ways], [footprint.layer(layout, mode) for mode in ways]
+    time_s = [[sum(work)] for work in works]
     starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
-    most, fewer = pricer.held(layout, pricer.num_microbatches(layout))
+    held = pricer.held(plain)
+    fixed = footprint.peak(plain, sizes, footprint.ends(plain), np.zeros(p),
+                           footprint.beside(plain, ways, pricer.is_split(plain)), held, pricer.num_microbatches(plain))
     for rank in range(p):
-        held = most - rank * fewer
         # From a stage to the next, so that what is dealt out in turn is spread over them.
         own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
                      for place in range(sizes[stage]))
-        key = len(own), (limit_bytes - fixed) / held - pricer.mask_bytes(layout)
+        n_bytes = [[max(before * one.kept + after * one.split for before, after in held[rank]) / layout.chunks]
+                   for one in each]
+        key = len(own), limit_bytes - fixed[rank], tuple(map(tuple, n_bytes))
         if key not in choices:
-            choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(kept, len(own)), key[1])
+            choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(n_bytes, len(own)), key[1])
         for mode, (_, layer) in zip(sorted(choices[key].modes), own):
             modes[layer] = ways[mode]
     return pricer.price(replace(layout, recompute=tuple(modes)))

@@ -9,6 +9,7 @@ import numpy as np
 from mpillm.config import AXES
 from mpillm.planner.balance import balance
 from mpillm.planner.counts import ITEM_BYTES, layer_parameters, num_states, step_flops
+from mpillm.planner.footprint import Footprint, in_flight, points
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
@@ -76,6 +77,7 @@ class Pricer:
         self._ends = lru_cache(None)(self._make_ends)
         self._balance = lru_cache(None)(self._make_balance)
         self.reduction = Reduction(config, machine, self.work)
+        self.footprint = Footprint(config, machine, self.reduction.keeps_one_copy)
 
     def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
@@ -141,7 +143,7 @@ class Pricer:
                            layout.tensor * layout.stride("tensor"), mode, layout.sequence_parallel)
 
     def _stage_works(self, layout):
-        """Return forward, input and weight half and bytes kept of the layers of every stage: shape (4, stages)."""
+        """Return forward, input and weight half of the layers of every stage: shape (3, stages)."""
         sizes, modes = np.array(self.stage_sizes(layout)), layout.recompute
         if isinstance(modes, str):
             return np.outer(self.work(layout, modes)[0], sizes)
@@ -151,8 +153,8 @@ class Pricer:
     def stage_times(self, layout):
         """Return seconds of forward, input and weight half of every stage, messages driven by it included; of a message,
         and those of them for which it keeps the link. Local."""
-        times = self._stage_works(layout)[:3]
-        times[:, -1] += self.work(layout, "none")[1][:3]
+        times = self._stage_works(layout)
+        times[:, -1] += self.work(layout, "none")[1]
         message_s, link_s, busy_s = self._message_s(layout)
         neighbours = np.full(times.shape[1], 2)
         neighbours[[0, -1]] -= 1
@@ -185,25 +187,19 @@ class Pricer:
         return self.machine.level_for(reach if reach > self.machine.ranks_per_node else 2 * stride)
 
     def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
-        """Return what the ranks but the last and the last hold at most: layers, and times of a microbatch as (forward,
-        input, weight); the bytes that layers keep, most of a microbatch and most where each rank holds one microbatch
-        less than the rank before; and those that the head keeps."""
+        """Return what the ranks but the last and the last have at most: layers, and times of a microbatch as (forward,
+        input, weight)."""
         layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
         sizes, head = self.stage_sizes(layout), self.work(layout, "none")[1]
         if isinstance(recompute, str) and not self.machine.speeds:
-            layer, (most, own, falling) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)
-            first, last = ([count * each for each in layer[:3]] for count in (most, own))
-            last = [each + more for each, more in zip(last, head[:3])]
-            mask_bytes = self.mask_bytes(layout)
-            kept = layer.kept_bytes * max(most, own) + mask_bytes, layer.kept_bytes * falling + p * mask_bytes
-            return (most, own), first, last, kept, head.kept_bytes
-        speeds, works = self._speeds(layout)[1], self._stage_works(layout).reshape(4, chunks, p).sum(1)
-        fullest = int((works[:3].sum(0) / speeds)[:max(1, p - 1)].argmax())
-        first = (works[:3, fullest] / speeds[fullest]).tolist()
-        last = ((works[:3, -1] + head[:3]) / speeds[-1]).tolist()
-        works[3] += self.mask_bytes(layout)
-        kept = float(works[3].max()), float((works[3] * np.arange(p, 0, -1)).max())
-        return _dealt(tuple(sizes), p)[:2], first, last, kept, head.kept_bytes
+            layer, (most, own) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)
+            first, last = ([count * each for each in layer] for count in (most, own))
+            last = [each + more for each, more in zip(last, head)]
+            return (most, own), first, last
+        speeds, works = self._speeds(layout)[1], self._stage_works(layout).reshape(3, chunks, p).sum(1)
+        fullest = int((works.sum(0) / speeds)[:max(1, p - 1)].argmax())
+        return (_dealt(tuple(sizes), p), (works[:, fullest] / speeds[fullest]).tolist(),
+                ((works[:, -1] + head) / speeds[-1]).tolist())
 
     def ends(self, layout):
         return self._ends(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.microbatch,
@@ -211,7 +207,7 @@ class Pricer:
 
     def _price(self, layout):
         """Return the :class:`Price` of a layout; a schedule from a file is played. Local."""
-        layers, first, last, (kept_bytes, falling_bytes), head_bytes = self.ends(layout)
+        layers, first, last = self.ends(layout)
         p, v, m = layout.pipeline, layout.chunks, self.num_microbatches(layout)
         busy = self._fullest(layout, m) * max(sum(first), sum(last))
         if p == 1:
@@ -228,14 +224,11 @@ class Pricer:
         else:
             pipeline_s = self.timeline(layout).total_s
         parameters = self.parameters(layout, layers)
-        gradients_s = self.reduction.price_s(layout, parameters, max(layers), self._is_split(layout))
+        gradients_s = self.reduction.price_s(layout, parameters, max(layers), self.is_split(layout))
         gradients_s += self._clip_s(layout, parameters)
         update_s = self._update_s(layout, parameters)
-        held, fewer = self.held(layout, m)
-        memory_bytes = self.fixed_bytes(layout, parameters, head_bytes) + (
-            falling_bytes if fewer else held * kept_bytes)
         return Price(layout, pipeline_s + gradients_s + update_s, pipeline_s, gradients_s, update_s,
-                     1 - busy / pipeline_s, memory_bytes)
+                     1 - busy / pipeline_s, float(self.memory_bytes(layout).max()))
 
     def _fullest(self, layout, microbatches):
         """Return the microbatches of the data rank that ends last, over its speed."""
@@ -263,7 +256,7 @@ class Pricer:
         """Tell whether gradients and messages of a pipeline leave a rank the same way. Local."""
         return layout.pipeline > 1 and self._message_level(layout) is self.reduction.level(layout)
 
-    def _is_split(self, layout):
+    def is_split(self, layout):
         """Tell whether input and weight halves are actions of their own."""
         if layout.schedule in SCHEDULES:
             return layout.schedule.startswith("zb")
@@ -275,16 +268,16 @@ class Pricer:
         if layout.data == 1:
             return ()
         return self.reduction.buckets(layout, self.stage_sizes(layout), self._pace(layout), price.bucket_cuts or (),
-                                      self._is_split(layout))
+                                      self.is_split(layout))
 
     def _synthesised(self, price, limit_bytes):
         """Return the price of a layout with a schedule made for its times and messages within a limit of memory, which
         the layout then holds as text; or the price as it is, if that is no faster. Local."""
         layout, p = price.layout, price.layout.pipeline
-        layers, _, _, (kept_bytes, _), head_bytes = self.ends(layout)
-        left = limit_bytes - self.fixed_bytes(layout, self.parameters(layout, layers), head_bytes)
+        kept, split, beside = self.kept(layout)
+        left = limit_bytes - self.footprint.fixed(layout, self.stage_sizes(layout)) - beside
         times, message_s, link_s = self.stage_times(layout)
-        most = min(max(1, int(left / kept_bytes)), DEEPEST * p)
+        most = min(max(1, int((left / np.maximum(kept, split)).min() * layout.chunks)), DEEPEST * p)
         made = synthesise(p, self.num_microbatches(layout), *times, message_s, most, link_s=link_s)
         found = self.played(self.price(replace(layout, schedule=made.schedule.to_text())))
         return found if found.step_s < CLEARLY * price.step_s and found.memory_bytes <= limit_bytes else price
@@ -296,7 +289,7 @@ class Pricer:
         if cuts == "auto" and overlaps:
             completed_s = unhindered_s(self._schedule(layout), *self.stage_times(layout)[0])
             cuts = self.reduction.cuts(layout, self.stage_sizes(layout), self._pace(layout), completed_s,
-                                       self._is_split(layout))
+                                       self.is_split(layout))
         elif cuts == "auto":
             cuts = ()
         if overlaps:
@@ -332,38 +325,31 @@ class Pricer:
             touched += 2 * (parameters * self.item + own * wide * self._num_masters())
         return touched / self.machine.memory_bytes_per_s + self.reduction.weights_s(layout, parameters)
 
-    def held(self, layout, microbatches):
-        """Return the microbatches of which the first pipeline rank keeps activations, and how many less each next.
-        Local."""
-        p, v = layout.pipeline, layout.chunks
-        if layout.schedule not in SCHEDULES:
-            return max(self.timeline(layout).in_flight_max) / v, 0
-        held = {"gpipe": microbatches, "zb-h2": 2 * p - 1,
-                "interleaved": p + (p - 1) / v if v > 1 else p}.get(layout.schedule, p)
-        return min(held, microbatches), layout.schedule == "1f1b" and microbatches >= p
-
     def _num_masters(self):
         """Return the vectors that an optimiser keeps beside weights and gradients: its state, and of half types masters."""
         return num_states(self.config.train) + (self.item == 2)
 
-    def mask_bytes(self, layout):
-        """Return what the stages of a rank keep of a microbatch's documents: who sees whom, as it is added to scores. Local."""
-        return layout.chunks * layout.microbatch * self.config.train.seq_len**2 * self.item * self.config.data.mask_documents
+    def memory_bytes(self, layout):
+        """Return the most memory of every pipeline rank. Local."""
+        kept, split, beside = self.kept(layout)
+        return self.footprint.peak(layout, self.stage_sizes(layout), kept, split, beside, self.held(layout),
+                                   self.num_microbatches(layout))
 
-    def fixed_bytes(self, layout, parameters, head_bytes):
-        """Return the memory of a rank but for the activations of its layers. Local."""
-        train, wide, count = self.config.train, max(4, self.item), self.num_microbatches(layout)
-        shards = layout.data if layout.zero else 1
-        state = parameters * (self.item + wide * (1 + self._num_masters() / shards))
-        if train.numerics == "exact":  # sums of microbatches under way in their tree, one of each size
-            state += parameters * wide * (count.bit_length())
-        if train.checkpoint_background:  # a copy of what a rank saves
-            state += parameters / layout.data * wide * (1 + num_states(train))
-        if self.config.data.mask_documents:  # of all microbatches, a byte for each pair of positions
-            state += count * layout.microbatch * train.seq_len**2
-        # One layer at a time is there as a whole.
-        again = self.work(layout, "none")[0].kept_bytes if "full" in layout.recompute else 0.0
-        return state + head_bytes + again
+    def kept(self, layout):
+        """Return the bytes that a microbatch in flight keeps on every pipeline rank before its input half, and after it;
+        and what the rank needs beside. Local."""
+        footprint, sizes, modes = self.footprint, self.stage_sizes(layout), layout.recompute
+        modes = (modes,) * self.config.model.num_layers if isinstance(modes, str) else modes
+        each = {mode: footprint.layer(layout, mode) for mode in set(modes)}
+        kept, split = (np.add.reduceat(row, np.cumsum(sizes) - sizes).reshape(layout.chunks, -1).sum(0) for row in zip(
+            *((each[mode].kept, each[mode].split) for mode in modes)))
+        return kept + footprint.ends(layout), split, footprint.beside(layout, each, self.is_split(layout))
+
+    def held(self, layout):
+        """Return the microbatches in flight of every pipeline rank, as :func:`mpillm.planner.footprint.in_flight`. Local."""
+        if layout.schedule not in SCHEDULES:
+            return points(self._schedule(layout))
+        return in_flight(layout.schedule, layout.pipeline, self.num_microbatches(layout), layout.chunks)
 
     def bound_s(self):
         """Return a time that no layout can beat: all products at the best rate, shared as ranks are fast. Local."""
@@ -374,7 +360,6 @@ class Pricer:
 
 @lru_cache(maxsize=4096)
 def _dealt(sizes, p):
-    """Return of the layers of stages, dealt to ``p`` ranks, the most of any rank but the last, those of the last, and
-    the most where each rank counts them once less than the rank before."""
+    """Return of the layers of stages, dealt to ``p`` ranks, the most of any rank but the last, and those of the last."""
     layers = [sum(sizes[rank::p]) for rank in range(p)]
-    return max(layers[:-1], default=layers[0]), layers[-1], max(map(int.__mul__, layers, range(p, 0, -1)))
+    return max(layers[:-1], default=layers[0]), layers[-1]

@@ -11,12 +11,11 @@ BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one
 
 
 class Work(NamedTuple):
-    """Seconds of forward, input and weight half; bytes kept from forward to backward."""
+    """Seconds of forward, input and weight half."""
 
     forward_s: float
     input_s: float
     weight_s: float
-    kept_bytes: float
 
 
 def ring_s(level, size, n_bytes, op="allreduce"):
@@ -97,10 +96,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
     backward = (machine.with_call(inputs + 2 * attention + BACKWARD_BYTES * elementwise)
                 + talk * (1.25 if sequence_parallel else 1))
-    stored = 4 * whole / split + inner
-    kept = {"none": stored + SCORES_KEPT * scores, "selective": stored - tokens * 2 * keys / tensor * item_bytes,
-            "full": whole / split}[recompute]
-    return Work(forward, backward + again, weights, kept)
+    return Work(forward, backward + again, weights)
 
 
 def head_work(model, machine, level, tokens, tensor, item_bytes):
@@ -125,5 +121,4 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     skew_s = level.skew_s if tensor > 1 else 0.0
     talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
     meetings = 2 * loss_chunks(tokens, model.vocab_size)
-    kept = 4 * model.hidden_size * columns + tokens * model.hidden_size * item_bytes
-    return Work(3 * product + loss + meetings * skew_s, talk, adding, kept)
+    return Work(3 * product + loss + meetings * skew_s, talk, adding)

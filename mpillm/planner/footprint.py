@@ -1,0 +1,256 @@
+"""What a rank holds at its fullest: weights and their state, activations in flight, and what an action takes beside."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mpillm.config import AXES
+from mpillm.planner.counts import ITEM_BYTES, layer_parameters, num_states
+from mpillm.planner.workload import SCORES_KEPT
+from mpillm.schedules.blocks import loss_chunks
+from mpillm.schedules.pipeline import make_schedule
+from mpillm.schedules.tree import split
+
+WINDOW_BYTES = 8 << 20  # through which ranks of a node that share memory pass tensors, for every axis
+TOKEN_BYTES = 16  # it and its target; who sees whom takes a byte a pair of positions
+AHEAD = 2  # receives that a pipeline posts before it needs them
+MASTER_BYTES = 4  # of the least type in which gradients, optimiser state and norms are kept
+CHANGE = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}  # in microbatches before and after their input half
+PERIODS = 4  # of as many microbatches as ranks: after so many a textbook's schedule repeats itself
+
+
+class LayerBytes(NamedTuple):
+    """Of a microbatch in a layer: kept from forward to backward; from input to weight half, where these are apart; and
+    what backward, or an input half, needs beside."""
+
+    kept: float
+    split: float
+    backward: float
+    input: float
+
+
+class Footprint:
+    """Predicts the memory of the ranks of a layout. Local.
+
+    It counts what a run asks of PyTorch and of shared memory; ``tests/memory.py`` holds it against that. What the
+    interpreter and MPI take is not in it.
+
+    Parameters
+    ----------
+    config : Config
+    machine : Machine
+    keeps_one_copy : callable
+        Tells of a layout whether its data ranks share one copy of the weights.
+    """
+
+    def __init__(self, config, machine, keeps_one_copy):
+        self.config, self.machine, self._keeps_one_copy = config, machine, keeps_one_copy
+        self.item = ITEM_BYTES[config.train.dtype]
+        self.wide = max(MASTER_BYTES, self.item)
+        self.is_exact = config.train.numerics == "exact"
+        self._layer = lru_cache(None)(self._make_layer)
+
+    def layer(self, layout, mode):
+        """Return the :class:`LayerBytes` of a layer with one way to recompute."""
+        return self._layer(layout.microbatch, layout.tensor, layout.sequence_parallel, mode)
+
+    def fixed(self, layout, sizes):
+        """Return what every pipeline rank holds but for activations of layers in flight; ``sizes`` are the layers of
+        every stage."""
+        parameters, gradients = self._parameters(layout, sizes)
+        train, shards = self.config.train, layout.data if layout.zero else 1
+        copies = layout.data if self._keeps_one_copy(layout) else 1
+        states = num_states(train)
+        held = parameters * (self.item / copies + self.wide * (states + (self.item < self.wide)) / shards)
+        if train.checkpoint_background:  # a copy of what a rank saves
+            held += parameters * self.wide * (1 + states) / layout.data
+        return held + gradients * self.wide + self._windows(layout) + self._passing(layout)
+
+    def beside(self, layout, modes, is_split):
+        """Return what every pipeline rank needs beside what it keeps, at most, where layers recompute in these ways."""
+        works = [self.layer(layout, mode) for mode in modes]
+        most = np.full(layout.pipeline, max(work.input if is_split else work.backward for work in works))
+        whole, between = self._activation(layout)
+        most[-1] = max(most[-1] - whole - between, self._head_forward(layout))  # it no longer has what the head kept
+        return most
+
+    def ends(self, layout):
+        """Return what a microbatch in flight on every pipeline rank keeps beside its layers, until its input half: what
+        was sent on, the mask of documents, as it is added to scores, and on the last rank what the head keeps."""
+        whole, between = self._activation(layout)
+        mask = self._tokens(layout) * self.config.train.seq_len * self.item * self.config.data.mask_documents
+        kept = np.full(layout.pipeline, float(between + mask) * layout.chunks)
+        own = self.config.model.vocab_size * self.config.model.hidden_size / layout.tensor * self.wide
+        kept[-1] += whole + self._tokens(layout) * self.wide + own * self.is_exact
+        return kept
+
+    def peak(self, layout, sizes, kept, split, beside, held, microbatches):
+        """Return the most that every pipeline rank holds at once.
+
+        Parameters
+        ----------
+        layout : Layout
+        sizes : sequence of int
+            Layers of every stage.
+        kept, split : ndarray
+            Bytes that a microbatch in flight keeps on every pipeline rank before its input half, and after it.
+        beside : ndarray
+            Of :meth:`beside`.
+        held : tuple
+            Of :func:`in_flight`.
+        microbatches : int
+        """
+        sums = self._parameters(layout, sizes)[1] * self.wide if self.is_exact else np.zeros(layout.pipeline)
+        done = np.arange(microbatches if self.is_exact else 1)
+        counts = np.array([_partial_sums(microbatches, int(k)) for k in done])
+        found = []
+        for rank, own in enumerate(held):
+            most = np.zeros(len(done))
+            for before, after in own:
+                before = np.minimum(before / layout.chunks, microbatches - done)
+                after = np.minimum(after / layout.chunks, microbatches - done - before)
+                one = before * kept[rank] + after * split[rank]
+                most = np.maximum(most, np.maximum(one + counts * sums[rank] + beside[rank],
+                                                   one - kept[rank] + (counts + 1) * sums[rank]))
+            found.append(most.max())
+        seq_len = self.config.train.seq_len
+        batch = microbatches * self._tokens(layout) * (TOKEN_BYTES + seq_len * self.config.data.mask_documents)
+        return self.fixed(layout, sizes) + batch + np.maximum(found, self.update(layout, sizes))
+
+    def update(self, layout, sizes):
+        """Return what the optimiser needs beside, on every pipeline rank."""
+        model, train = self.config.model, self.config.train
+        if self.is_exact:  # squares of the rows of one matrix in float64, twice
+            return np.full(layout.pipeline, 16 * model.hidden_size * max(model.vocab_size, model.ffn_size) / layout.tensor)
+        passes = 2 if train.optimizer == "rmsprop" else 0
+        return passes * self.wide * self._parameters(layout, sizes)[0] / (layout.data if layout.zero else 1)
+
+    def _parameters(self, layout, sizes):
+        """Return the parameters of every pipeline rank, and its gradients: those of a matrix that embedding and head
+        share are apart until the end."""
+        model, p = self.config.model, layout.pipeline
+        layers = np.add.reduce(np.reshape(sizes, (-1, p)), 0)
+        table = model.vocab_size * model.hidden_size / layout.tensor
+        each = layer_parameters(model) / layout.tensor + 2 * model.hidden_size
+        if layout.tensor > model.num_kv_heads and not self.is_exact:  # every rank has all keys and values
+            each += 2 * model.hidden_size * model.num_kv_heads * model.head_dim * (1 - 1 / layout.tensor)
+        gradients = layers * each
+        gradients[0] += table
+        gradients[-1] += table + model.hidden_size
+        parameters = gradients.copy()
+        if model.tie_embeddings and p == 1:
+            parameters[0] -= table
+        return parameters, gradients
+
+    def _tokens(self, layout):
+        return layout.microbatch * self.config.train.seq_len
+
+    def _activation(self, layout):
+        """Return the bytes of the activations of a microbatch, whole and as they lie between layers."""
+        whole = self._tokens(layout) * self.config.model.hidden_size * self.item
+        return whole, whole / (layout.tensor if layout.sequence_parallel else 1)
+
+    def _windows(self, layout):
+        """Return the bytes of windows for ranks of a node."""
+        if not self.machine.shares_memory:
+            return 0
+        sizes = {axis: getattr(layout, axis) for axis in AXES}
+        reaches = [size * layout.stride(axis) for axis, size in sizes.items() if size > 1]
+        if self.is_exact:  # sums over all ranks go the same way
+            reaches += [math.prod(sizes.values())]
+        return WINDOW_BYTES * sum(1 < reach <= self.machine.ranks_per_node for reach in reaches)
+
+    def _passing(self, layout):
+        """Return what every pipeline rank receives ahead, and what it has sent that has not left."""
+        if layout.pipeline == 1:
+            return 0
+        between = self._activation(layout)[1]
+        return np.array([AHEAD * between] + [(AHEAD + 1) * between] * (layout.pipeline - 1))
+
+    def _blocks(self, layout, n_bytes):
+        """Return the bytes of partial results of so many bytes each while they are added: those of all blocks of a rank,
+        and of the sums on the way down the tree."""
+        blocks = max(1, self.config.train.exact_blocks // layout.tensor) if self.is_exact else 1
+        return n_bytes * (blocks + (math.ceil(math.log2(blocks)) + 1 if blocks > 1 else 0))
+
+    def _head_forward(self, layout):
+        """Return what the head's forward needs beside what it keeps: its input, and the logits of a chunk, which in a
+        half type are there in both, as is the product that is added to the weight's gradient."""
+        model, tokens = self.config.model, self._tokens(layout)
+        rows, columns = math.ceil(tokens / loss_chunks(tokens, model.vocab_size)), model.vocab_size / layout.tensor
+        is_half = self.item < self.wide
+        logits = rows * columns * (self.wide + is_half * self.item)
+        product = model.hidden_size * columns * (self.item + self.wide) if is_half else 0
+        slopes = self._blocks(layout, rows * model.hidden_size * self.item)
+        return self._activation(layout)[0] + logits + max(slopes, product)
+
+    def _make_layer(self, microbatch, tensor, sequence_parallel, mode):
+        """Return the :class:`LayerBytes` of a layer."""
+        model, item = self.config.model, self.item
+        tokens = microbatch * self.config.train.seq_len
+        cut = tensor if sequence_parallel else 1
+        whole, norms = tokens * model.hidden_size * item, 2 * tokens / cut * self.wide
+        queries = tokens * model.num_heads * model.head_dim / tensor * item
+        keys = tokens * max(model.num_kv_heads / tensor, 1 if not self.is_exact else 0) * model.head_dim * item
+        ups = 1 if model.kind == "gpt" else 2
+        inner = tokens * model.ffn_size / tensor * item
+        between, entered = 2 * whole / cut, 2 * whole  # before and after what each half of a layer gathers
+        sums = tokens * model.num_heads / tensor * self.wide  # of the exponentials of every row of scores
+        if model.kind == "gpt":
+            scores = SCORES_KEPT * tokens * self.config.train.seq_len * model.num_heads / tensor
+        else:
+            scores = sums
+        # Query heads that share a key have it each for itself.
+        core = {"none": 2 * queries + 2 * (queries if model.num_heads > model.num_kv_heads else keys) + scores,
+                "selective": 2 * queries + 2 * keys, "full": 0.0}
+        kept = {way: between + entered + norms + attention + (ups + 1) * inner for way, attention in core.items()}
+        kept["full"] = whole / cut
+        halves = 2 * entered + 2 * queries + 2 * keys + (ups + 1) * inner
+        again = kept["none"] - kept["full"] if mode == "full" else 0.0
+        slope = whole / cut + (whole if tensor > 1 else 0)
+        product = model.hidden_size * model.ffn_size / tensor * (item + self.wide) if item < self.wide else 0
+        if self.is_exact:
+            layout_blocks = max(1, self.config.train.exact_blocks // tensor)
+            summed = whole * (layout_blocks + math.ceil(math.log2(layout_blocks)) + 1 if layout_blocks > 1 else 1)
+            backward = slope + max(ups * inner / layout_blocks, summed - (ups + 1) * inner)
+            inputs = slope + max(3 * inner / layout_blocks, summed)
+        else:
+            backward, inputs = slope + max(ups * inner, product), slope + 3 * inner
+        return LayerBytes(kept[mode], halves, again + backward, again + inputs)
+
+
+@lru_cache(maxsize=4096)
+def in_flight(name, ranks, microbatches, chunks):
+    """Return of every rank how many pairs of stage and microbatch are in flight at most, as points (before, after their
+    input half) of which none is below another. Local; ``name`` is a textbook's schedule."""
+    if name == "gpipe" or ranks == 1:
+        return (((microbatches * chunks if name == "gpipe" else 1, 0),),) * ranks
+    if name == "1f1b":
+        return tuple(((min(microbatches, ranks - rank), 0),) for rank in range(ranks))
+    if microbatches > PERIODS * ranks:
+        microbatches = (PERIODS - 1) * ranks + microbatches % ranks + (ranks if microbatches % ranks == 0 else 0)
+    return points(make_schedule(name, ranks, microbatches, chunks))
+
+
+def points(schedule):
+    """Return what :func:`in_flight` returns, of any schedule. Local."""
+    found = []
+    for row in schedule.actions:
+        counts = {tuple(count) for count in np.cumsum([CHANGE[action.kind] for action in row], 0).tolist()}
+        found.append(tuple(sorted(point for point in counts if not any(
+            other != point and other[0] >= point[0] and other[1] >= point[1] for other in counts))))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _partial_sums(total, done):
+    """Return how many sums the tree over ``total`` items holds when ``done`` have come in order and one more is added."""
+    low, high, count = 0, total, 0
+    while high - low > 1 and done > low:
+        middle = split(total, low, high)
+        low, high, count = (middle, high, count + 1) if done >= middle else (low, middle, count)
+    return count
+
+

@@ -1,0 +1,169 @@
+"""Memory of every rank beside its prediction: every pipeline schedule, microbatches in flight, layout and way to recompute.
+
+    mpiexec -n N python tests/tools/memory.py [WORD ...]
+
+Prints a line for the fullest rank of every case whose name contains all WORDs; the exit code says whether each
+prediction is within 5 % or 1 MB. What is measured is exact and repeats: what PyTorch's allocator handed out, and shared
+memory, each window counted to the ranks that share it in equal parts. What MPI and the interpreter take is not in it.
+"""
+
+import gc
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+from mpillm.comm import handover, shared
+from mpillm.comm.world import comm_world, set_threads
+from mpillm.config import Config
+from mpillm.machine import Level, Machine
+from mpillm.planner.pricing import Layout, Pricer
+from mpillm.planner.synthesis import synthesise
+from mpillm.train.engine import Engine
+from mpillm.verify.compare import batches
+
+MODEL = {"vocab_size": 2048, "hidden_size": 192, "ffn_size": 512, "num_layers": 8, "num_heads": 6}
+TRAIN = {"seq_len": 128, "microbatch": 2, "dtype": "float32", "device": "cpu", "eval_every": 0, "checkpoint_every": 0}
+CLOSE, FEW_BYTES = 0.05, 1e6
+STEPS = 2
+
+
+class Windows:
+    """Counts the bytes of shared memory that this rank answers for."""
+
+    def __init__(self):
+        self.n_bytes = 0
+
+    @contextmanager
+    def counted(self):
+        """Count all windows that are made meanwhile, and the slots of handovers that are used."""
+        allocate, set_aside = shared.Node._allocate, handover.set_aside
+
+        def counting(node, sizes, is_set_aside=True):
+            self.n_bytes += sum(sizes) / len(sizes) if is_set_aside else 0
+            return allocate(node, sizes, is_set_aside)
+
+        def counting_slot(slot):
+            self.n_bytes += slot.nbytes
+            return set_aside(slot)
+
+        shared.Node._allocate, handover.set_aside = counting, counting_slot
+        try:
+            yield
+        finally:
+            shared.Node._allocate, handover.set_aside = allocate, set_aside
+
+
+def peak_bytes(events):
+    """Return the most bytes that were in use at once."""
+    most = now = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def measured_bytes(config, comm):
+    """Return what a few steps took on this rank at most. Collective."""
+    gc.collect()  # what is let go of later must not count as given back
+    windows = Windows()
+    with windows.counted(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        engine = Engine(config, comm)
+        for batch in batches(config, STEPS):
+            engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],  # noqa: B023
+                              config.train.lr)
+    coordinate = engine.mesh.coord("pipeline")
+    engine.free()
+    return peak_bytes(recorded.profiler.kineto_results.events()) + windows.n_bytes, coordinate
+
+
+def machine_of(comm):
+    """Return a machine of one node, or of as many as ranks where nothing is shared."""
+    is_shared = shared.make_node(comm)
+    if is_shared:
+        is_shared.free()
+    level = Level("node", comm.size, 1e-6, 1e-9)
+    levels = (level,) if is_shared else (Level("core", 1, 1e-6, 1e-9), level)
+    return Machine("any", "made up", levels, ((32, 1e9),), 1e15, 1e10, shares_memory=bool(is_shared))
+
+
+def synthesised(pipeline, microbatches):
+    """Return a schedule of no textbook, made for uneven times, as a file that is read like any other."""
+    times = [[1.0 + 0.3 * rank, 1.2, 0.8] for rank in range(pipeline)]
+    made = synthesise(pipeline, microbatches, *map(list, zip(*times)), 0.2, memory_limit=pipeline + 1)
+    path = Path(tempfile.gettempdir()) / f"mpillm-memory-{pipeline}-{microbatches}.txt"
+    path.write_text(made.schedule.to_text(), encoding="utf-8")
+    return str(path)
+
+
+def cases(ranks):
+    """Yield names and overrides."""
+    for schedule in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "synthesised"):
+        for microbatches in (ranks, ranks + 1, ranks + 2, ranks + 4):
+            if ranks > 1:
+                yield f"{schedule} microbatches={microbatches}", {
+                    "layout.pipeline": ranks, "layout.schedule": schedule, "layout.chunks": 1 + (schedule == "interleaved"),
+                    "train.global_batch": 2 * microbatches}
+    splits = [{"layout.data": ranks}, {"layout.tensor": ranks}, {"layout.tensor": ranks, "layout.sequence_parallel": True},
+              {"layout.pipeline": ranks}]
+    if ranks == 4:
+        splits += [{"layout.data": 2, "layout.pipeline": 2}, {"layout.data": 2, "layout.tensor": 2},
+                   {"layout.pipeline": 2, "layout.tensor": 2, "layout.sequence_parallel": True}]
+    for split in splits if ranks > 1 else [{}]:
+        shape = " ".join(f"{key.removeprefix('layout.')}={value}" for key, value in split.items())
+        for name, more in {
+            "": {}, "selective": {"layout.recompute": "selective"}, "full": {"layout.recompute": "full"},
+            "tied": {"model.tie_embeddings": True}, "zero=0": {"layout.zero": 0}, "exact": {"train.numerics": "exact"},
+            "grouped": {"model.num_kv_heads": 2}, "bfloat16": {"train.dtype": "bfloat16"},
+            "large head": {"model.vocab_size": 32768}, "sgd": {"train.optimizer": "sgd"},
+            "documents": {"data.mask_documents": True},
+        }.items():
+            yield f"{shape} {name}", {**split, **more, "train.global_batch": 4 * ranks}
+
+
+def config_of(overrides, comm):
+    """Return the resolved configuration of a case. Collective."""
+    config = Config.from_dict({"model": MODEL, "train": TRAIN, "data": {"path": "no such file"}}, overrides)
+    if overrides.get("layout.schedule") == "synthesised":
+        pipeline = overrides["layout.pipeline"]
+        path = synthesised(pipeline, config.train.global_batch // config.train.microbatch) if comm.rank == 0 else None
+        config = config.with_values({"layout.schedule": comm.bcast(path)})
+    return config.resolve(comm.size)
+
+
+def compare(config, machine, comm):
+    """Return ``[(rank, predicted, measured)]`` of all ranks. Collective."""
+    measured, stage = measured_bytes(config, comm)
+    layout = config.layout
+    asked = Layout(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.schedule, config.train.microbatch,
+                   layout.zero, layout.sequence_parallel, layout.recompute, layout.order)
+    predicted = Pricer(config, machine, comm.size).memory_bytes(asked)
+    return comm.allgather((comm.rank, float(predicted[stage]), float(measured)))
+
+
+def is_close(predicted, measured):
+    """Tell whether a prediction is good enough."""
+    return abs(predicted - measured) <= max(CLOSE * measured, FEW_BYTES)
+
+
+def main():
+    """Print the table."""
+    comm = comm_world()
+    set_threads(comm)
+    machine, words, wrong = machine_of(comm), sys.argv[1:], 0
+    for name, overrides in cases(comm.size):
+        if not all(word in name for word in words):
+            continue
+        rows = compare(config_of(overrides, comm), machine, comm)
+        wrong += sum(not is_close(*row[1:]) for row in rows)
+        if comm.rank == 0:
+            shown = "  ".join(f"{predicted / 1e6:8.2f} {measured / 1e6:8.2f} {predicted / measured:5.3f}"
+                              + (" " if is_close(predicted, measured) else "!") for _, predicted, measured in rows)
+            print(f"{name:45} {shown}", flush=True)
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
