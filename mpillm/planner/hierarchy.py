@@ -4,37 +4,11 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
 from mpillm.plan import ANY, DecisionTable
-from mpillm.planner.workload import ring_s
+from mpillm.planner.collective_costs import FORMULAS, time_s
 from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL
 
 SIZES_BYTES = tuple(1 << k for k in range(8, 31))
-# Rounds, and bytes that a rank sends as a share of the whole (Thakur et al. 2005; Bruck et al. 1997).
-FORMULAS = {
-    "allreduce": {
-        "recursive_doubling": lambda p: (_log(p), _log(p)),
-        "halving_doubling": lambda p: (2 * _log(p), 2 * (p - 1) / p + (0 if _is_power(p) else 1)),
-        "ring": lambda p: (2 * (p - 1), 2 * (p - 1) / p),
-    },
-    "reduce_scatter": {
-        "recursive_halving": lambda p: (_log(p), (p - 1) / p + (0 if _is_power(p) else 1)),
-        "ring": lambda p: (p - 1, (p - 1) / p),
-    },
-    "allgather": {
-        "bruck": lambda p: (_log(p), (p - 1) / p),
-        "ring": lambda p: (p - 1, (p - 1) / p),
-    },
-    "bcast": {
-        "binomial": lambda p: (_log(p), _log(p)),
-        "scatter_allgather": lambda p: (_log(p) + p - 1, 2 * (p - 1) / p),
-    },
-    "alltoall": {
-        "bruck": lambda p: (_log(p), _log(p) / 2),
-        "pairwise": lambda p: (p - 1, (p - 1) / p),
-    },
-}
 # What is done inside a group of the level below before and after the same at the level above, on what part of the
 # bytes. An alltoall has no such form here.
 INSIDE = {
@@ -80,7 +54,7 @@ class Hierarchy:
         ranks, link = math.prod(self.sizes[low:high]), self.levels[max(high, 1) - 1]
         if ranks == 1:
             return Best(0.0, LIBRARY)
-        found = [Best(_time_s(formula(ranks), link, n_bytes), name) for name, formula in FORMULAS[op].items()]
+        found = [Best(time_s(op, name, link, ranks, n_bytes), name) for name in FORMULAS[op]]
         if high - low > 1 and self.sizes[low] > 1 and op in INSIDE:
             before, is_split, after = INSIDE[op]
             part = n_bytes / self.sizes[low] if is_split else n_bytes
@@ -122,36 +96,3 @@ def decide(machine, ranks):
             elif following != name:
                 rows.append((op, ANY, ANY, limit, name))
     return DecisionTable(tuple(rows))
-
-
-def fastest_s(op, level, ranks, n_bytes):
-    """Return the seconds of the fastest algorithm for each number of bytes over one level.
-
-    Local. What the points of a measured level hold is what the fastest took, as if it had been a ring.
-
-    Parameters
-    ----------
-    op : {"allreduce", "reduce_scatter", "allgather"}
-    level : Level
-    ranks : int
-    n_bytes : float or ndarray
-        Of the whole vector.
-    """
-    if ranks == 1 or level.points:
-        return ring_s(level, ranks, n_bytes, op)
-    adding_s = n_bytes * (ranks - 1) / ranks * level.gamma_s_per_byte if op != "allgather" else 0.0
-    return np.minimum.reduce([_time_s(formula(ranks), level, n_bytes) for formula in FORMULAS[op].values()]) + adding_s
-
-
-def _time_s(formula, link, n_bytes):
-    """Return the seconds of an algorithm; what adding takes is left out, which is about the same for all."""
-    rounds, share = formula
-    return rounds * link.message_s(share * n_bytes / rounds)
-
-
-def _log(p):
-    return (p - 1).bit_length()
-
-
-def _is_power(p):
-    return p & (p - 1) == 0

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from mpillm.planner.buckets import bucket_cuts
+from mpillm.planner.collective_costs import fastest_s
 from mpillm.planner.counts import ITEM_BYTES, layer_parameters
-from mpillm.planner.hierarchy import fastest_s
 from mpillm.planner.timeline import Bucket
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from mpillm.planner.collective_costs import fastest_s
 from mpillm.schedules.blocks import loss_chunks
 
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
@@ -16,31 +17,6 @@ class Work(NamedTuple):
     forward_s: float
     input_s: float
     weight_s: float
-
-
-def ring_s(level, size, n_bytes, op="allreduce"):
-    """Return how long a ring takes.
-
-    Local.
-
-    Parameters
-    ----------
-    level : Level
-        The link between neighbours.
-    size : int
-        Ranks of the ring.
-    n_bytes : float or ndarray
-        Of the whole vector.
-    op : {"allreduce", "reduce_scatter", "allgather"}
-
-    Returns
-    -------
-    float or ndarray
-        Seconds.
-    """
-    passes, sums = {"allreduce": (2, 1), "reduce_scatter": (1, 1), "allgather": (1, 0)}[op]
-    part = n_bytes / size
-    return (size - 1) * (passes * level.message_s(part) + sums * part * level.gamma_s_per_byte)
 
 
 def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel,
@@ -89,8 +65,9 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
     touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    meetings = (2 if sequence_parallel else 1) if tensor > 1 else 0  # an allreduce, or its two halves
-    talk = 2 * (ring_s(level, tensor, whole) + meetings * level.skew_s)
+    ops = ("reduce_scatter", "allgather") if sequence_parallel else ("allreduce",)
+    meetings = len(ops) if tensor > 1 else 0
+    talk = 2 * (sum(fastest_s(op, level, tensor, whole) for op in ops) + meetings * level.skew_s)
     forward = machine.with_call(products + attention + elementwise) + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
@@ -119,6 +96,6 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     loss = 8 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     adding = 3 * 4 * model.hidden_size * columns / machine.memory_bytes_per_s
     skew_s = level.skew_s if tensor > 1 else 0.0
-    talk = ring_s(level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
+    talk = fastest_s("allreduce", level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
     meetings = 2 * loss_chunks(tokens, model.vocab_size)
     return Work(3 * product + loss + meetings * skew_s, talk, adding)

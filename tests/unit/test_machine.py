@@ -8,8 +8,8 @@ import pytest
 
 from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Level, Machine
+from mpillm.planner.collective_costs import ring_s
 from mpillm.planner.messages import play_collective
-from mpillm.planner.workload import ring_s
 from mpillm.schedules.generators import make_collective
 
 

@@ -16,7 +16,8 @@ from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Level, Machine
 from mpillm.planner.balance import balance, price_speeds
 from mpillm.planner.buckets import bucket_cuts
-from mpillm.planner.hierarchy import FORMULAS, INSIDE, Hierarchy, decide
+from mpillm.planner.collective_costs import FORMULAS
+from mpillm.planner.hierarchy import INSIDE, Hierarchy, decide
 from mpillm.planner.layout import make_plan
 from mpillm.planner.memory import UNITS, choose_modes
 from mpillm.planner.stages import balanced_cuts
