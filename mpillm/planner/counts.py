@@ -4,6 +4,7 @@ Below the configuration, which cuts a pipeline by it where nobody says how.
 """
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
+FFN_MATRICES = {"llama": 3, "gpt": 2}  # gate, up and down; up and down
 OF_MOMENTUM = {"sgd": 1, "rmsprop": 1}  # of which so many are there with momentum alone
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
@@ -27,8 +28,7 @@ def layer_parameters(model):
     int
     """
     heads, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    matrices = 2 if model.kind == "gpt" else 3
-    return model.hidden_size * (2 * heads + 2 * keys + matrices * model.ffn_size)
+    return model.hidden_size * (2 * heads + 2 * keys + FFN_MATRICES[model.kind] * model.ffn_size)
 
 
 def layer_flops(model, seq_len):

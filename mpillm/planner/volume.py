@@ -5,7 +5,7 @@ from collections import Counter
 from functools import lru_cache
 from itertools import groupby
 
-from mpillm.planner.counts import ITEM_BYTES
+from mpillm.planner.counts import FFN_MATRICES, ITEM_BYTES
 from mpillm.schedules.blocks import ALIGNMENT, align, counts, loss_chunks
 
 
@@ -154,8 +154,7 @@ class Volume:
         group = model.num_heads // model.num_kv_heads
         heads = self._mine(model.num_heads) if is_whole else self._mine(model.num_kv_heads) * group
         keys = [(model.num_kv_heads if is_whole else self._mine(model.num_kv_heads)) * model.head_dim * width] * 2
-        matrices = 2 if model.kind == "gpt" else 3
-        sizes = [heads * model.head_dim * width] * 2 + [self._mine(model.ffn_size) * width] * matrices + keys
+        sizes = [heads * model.head_dim * width] * 2 + [self._mine(model.ffn_size) * width] * FFN_MATRICES[model.kind] + keys
         norms = [width] * 2
         return sizes + norms, (keys if is_whole else []) + (norms if self.is_sharded_by_tokens else [])
 
@@ -163,7 +162,7 @@ class Volume:
         """Return the rows of all parameters, whose squares exact numerics add one by one."""
         model = self.model
         heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-        return (model.num_layers * (heads + 3 * model.ffn_size + 2) + 1
+        return (model.num_layers * (heads + FFN_MATRICES[model.kind] * model.ffn_size + 2) + 1
                 + model.vocab_size * (1 if model.tie_embeddings else 2))
 
 

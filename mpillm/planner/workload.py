@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from mpillm.planner.collective_costs import fastest_s
+from mpillm.planner.counts import FFN_MATRICES
 from mpillm.schedules.blocks import loss_chunks
 
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
@@ -50,7 +51,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     Work
     """
     h, heads, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    ups = 1 if model.kind == "gpt" else 2
+    ups = FFN_MATRICES[model.kind] - 1
     shapes = ((h, (heads + 2 * keys) / tensor), (heads / tensor, h), (h, ups * model.ffn_size / tensor),
               (model.ffn_size / tensor, h))
     products, inputs, weights = (sum(map(machine.product_s, *zip(*sizes))) for sizes in (
