@@ -242,7 +242,8 @@ def _all_arrive(comm, patience_s):
     if comm.size == 1:
         return True
     before, now = (comm.rank - 1) % comm.size, time.monotonic()
-    deadline, notice = now + patience_s + _TURN_S * min(comm.rank, _TURNS), now + _NOTICE_S
+    deadline = now + patience_s + _TURN_S * min(comm.rank, _TURNS)
+    notice = now + _NOTICE_S if patience_s == math.inf else math.inf
     try:
         requests = comm.isend(None, (comm.rank + 1) % comm.size), comm.irecv(source=before)
         everybody = comm.Ibarrier()

@@ -1,7 +1,6 @@
 """What ranks settle together at the start and at the end, whatever the environment and hardware of each."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -112,7 +111,7 @@ def main():
         print("did work", *[line for line in open("/proc/self/maps") if "mpich_shm" in line and "(deleted)" not in line])
 mpillm.launch(main)
 """)
-    job = run_mpi(2, ["script.py"], cwd=tmp_path)
+    job = run_mpi(2, ["script.py"], cwd=tmp_path, timeout=200)
     assert job.returncode == code and said in job.stdout + job.stderr, job.stdout + job.stderr
     assert job.stderr.count("mpillm: error") == code and "Traceback" not in job.stderr, job.stderr
 
@@ -131,9 +130,9 @@ ENDS = {
     "interrupt": ("if rank: wait()\n    raise KeyboardInterrupt", 130, "[rank 0/3"),
     "no Exception": ("wait() if rank != 1 else None; raise GeneratorExit('planted')", 1, "GeneratorExit: planted"),
     "refused alone": ("wait() if rank != 1 else None; raise ConfigError('no such key')", 2, "ConfigError: no such key"),
-    "exit with a thread": ("wait() if rank != 1 else threading.Thread(target=time.sleep, args=(90,)).start(); sys.exit(4)",
+    "exit with a thread": ("wait() if rank != 1 else threading.Thread(target=time.sleep, args=(900,)).start(); sys.exit(4)",
                            4, "[rank 1/3"),
-    "all exit with a thread": ("threading.Thread(target=time.sleep, args=(90,)).start(); sys.exit(4)", 4, None),
+    "all exit with a thread": ("threading.Thread(target=time.sleep, args=(900,)).start(); sys.exit(4)", 4, None),
     "killed": ("wait() if rank != 1 else os._exit(6)", None, None),  # the launcher sees it, and has codes of its own
 }
 
@@ -156,9 +155,8 @@ def main():
     {does}
 mpillm.launch(main)
 """)
-    start = time.monotonic()
-    job = run_mpi(3, ["script.py"], cwd=tmp_path, timeout=60)
-    assert time.monotonic() - start < 50 and job.returncode == (code if code is not None else job.returncode or -1), job
+    job = run_mpi(3, ["script.py"], cwd=tmp_path, timeout=200)  # which a rank that lives on would take
+    assert job.returncode == code if code is not None else job.returncode, (job.returncode, job.stderr)
     if said:
         assert job.stderr.count(said) == (2 if said.startswith("[rank") else 1), job.stderr  # and that it ends the job
     else:
