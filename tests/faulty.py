@@ -57,7 +57,7 @@ def plant(kind, rank, step):
         time.sleep(60)
 
     def fail(*_):
-        threading.Thread(target=time.sleep, args=(60,)).start()  # which must not keep the process alive
+        threading.Thread(target=time.sleep, args=(900,)).start()  # which must not keep the process alive
         raise RuntimeError("planted")
 
     if kind.startswith("save-"):

@@ -14,6 +14,7 @@ OVERSUBSCRIBE = {
     "OMPI_MCA_mpi_yield_when_idle": "true",
 }
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+SLOWER = 6  # times as slow as when idle a machine that others use may be, which no test may fail for
 # What a launcher tells its ranks; a job started from one of them must not see it.
 LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "HYDI_", "HYDRA_", "MPI_LOCAL", "SLURM_")
 
@@ -39,8 +40,9 @@ def assert_all(ok, message, comm):
 def run_mpi(n, args, timeout=60, cwd=None, env=None, meanwhile=None):
     """Run ``python *args`` on ``n`` ranks (0: without a launcher) and return the finished process.
 
-    Local. ``env`` adds variables; ``meanwhile`` is called with the process once it has started. A job that is not done
-    after ``timeout`` seconds is ended, and ``subprocess.TimeoutExpired`` raised with what it printed.
+    Local. ``timeout`` is meant for an idle machine: the job has :data:`SLOWER` times as many seconds; if it is not done
+    then it is ended, and ``subprocess.TimeoutExpired`` raised with what it printed. ``env`` adds variables; ``meanwhile``
+    is called with the process once it has started.
     """
     command = [sys.executable, *map(str, args)]
     if n:
@@ -48,6 +50,7 @@ def run_mpi(n, args, timeout=60, cwd=None, env=None, meanwhile=None):
     environ = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     defaults = OVERSUBSCRIBE | (AS_ROOT if os.geteuid() == 0 else {})
     environ |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    timeout *= SLOWER
     environ = {"OMP_NUM_THREADS": "1"} | environ | {"MPIEXEC_TIMEOUT": str(timeout)} | (env or {})
     job = subprocess.Popen(
         command, cwd=cwd, env=environ, start_new_session=True, text=True, errors="replace",

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import warnings
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -394,12 +395,15 @@ def test_a_rank_that_holds_up_the_others_is_named_with_its_work(comm, data_path,
     trainer = make(comm, data_path, "run", **{"train.steps": 12, "train.microbatch": 3})
     forward, slow_from = stage.Stage.forward, 6
 
-    def sleeping(self, *work):  # balanced because all do little else
+    now_s = [0.0]  # of a clock that what else runs on this machine does not move
+
+    def sleeping(self, *work):  # balanced because all do nothing else
         is_slow = comm.rank == comm.size - 1 and trainer.step_number >= slow_from
-        time.sleep(0.2 if is_slow else 0.05)
+        now_s[0] += 0.2 if is_slow else 0.05
         return forward(self, *work)
 
     monkeypatch.setattr(stage.Stage, "forward", sleeping)
+    monkeypatch.setattr("mpillm.comm.recorder.time", SimpleNamespace(perf_counter=lambda: now_s[0], time=time.time))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(slow_from):

@@ -18,7 +18,7 @@ from mpillm.train import engine
 from mpillm.train.run import Run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
-TRIES, PATIENCE_S = 3, 10.0
+TRIES, PATIENCE_S = 3, 60.0
 
 
 class Counted(MPI.Intracomm):

@@ -26,7 +26,13 @@ TINY = {
     "train": {"seq_len": 8, "global_batch": 4, "microbatch": 2},
     "data": {"path": "missing.h5"},
 }
-HOLD = "import os, time; block = b'x' * ({} << 20); {}; time.sleep(0.4); os._exit(0)"
+HOLD = """import os, time
+block = b'x' * ({} << 20)
+{}
+open('ready-' + str(os.getpid()), 'w').close()
+while not os.path.exists('seen'):
+    time.sleep(0.01)
+os._exit(0)"""
 SECOND_PROCESS = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {!r}])"
 
 
@@ -37,20 +43,38 @@ def tiny(tmp_path):
     return path
 
 
-def peak(mebibytes, then="pass"):
-    script = HOLD.format(mebibytes, then)
-    return launch.run_job([sys.executable, "-c", script], samples_memory=True).peak_bytes
+@pytest.fixture
+def peak(tmp_path, monkeypatch):
+    """A function that returns the peak of a job of some processes, which end once all have been looked at together."""
+    monkeypatch.chdir(tmp_path)
+    tree_pss = launch.tree_pss
+
+    def measure(mebibytes, then="pass", processes=1):
+        for left in [*tmp_path.glob("ready-*"), *tmp_path.glob("seen")]:
+            left.unlink()
+
+        def look(pid):
+            are_ready = len(list(tmp_path.glob("ready-*"))) == processes
+            found = tree_pss(pid)
+            if are_ready:
+                (tmp_path / "seen").touch()
+            return found
+
+        monkeypatch.setattr(launch, "tree_pss", look)
+        return launch.run_job([sys.executable, "-c", HOLD.format(mebibytes, then)], samples_memory=True).peak_bytes
+
+    return measure
 
 
-def test_the_peak_of_a_job_is_what_it_allocates():
+def test_the_peak_of_a_job_is_what_it_allocates(peak):
     assert peak(64) - peak(0) == pytest.approx(64 * MIB, rel=0.05)
 
 
-def test_the_peak_counts_processes_below_and_shared_pages_once():
+def test_the_peak_counts_processes_below_and_shared_pages_once(peak):
     child = HOLD.format(48, "pass")
-    own_pages = peak(0, SECOND_PROCESS.format(child)) - peak(0, SECOND_PROCESS.format(HOLD.format(0, "pass")))
+    own_pages = peak(0, SECOND_PROCESS.format(child), 2) - peak(0, SECOND_PROCESS.format(HOLD.format(0, "pass")), 2)
     assert own_pages == pytest.approx(48 * MIB, rel=0.08)
-    shared_pages = peak(64, "os.fork()") - peak(0, "os.fork()")
+    shared_pages = peak(64, "os.fork()", 2) - peak(0, "os.fork()", 2)
     assert shared_pages == pytest.approx(64 * MIB, rel=0.08)
 
 
@@ -78,7 +102,7 @@ def test_an_interrupted_job_leaves_no_process(monkeypatch, number, raised):
         patch.setattr(launch, "tree_pss", interrupt)
         launch.run_job([sys.executable, "-c", script], samples_memory=True)
     assert len(seen) == 2 and signal.getsignal(signal.SIGTERM) == handler
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(launch.tree_pss(pid) for pid in seen) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(launch.tree_pss(pid) for pid in seen)

@@ -155,7 +155,7 @@ def main():
     {does}
 mpillm.launch(main)
 """)
-    job = run_mpi(3, ["script.py"], cwd=tmp_path, timeout=200)  # which a rank that lives on would take
+    job = run_mpi(3, ["script.py"], cwd=tmp_path, timeout=60)  # which a rank that lives on would take
     assert job.returncode == code if code is not None else job.returncode, (job.returncode, job.stderr)
     if said:
         assert job.stderr.count(said) == (2 if said.startswith("[rank") else 1), job.stderr  # and that it ends the job

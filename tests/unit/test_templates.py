@@ -46,7 +46,7 @@ def run(folder, mode, signals=(), template="cpu.sbatch", **env):
             time.sleep(0.01)
         job.send_signal(number)
         time.sleep(0.05)
-    out, _ = job.communicate(timeout=20)
+    out, _ = job.communicate(timeout=120)
     return job.returncode, (folder / "log").read_text().splitlines(), out
 
 
