@@ -247,7 +247,9 @@ def _open(path):
     except FileNotFoundError:
         raise DataError(f"data.path = {path}: no such file: make one with `mpillm data FILES -o {path}`") from None
     except OSError as error:
-        raise DataError(f"data.path = {path}: cannot be read as HDF5 ({error}): is it a token file?") from None
+        why = "it is a directory" if os.path.isdir(path) else str(error).partition("\n")[0][:200]
+        raise DataError(f"data.path = {path}: cannot be read as HDF5 ({why}): is it a token file? `mpillm data` makes one "
+                        "of text") from None
 
 
 def _row(path, group, name, kinds):

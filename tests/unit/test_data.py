@@ -240,7 +240,8 @@ def test_a_cut_off_file(path):
 
 
 def test_a_directory(tmp_path):
-    refused(tmp_path)
+    message = refused(tmp_path)
+    assert "it is a directory" in message and "\n" not in message
 
 
 def test_hdf5_of_something_else(tmp_path):
