@@ -1,9 +1,7 @@
 """Parts of the pages that are made from the code, whenever they are built, so that they cannot go stale."""
 
-import ast
 import importlib
 import json
-from pathlib import Path
 
 import click
 from docutils import nodes
@@ -11,7 +9,6 @@ from docutils.parsers.rst import directives
 from pydantic import TypeAdapter
 from sphinx.util.docutils import SphinxDirective
 
-import mpillm
 from mpillm.config import Config
 from mpillm.errors import ScheduleError
 from mpillm.schedules import PipelineSchedule, grid, make_schedule
@@ -102,29 +99,12 @@ class CommandHelp(SphinxDirective):
         return [_literal(command.get_help(context))]
 
 
-class ModuleMap(SphinxDirective):
-    """The files of a folder of the package, ``.`` the package itself, each with what its docstring says first."""
-
-    required_arguments = 1
-
-    def run(self):
-        folder = Path(mpillm.__file__).parent / self.arguments[0]
-        rows = []
-        for path in sorted(folder.glob("*.py")):
-            self.env.note_dependency(str(path))
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            if path.name != "__init__.py" or self.arguments[0] == ".":
-                rows.append((f"``{path.name}``", " ".join(text.split("\n\n")[0].split())))
-        return self.parse_text_to_nodes(_list_table(rows, "22 78"))
-
-
 def setup(app):
     app.add_directive("config-section", ConfigSection)
     app.add_directive("schedule", Schedule)
     app.add_directive("collective", Collective)
     app.add_directive("collective-algorithms", CollectiveAlgorithms)
     app.add_directive("command-help", CommandHelp)
-    app.add_directive("module-map", ModuleMap)
     return {"parallel_read_safe": True}
 
 

@@ -12,7 +12,7 @@ WHOLE = ("allreduce", "bcast")  # operations on one vector, of any length and pi
 class Algorithm:
     """How a collective is carried out; ``str`` gives what :meth:`parse` reads.
 
-    Attributes
+    Parameters
     ----------
     name : str
         ``"mpi"`` (the MPI library's own), ``"window"`` (memory that a node's ranks share),

@@ -32,7 +32,8 @@ FLOORS = [
     ["__main__"],
 ]
 ALLOWED = set()
-PLANNING_WING = {"auto", "config", "errors", "files", "machine", "plain", "plan", "planner", "planner.counts", "planner.stages", "schedules"}
+PLANNING_WING = {"auto", "config", "errors", "files", "machine", "plain", "plan", "planner", "planner.counts",
+                 "planner.stages", "schedules"}
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 
@@ -149,3 +150,19 @@ def test_no_module_keeps_a_communicator():
                 called = {getattr(call.func, "id", getattr(call.func, "attr", "")) for call in ast.walk(node)
                           if isinstance(call, ast.Call)}
                 assert not called & starters, f"{path}: line {node.lineno}"
+
+
+def test_the_map_of_the_house_has_every_room_and_file():
+    """``docs/architecture.rst``, which is to be read in a clone: its list of files is the package's."""
+    page = (PACKAGE.parent / "docs" / "architecture.rst").read_text(encoding="utf-8")
+    listed, room = set(), ""
+    for line in page[page.index("Files\n-----"):page.index("Outside the package")].splitlines():
+        name = line.split()[0] if line.startswith("    ") else ""
+        if name.endswith("/") or name == "mpillm":
+            room = name.removesuffix("mpillm")
+        elif name.endswith(".py"):
+            listed.add(room + name)
+    listed.remove("cli/*.py")
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
+             if path.parent.name != "cli" and (path.name != "__init__.py" or path.parent == PACKAGE)}
+    assert listed == files
