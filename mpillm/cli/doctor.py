@@ -190,7 +190,8 @@ def find_faults(ranks):
                 "fault": f"node {node}: /dev/shm has {here[0]['shm_free_bytes'] / 2**20:.0f} MiB free for {len(here)} "
                          "ranks, whose gradients and weights it holds",
                 "remedy": "give it more (mount -o remount,size=..., docker run --shm-size=...), or clear what is left "
-                          "there, or ask for more memory, of which it is a part; mpillm goes over messages where it does not fit",
+                          "there, or ask for more memory, of which it is a part; mpillm goes over messages where it does "
+                          "not fit",
             })
     lost = [rank["rank"] for rank in ranks if rank["shares_folder"] is False]
     if lost or ranks[0]["shares_folder"] is None:

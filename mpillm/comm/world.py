@@ -251,8 +251,8 @@ def _all_arrive(comm, patience_s):
             if time.monotonic() > deadline:
                 return False
             if time.monotonic() > notice and not requests[1].test()[0]:  # so each that is missing is named by one at most
-                sys.stderr.write(f"[rank {comm.rank}/{comm.size} {os.uname().nodename}] has come to the end of main() and waits "
-                                 f"for rank {before}, which has not\n")
+                sys.stderr.write(f"[rank {comm.rank}/{comm.size} {os.uname().nodename}] has come to the end of main() and "
+                                 f"waits for rank {before}, which has not\n")
                 notice = math.inf
             time.sleep(0.01)
         for request in requests:
