@@ -98,23 +98,18 @@ class Footprint:
             Bytes that a microbatch in flight keeps on every pipeline rank before its input half, and after it.
         beside : ndarray
             Of :meth:`beside`.
-        held : tuple
+        held : ndarray
             Of :func:`in_flight`.
         microbatches : int
         """
         sums = self._parameters(layout, sizes)[1] * self.wide if self.is_exact else np.zeros(layout.pipeline)
         done = np.arange(microbatches if self.is_exact else 1)
         counts = np.array([_partial_sums(microbatches, int(k)) for k in done])
-        found = []
-        for rank, own in enumerate(held):
-            most = np.zeros(len(done))
-            for before, after in own:
-                before = np.minimum(before / layout.chunks, microbatches - done)
-                after = np.minimum(after / layout.chunks, microbatches - done - before)
-                one = before * kept[rank] + after * split[rank]
-                most = np.maximum(most, np.maximum(one + counts * sums[rank] + beside[rank],
-                                                   one - kept[rank] + (counts + 1) * sums[rank]))
-            found.append(most.max())
+        before = np.minimum(held[:, :, :1] / layout.chunks, microbatches - done)  # ranks, points, microbatches done
+        after = np.minimum(held[:, :, 1:] / layout.chunks, microbatches - done - before)
+        kept, split, beside, sums = (each[:, None, None] for each in (kept, split, beside, sums))
+        one = before * kept + after * split
+        found = np.maximum(one + counts * sums + beside, one - kept + (counts + 1) * sums).max((1, 2))
         seq_len = self.config.train.seq_len
         batch = microbatches * self._tokens(layout) * (TOKEN_BYTES + seq_len * self.config.data.mask_documents)
         return self.fixed(layout, sizes) + batch + np.maximum(found, self.update(layout, sizes))
@@ -223,12 +218,12 @@ class Footprint:
 
 @lru_cache(maxsize=4096)
 def in_flight(name, ranks, microbatches, chunks):
-    """Return of every rank how many pairs of stage and microbatch are in flight at most, as points (before, after their
-    input half) of which none is below another. Local; ``name`` is a textbook's schedule."""
+    """Return how many pairs of stage and microbatch are in flight: of every rank the points (before, after their input
+    half) that are the most it comes to, shape (ranks, points, 2). Local; ``name`` is a textbook's schedule."""
     if name == "gpipe" or ranks == 1:
-        return (((microbatches * chunks if name == "gpipe" else 1, 0),),) * ranks
+        return np.tile([microbatches * chunks if name == "gpipe" else 1, 0], (ranks, 1, 1))
     if name == "1f1b":
-        return tuple(((min(microbatches, ranks - rank), 0),) for rank in range(ranks))
+        return np.array([[[min(microbatches, ranks - rank), 0]] for rank in range(ranks)])
     if microbatches > PERIODS * ranks:
         microbatches = (PERIODS - 1) * ranks + microbatches % ranks + (ranks if microbatches % ranks == 0 else 0)
     return points(make_schedule(name, ranks, microbatches, chunks))
@@ -238,10 +233,12 @@ def points(schedule):
     """Return what :func:`in_flight` returns, of any schedule. Local."""
     found = []
     for row in schedule.actions:
-        counts = {tuple(count) for count in np.cumsum([CHANGE[action.kind] for action in row], 0).tolist()}
-        found.append(tuple(sorted(point for point in counts if not any(
-            other != point and other[0] >= point[0] and other[1] >= point[1] for other in counts))))
-    return tuple(found)
+        most = {}  # after the input half, to before it
+        for before, after in np.cumsum([CHANGE[action.kind] for action in row], 0).tolist():
+            most[after] = max(before, most.get(after, 0))
+        found.append([(before, after) for after, before in most.items()])
+    width = max(map(len, found))
+    return np.array([own + own[:1] * (width - len(own)) for own in found])
 
 
 @lru_cache(maxsize=4096)

@@ -88,7 +88,7 @@ def _mix(pricer, layout, limit_bytes, ways):
         # From a stage to the next, so that what is dealt out in turn is spread over them.
         own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
                      for place in range(sizes[stage]))
-        n_bytes = [[max(before * one.kept + after * one.split for before, after in held[rank]) / layout.chunks]
+        n_bytes = [[float((held[rank] @ [one.kept, one.split]).max()) / layout.chunks]
                    for one in each]
         key = len(own), limit_bytes - fixed[rank], tuple(map(tuple, n_bytes))
         if key not in choices:
