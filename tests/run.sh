@@ -47,7 +47,7 @@ plain() {  # plain MPI PYTEST-ARGUMENT...
 }
 
 ranks() {  # ranks MPI N PYTEST-ARGUMENT...
-    MPIEXEC_TIMEOUT=900 "$mpiexec" -n "$2" "$bin/python" -m mpi4py -m pytest --only-mpi -ra --color=no \
+    MPIEXEC_TIMEOUT=2700 "$mpiexec" -n "$2" "$bin/python" -m mpi4py -m pytest --only-mpi -ra --color=no \
         --junitxml="$results/$1-$2.xml" "${@:3}" tests/mpi
 }
 
