@@ -8,7 +8,7 @@
 set -uo pipefail
 root=$(realpath "$(dirname "$0")/..")
 first=mpich wheel=mpich==5.0.2 quick=
-while [ "${1:0:2}" = -- ]; do
+while [[ ${1:-} == --* ]]; do
     case $1 in
         --quick) quick=1 ;;
         --system-mpi) first=system wheel= ;;

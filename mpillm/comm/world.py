@@ -24,6 +24,7 @@ _LAUNCH_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _THREADS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")  # OpenMP takes a number for each level of nesting
 _REFUSAL_S, _FAILURE_S, _EXIT_S = 3.0, 1.0, 5.0  # for how long a rank that ends so looks whether all do
+PATIENCE_S = 3600.0  # for how long one that has returned waits for the others
 _NOTICE_S = 10.0  # after which one that has returned says for whom it waits
 _TURN_S, _TURNS = 0.5, 6  # of ranks that end alone, the least in number speaks; the others are ended before their turn
 _VOICES = 3  # of ranks that have different things to say, so many do
@@ -141,7 +142,7 @@ def abort(comm, error, code=FAILURE):
     _end(comm, code)
 
 
-def launch(main, comm=None):
+def launch(main, comm=None, patience_s=PATIENCE_S):
     """Run ``main()`` so that all ranks end when one does, with one report.
 
     Collective over ``comm``.
@@ -152,13 +153,17 @@ def launch(main, comm=None):
         The program. What it returns is the exit code (``None`` is 0).
     comm : Comm, optional
         Defaults to :func:`comm_world`.
+    patience_s : float
+        For how long a rank that has returned 0 waits for the others. They may rightly be at work still, such as rank 0 that
+        draws; or they wait for what this rank left out, and would for ever.
 
     Raises
     ------
     SystemExit
         On every rank, with the first exit code that is not 0, once all have come to their end. What they have to say is
         printed once for those that say the same, by rank 0. A rank that ends alone, by an exception of any kind or an exit
-        code that is not 0, says so some seconds later and calls ``Abort``; one that returns 0 waits for the others.
+        code that is not 0, says so some seconds later and calls ``Abort``. One that returns 0 names after ten seconds whom
+        it waits for, and calls ``Abort`` after ``patience_s``.
     """
     try:
         comm = comm_world() if comm is None else comm
@@ -167,12 +172,12 @@ def launch(main, comm=None):
             sys.stderr.write(f"mpillm: error: {error}\n")
         raise SystemExit(error.exit_code) from None
     exits = comm.Clone()  # nothing else talks on it
-    ending = _run(main)
+    ending = _run(main, patience_s)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or nobody reads it
             stream.flush()
     if not _all_arrive(exits, ending.patience_s):
-        abort(comm, ending.error, ending.code)
+        abort(comm, ending.error, ending.code or FAILURE)
     code = _told(exits, ending)
     if code:  # a thread that lives on keeps a process that has done its work, not one that failed
         late = threading.Timer(_EXIT_S, _end, (comm, code))
@@ -191,8 +196,8 @@ class _Ending(NamedTuple):
     error: BaseException
 
 
-def _run(main):
-    """Return the :class:`_Ending` of ``main()``."""
+def _run(main, patience_s):
+    """Return the :class:`_Ending` of ``main()``; with ``patience_s`` for others if it is a good one."""
     try:
         code = main() or OK
     except SystemExit as error:
@@ -203,7 +208,7 @@ def _run(main):
         return _Ending(130 if isinstance(error, KeyboardInterrupt) else FAILURE, _text(error), _FAILURE_S, error)
     if not isinstance(code, int):  # what Python makes of sys.exit("a reason")
         return _Ending(FAILURE, str(code), _EXIT_S, SystemExit(code))
-    return _Ending(code, "", _EXIT_S if code else math.inf, SystemExit(code))
+    return _Ending(code, "", _EXIT_S if code else patience_s, SystemExit(code))
 
 
 def _told(comm, ending):
@@ -223,6 +228,9 @@ def _told(comm, ending):
 def _text(error):
     """Return what is to be said of an error that ends the job."""
     during = f"{error.during}: " if hasattr(error, "during") else ""
+    if isinstance(error, SystemExit) and not error.code:
+        return ("came to the end of main(), and other ranks have not: they wait for what this one leaves out, or work for "
+                "longer than launch's patience_s")
     if isinstance(error, SystemExit):
         return f"exit with {error.code}, which other ranks do not"
     if isinstance(error, MpillmError):
@@ -243,7 +251,7 @@ def _all_arrive(comm, patience_s):
         return True
     before, now = (comm.rank - 1) % comm.size, time.monotonic()
     deadline = now + patience_s + _TURN_S * min(comm.rank, _TURNS)
-    notice = now + _NOTICE_S if patience_s == math.inf else math.inf
+    notice = now + _NOTICE_S
     try:
         requests = comm.isend(None, (comm.rank + 1) % comm.size), comm.irecv(source=before)
         everybody = comm.Ibarrier()

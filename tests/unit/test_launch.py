@@ -127,6 +127,7 @@ ENDS = {
     "all fail": ("raise KeyError('x')", 1, "KeyError: 'x'"),
     "exit": ("wait() if rank == 0 else sys.exit(3)", 3, "exit with 3"),
     "return": ("wait() if rank < 2 else None; return 7", 7, "[rank 2/3"),
+    "return too early": ("wait() if rank else None", 1, "came to the end of main(), and other ranks have not"),
     "interrupt": ("if rank: wait()\n    raise KeyboardInterrupt", 130, "[rank 0/3"),
     "no Exception": ("wait() if rank != 1 else None; raise GeneratorExit('planted')", 1, "GeneratorExit: planted"),
     "refused alone": ("wait() if rank != 1 else None; raise ConfigError('no such key')", 2, "ConfigError: no such key"),
@@ -153,7 +154,7 @@ def main():
     wait()
     rank = comm_world().rank
     {does}
-mpillm.launch(main)
+mpillm.launch(main, patience_s={3 if 'early' in how else 300})
 """)
     job = run_mpi(3, ["script.py"], cwd=tmp_path, timeout=60)  # which a rank that lives on would take
     assert job.returncode == code if code is not None else job.returncode, (job.returncode, job.stderr)
