@@ -3,7 +3,7 @@
     python -m mpillm.bench.peer MODE RANKS SPEC.json
 
 MODE is ``single`` (one process, all cores as threads), ``ddp`` (DistributedDataParallel), ``tp`` (DTensor tensor
-parallel) or ``pp`` (torch.distributed.pipelining, 1F1B). SPEC.json holds the fields of :class:`Work`. Prints one line
+parallel) or ``pp`` (torch.distributed.pipelining, 1F1B). SPEC.json holds the fields of :class:`PeerWork`. Prints one line
 of JSON: ``mode ranks step_s tokens_per_s loss``, the step time being the median over all steps but the first.
 
 Legend: B sequences, S positions, D model, H heads, N head width.
@@ -30,7 +30,7 @@ MODES = ("single", "ddp", "tp", "pp")
 
 
 @dataclass(frozen=True)
-class Work:
+class PeerWork:
     """What is trained: sizes of the model, sequences of a batch and of a microbatch, and the AdamW update."""
 
     vocab: int
@@ -239,7 +239,7 @@ def train(mode, rank, ranks, work):
 def main():
     """Be rank 0 and start the others, which are told their rank and the port of the store."""
     mode, ranks, path, *place = sys.argv[1:]
-    ranks, work = int(ranks), Work(**json.loads(Path(path).read_text(encoding="utf-8")))
+    ranks, work = int(ranks), PeerWork(**json.loads(Path(path).read_text(encoding="utf-8")))
     if mode not in MODES or (mode == "single") != (ranks == 1):
         sys.exit(f"peer {mode} on {ranks} ranks: MODE is one of {', '.join(MODES)}; single has 1 rank, the others more")
     rank, port = map(int, place) if place else (0, 0)

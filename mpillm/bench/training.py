@@ -158,7 +158,7 @@ def peer_program(case, folder):
 
 
 def peer_work(case):
-    """Return the fields of :class:`mpillm.bench.peer.Work` for a case, or say what the peer cannot do. Local."""
+    """Return the fields of :class:`mpillm.bench.peer.PeerWork` for a case, or say what the peer cannot do. Local."""
     model, train, ranks = case.config.model, case.config.train, case.ranks
     sizes = model.num_heads, model.num_kv_heads, model.ffn_size
     unable = {

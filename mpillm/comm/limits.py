@@ -20,7 +20,7 @@ _CACHED = (("total_inactive_file", "inactive_file"), ("total_active_file", "acti
 _PER = {"SLURM_MEM_PER_NODE": None, "SLURM_MEM_PER_CPU": "SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_GPU": "SLURM_GPUS_ON_NODE"}
 
 
-class Bound(NamedTuple):
+class MemoryLimit(NamedTuple):
     """What is left of one limit of memory.
 
     ``is_shared`` tells whether all processes of a node that name the same ``source`` share it; ``taken_bytes`` of it this
@@ -34,7 +34,7 @@ class Bound(NamedTuple):
 
 
 def memory_bounds(root="/", environ=os.environ):
-    """Return every :class:`Bound` on the memory of this process, files that are kept in memory counted as free. Local.
+    """Return every :class:`MemoryLimit` on the memory of this process, files that are kept in memory counted as free. Local.
 
     ``root`` is the folder below which ``proc`` and the control groups are found.
     """
@@ -42,21 +42,21 @@ def memory_bounds(root="/", environ=os.environ):
     status, found = _values(root / "proc/self/status"), []
     meminfo = _values(root / "proc/meminfo")
     if "MemAvailable" in meminfo:
-        found.append(Bound(_NODE, 1024 * meminfo["MemAvailable"]))
+        found.append(MemoryLimit(_NODE, 1024 * meminfo["MemAvailable"]))
     for folder, name in _groups(root, "memory"):
         limits = [n for limit in _LIMITS if (n := _number(folder / limit)) is not None and n < UNLIMITED_BYTES]
         if limits:
             used = next((n for file in _USED if (n := _number(folder / file)) is not None), 0)
             stat = _values(folder / "memory.stat")
             cached = sum(next((stat[key] for key in keys if key in stat), 0) for keys in _CACHED)
-            found.append(Bound(f"control group {name}", max(0, min(limits) - used + min(cached, used))))
+            found.append(MemoryLimit(f"control group {name}", max(0, min(limits) - used + min(cached, used))))
     for kind, key in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
         limit = resource.getrlimit(getattr(resource, kind))[0]
         if limit != resource.RLIM_INFINITY:
-            found.append(Bound(kind, max(0, limit - 1024 * status.get(key, 0)), is_shared=False))
+            found.append(MemoryLimit(kind, max(0, limit - 1024 * status.get(key, 0)), is_shared=False))
     asked = slurm_bytes(environ, _text(root / "proc/self/cgroup"))
     if asked:
-        found.append(Bound(*asked, taken_bytes=1024 * status.get("VmRSS", 0)))
+        found.append(MemoryLimit(*asked, taken_bytes=1024 * status.get("VmRSS", 0)))
     return found
 
 

@@ -169,7 +169,7 @@ def _free_bytes(comm, device):
     leave the job."""
     if device.type == "cuda":  # ranks of a node may each see another GPU as their first
         name = str(torch.cuda.get_device_properties(device).uuid)
-        bounds = [limits.Bound(name, torch.cuda.mem_get_info(device)[0])]
+        bounds = [limits.MemoryLimit(name, torch.cuda.mem_get_info(device)[0])]
     else:
         bounds = limits.memory_bounds()
     return min(comm.allgather(limits.memory_of_rank(comm, bounds)[0]))

@@ -91,7 +91,7 @@ class Footprint:
 
         Parameters
         ----------
-        layout : Layout
+        layout : Candidate
         sizes : sequence of int
             Layers of every stage.
         kept, split : ndarray

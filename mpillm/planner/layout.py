@@ -11,8 +11,8 @@ from mpillm.planner.balance import price_speeds
 from mpillm.planner.hierarchy import decide
 from mpillm.planner.keys import describe, to_config
 from mpillm.planner.mixtures import mixtures
-from mpillm.planner.pricing import RECOMPUTE, Layout, Pricer
-from mpillm.planner.timeline import Bucket, play
+from mpillm.planner.pricing import RECOMPUTE, Candidate, Pricer
+from mpillm.planner.timeline import BucketTimes, play
 from mpillm.planner.volume import step_volume
 from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, read_schedule
 
@@ -41,7 +41,7 @@ def layouts(config, ranks, machine, admits=lambda leanest: True):
 
     Yields
     ------
-    Layout
+    Candidate
     """
     wanted = config.layout
     ways = RECOMPUTE if wanted.recompute == "auto" else (wanted.recompute,)
@@ -53,7 +53,7 @@ def layouts(config, ranks, machine, admits=lambda leanest: True):
         parallel = (False, True)[:tensor] if wanted.sequence_parallel == "auto" else (wanted.sequence_parallel,)
         first, *others = _orders(wanted, data, pipeline, tensor, machine)
         for microbatch in _microbatches(config, data):
-            found = [[Layout(data, pipeline, tensor, chunks, schedule, microbatch, zero, is_parallel, recompute, first)
+            found = [[Candidate(data, pipeline, tensor, chunks, schedule, microbatch, zero, is_parallel, recompute, first)
                       for is_parallel in parallel for recompute in ways]
                      for schedule, chunks in _schedules(wanted, pipeline, given)
                      if _is_possible(config, data, pipeline, chunks, microbatch, given)]
@@ -185,7 +185,7 @@ def _buckets(pricer, best, table):
     """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many; and where
     they are reduced beside backward, with what the clock needs of them."""
     dtype, found = "float64" if pricer.config.train.dtype == "float64" else "float32", []
-    keys = Bucket._fields if pricer.reduction.overlaps(best.layout) else ("n_bytes",)
+    keys = BucketTimes._fields if pricer.reduction.overlaps(best.layout) else ("n_bytes",)
     for stage, own in enumerate(pricer.buckets(best)):
         for bucket in own:
             algorithm = table.choose("reduce_scatter", "data", dtype, bucket.n_bytes)
@@ -262,7 +262,7 @@ def predicted_timeline(plan):
     buckets = [[] for _ in range(made.num_stages)]
     for one in plan.predicted.get("buckets", ()):
         if "left_s" in one:
-            buckets[one["stage"]].append(Bucket(*(one[key] for key in Bucket._fields)))
+            buckets[one["stage"]].append(BucketTimes(*(one[key] for key in BucketTimes._fields)))
     return play(made, stages["forward_s"], stages["input_s"], stages["weight_s"], stages["message_s"],
                 stages.get("link_s", 0.0), buckets, stages.get("shares_link", False))
 

@@ -23,7 +23,7 @@ CLEARLY = 0.98  # of the time with a textbook's schedule
 
 
 @dataclass(frozen=True)
-class Layout:
+class Candidate:
     """One way to split the work; the names are those of the configuration."""
 
     data: int
@@ -50,7 +50,7 @@ class Price:
     and the weights' way back to the data ranks; ``bucket_cuts`` are known once played.
     """
 
-    layout: Layout
+    layout: Candidate
     step_s: float
     pipeline_s: float
     gradients_s: float
@@ -189,7 +189,7 @@ class Pricer:
     def _make_ends(self, data, p, tensor, chunks, microbatch, sequence_parallel, recompute, order):
         """Return what the ranks but the last and the last have at most: layers, and times of a microbatch as (forward,
         input, weight)."""
-        layout = Layout(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
+        layout = Candidate(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
         sizes, head = self.stage_sizes(layout), self.work(layout, "none")[1]
         if isinstance(recompute, str) and not self.machine.speeds:
             layer, (most, own) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)

@@ -9,7 +9,7 @@ import numpy as np
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.collective_costs import fastest_s
 from mpillm.planner.counts import ITEM_BYTES, layer_parameters
-from mpillm.planner.timeline import Bucket
+from mpillm.planner.timeline import BucketTimes
 
 
 class Reduction:
@@ -100,7 +100,7 @@ class Reduction:
             places, left_s, n_bytes = self._gradients(layout, start, stop, is_split)
             ends = [i for i in range(1, len(places)) if places[i - 1] in cuts] + [len(places)]
             sums = [sum(n_bytes[low:high]) for low, high in pairwise((0, *ends))]
-            found.append(tuple(Bucket(n, float(left_s[end - 1] * factor), float(time_s(n)), n * byte_s)
+            found.append(tuple(BucketTimes(n, float(left_s[end - 1] * factor), float(time_s(n)), n * byte_s)
                                for n, end in zip(sums, ends)))
         return tuple(found)
 

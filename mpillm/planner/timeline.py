@@ -16,7 +16,7 @@ from mpillm.schedules.check import HELD
 from mpillm.schedules.pipeline import Action
 
 
-class Bucket(NamedTuple):
+class BucketTimes(NamedTuple):
     """Gradients of a stage that are reduced together as soon as they are complete.
 
     ``left_s`` is what the stage's last action has still to compute then, ``time_s`` what the reduction takes where the
@@ -43,7 +43,7 @@ class Transfer:
         return f"bucket {self.number} of stage {self.stage}"
 
 
-class Step(NamedTuple):
+class PathPart(NamedTuple):
     """A part of the path that decides how long a step takes: an :class:`Action` or a :class:`Transfer` of a rank."""
 
     rank: int
@@ -112,7 +112,7 @@ class Timeline:
         return self.total_s - self.busy_s
 
     def critical_path(self):
-        """Return what decides :attr:`reduced_s`, first to last: a list of :class:`Step`.
+        """Return what decides :attr:`reduced_s`, first to last: a list of :class:`PathPart`.
 
         Local. Each starts when the one before it has ended, on the same rank, or its message has come; a transfer
         when its gradients are complete, and what was on the link before has left it.
@@ -129,7 +129,7 @@ class Timeline:
         path = self._path_to(rank, last)
         if transfers:  # they start before the action ends
             path[-1] = path[-1]._replace(end_s=min(path[-1].end_s, transfers[0].start_s))
-        return path + [Step(rank, one, one.start_s, one.end_s) for one in transfers]
+        return path + [PathPart(rank, one, one.start_s, one.end_s) for one in transfers]
 
     @property
     def critical_s(self):
@@ -147,7 +147,7 @@ class Timeline:
         places = {action: (rank, i) for rank, row in enumerate(rows) for i, action in enumerate(row)}
         path = []
         while True:
-            path.append(Step(rank, rows[rank][i], float(self.starts_s[rank][i]), float(self.ends_s[rank][i])))
+            path.append(PathPart(rank, rows[rank][i], float(self.starts_s[rank][i]), float(self.ends_s[rank][i])))
             source = _source(rows[rank][i], num_stages, places)
             follows_own = i > 0 and self.ends_s[rank][i - 1] >= self.starts_s[rank][i]
             if not follows_own and source is not None:
@@ -174,7 +174,7 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buck
         between a stage and the next.
     link_s : float
         How many of these a message keeps the link between two ranks to itself: another the same way starts after them.
-    buckets : sequence of sequence of Bucket, optional
+    buckets : sequence of sequence of BucketTimes, optional
         Of every stage, in the order of its backward. A rank's follow each other. While one is under way, the rank
         computes with what it leaves of the processor.
     shares_link : bool

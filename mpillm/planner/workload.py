@@ -12,7 +12,7 @@ CAUSAL_BLOCK = 256  # positions: of the scores that nobody sees, kernels leave o
 BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
 
 
-class Work(NamedTuple):
+class ActionTimes(NamedTuple):
     """Seconds of forward, input and weight half."""
 
     forward_s: float
@@ -48,7 +48,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
 
     Returns
     -------
-    Work
+    ActionTimes
     """
     h, heads, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     ups = FFN_MATRICES[model.kind] - 1
@@ -74,7 +74,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
     backward = (machine.with_call(inputs + 2 * attention + BACKWARD_BYTES * elementwise)
                 + talk * (1.25 if sequence_parallel else 1))
-    return Work(forward, backward + again, weights)
+    return ActionTimes(forward, backward + again, weights)
 
 
 def head_work(model, machine, level, tokens, tensor, item_bytes):
@@ -90,7 +90,7 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
 
     Returns
     -------
-    Work
+    ActionTimes
     """
     columns = model.vocab_size / tensor
     product = machine.product_s(tokens, model.hidden_size, columns)
@@ -99,4 +99,4 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     skew_s = level.skew_s if tensor > 1 else 0.0
     talk = fastest_s("allreduce", level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
     meetings = 2 * loss_chunks(tokens, model.vocab_size)
-    return Work(3 * product + loss + meetings * skew_s, talk, adding)
+    return ActionTimes(3 * product + loss + meetings * skew_s, talk, adding)

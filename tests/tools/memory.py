@@ -19,7 +19,7 @@ from mpillm.comm import handover, shared
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.machine import Level, Machine
-from mpillm.planner.pricing import Layout, Pricer
+from mpillm.planner.pricing import Candidate, Pricer
 from mpillm.planner.synthesis import synthesise
 from mpillm.train.engine import Engine
 from mpillm.verify.compare import batches
@@ -137,7 +137,7 @@ def compare(config, machine, comm):
     """Return ``[(rank, predicted, measured)]`` of all ranks. Collective."""
     measured, stage = measured_bytes(config, comm)
     layout = config.layout
-    asked = Layout(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.schedule, config.train.microbatch,
+    asked = Candidate(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.schedule, config.train.microbatch,
                    layout.zero, layout.sequence_parallel, layout.recompute, layout.order)
     predicted = Pricer(config, machine, comm.size).memory_bytes(asked)
     return comm.allgather((comm.rank, float(predicted[stage]), float(measured)))

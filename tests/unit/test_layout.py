@@ -16,7 +16,7 @@ from mpillm.plan import Plan
 from mpillm.planner import mixtures, pricing
 from mpillm.planner.balance import balance
 from mpillm.planner.keys import describe
-from mpillm.planner.layout import Layout, Pricer, layouts, make_plan, predicted_timeline, price_layout
+from mpillm.planner.layout import Candidate, Pricer, layouts, make_plan, predicted_timeline, price_layout
 from mpillm.planner.mixtures import mix
 from mpillm.planner.timeline import Transfer
 from mpillm.schedules.check import check
@@ -104,12 +104,12 @@ def test_a_slow_link_gets_a_schedule_of_its_own(tmp_path):
 def test_messages_that_processors_drive_hold_up_what_they_compute():
     """A rank in the middle of a pipeline drives two each way; gradients are driven where backward hides them."""
     busy = replace(SLOW_LINK, levels=tuple(replace(level, busy_s_per_byte=1e-6) for level in SLOW_LINK.levels))
-    layout, n_bytes = Layout(1, 3, 1, 1, "1f1b", 1, 0, False, "none"), 32 * 64 * 4
+    layout, n_bytes = Candidate(1, 3, 1, 1, "1f1b", 1, 0, False, "none"), 32 * 64 * 4
     (f, i, w), (f_busy, i_busy, w_busy) = (Pricer(SMALL, machine, 3).stage_times(layout)[0] for machine in (SLOW_LINK, busy))
     assert w == w_busy
     for before, after in ((f, f_busy), (i, i_busy)):
         assert [b - a for a, b in zip(before, after)] == pytest.approx([n * n_bytes * 1e-6 for n in (1, 2, 1)])
-    layout = Layout(2, 1, 1, 1, "1f1b", 1, 1, False, "none")
+    layout = Candidate(2, 1, 1, 1, "1f1b", 1, 1, False, "none")
     idle, driven = (pricer.played(pricer.price(layout)) for pricer in (Pricer(SMALL, m, 2) for m in (SLOW_LINK, busy)))
     parameters = 6 * 64 * (4 * 64 + 3 * 128) + 2 * 64 * 64
     assert 0 < driven.step_s - idle.step_s < 2 * parameters * 4 / 2 * 1e-6
@@ -120,7 +120,7 @@ def test_ranks_that_wait_for_each_other_split_less():
     prices = []
     for machine in (MACHINE, waiting):
         pricer = Pricer(SMALL, machine, 4)
-        prices.append([pricer.price(Layout(4 // t, 1, t, 1, "1f1b", 1, 1, False, "none")) for t in (1, 4)])
+        prices.append([pricer.price(Candidate(4 // t, 1, t, 1, "1f1b", 1, 1, False, "none")) for t in (1, 4)])
     (data, tensor), (data_after, tensor_after) = prices
     meetings = 8 * (6 * 4 + 3)  # microbatches, layers, and the head's
     assert data_after.step_s == data.step_s
@@ -217,7 +217,7 @@ def test_the_outermost_axis_crosses_nodes(order, inside):
     """Eight ranks on two nodes: messages and sums take the link that their axis has in this order."""
     pricer = Pricer(SMALL, MACHINE, 8)
     data, pipeline = (2, 4) if inside == "pipeline" else (4, 2)
-    layout = Layout(data, pipeline, 1, 1, "1f1b", 1, 1, False, "none", order)
+    layout = Candidate(data, pipeline, 1, 1, "1f1b", 1, 1, False, "none", order)
     node, network = (1e-6, 1e-9), (1e-5, 1e-8)
     alpha, beta = node if inside == "pipeline" else network
     assert pricer.stage_times(layout)[1] == pytest.approx(alpha + 32 * 64 * 4 * beta)
@@ -340,12 +340,12 @@ def test_published_iterations_from_published_rates_alone():
 
     for layers, hidden, heads, t, p, d, size, batch, v, tflops in MEGATRON:
         flops = 96 * batch * 2048 * layers * hidden ** 2 * (1 + 2048 / 6 / hidden + 51200 / 16 / layers / hidden)
-        layout = Layout(d, p, t, v, "interleaved" if v > 1 else "1f1b", size, 0, False, "full")
+        layout = Candidate(d, p, t, v, "interleaved" if v > 1 else "1f1b", size, 0, False, "full")
         error(layers, hidden, heads, layout, batch, flops / (t * p * d * tflops * 1e12))
     for layers, hidden, heads, p, size, batch, v, full_s, selective_s in SELECTIVE:
         name = "interleaved" if v > 1 else "1f1b"
-        error(layers, hidden, heads, Layout(1, p, 8, v, name, size, 0, False, "full"), batch, full_s)
-        error(layers, hidden, heads, Layout(1, p, 8, v, name, size, 0, True, "selective"), batch, selective_s)
+        error(layers, hidden, heads, Candidate(1, p, 8, v, name, size, 0, False, "full"), batch, full_s)
+        error(layers, hidden, heads, Candidate(1, p, 8, v, name, size, 0, True, "selective"), batch, selective_s)
     assert sum(errors) / len(errors) < 0.05 and max(errors) < 0.13
 
 

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from mpillm.comm import limits
-from mpillm.comm.limits import Bound
+from mpillm.comm.limits import MemoryLimit
 from mpillm.comm.single import SingleComm
 
 NODE, GIB = os.uname().nodename.partition(".")[0], 1 << 30
@@ -101,8 +101,8 @@ class Ranks(SingleComm):
 
 
 def test_ranks_share_what_names_one_source_on_one_node():
-    bounds = [Bound("the node", 12.0), Bound("control group /a", 9.0), Bound("RLIMIT_AS", 5.0, is_shared=False),
-              Bound("SLURM_MEM_PER_NODE", 10.0, taken_bytes=1.0)]
+    bounds = [MemoryLimit("the node", 12.0), MemoryLimit("control group /a", 9.0),
+              MemoryLimit("RLIMIT_AS", 5.0, is_shared=False), MemoryLimit("SLURM_MEM_PER_NODE", 10.0, taken_bytes=1.0)]
     assert limits.memory_of_rank(Ranks(), bounds) == (5.0, "RLIMIT_AS")
     comm = Ranks(lambda mine: mine, lambda mine: [("elsewhere", source) for _, source in mine])
     assert limits.memory_of_rank(comm, bounds) == (4.0, "SLURM_MEM_PER_NODE")
@@ -122,8 +122,8 @@ def test_nodes_are_told_apart_by_their_kernels_not_their_names(monkeypatch, here
     def found(place, comm):
         monkeypatch.setattr(limits, "node_id", lambda root="/": place[0])
         monkeypatch.setattr(os, "uname", lambda: Mock(nodename=place[1]))
-        return [limits.cores_of_rank(comm, "/nowhere"), limits.memory_of_rank(comm, [Bound("the node", 8.0)])[0],
-                limits.memory_of_rank(comm, [Bound("control group /", 8.0)])[0]]
+        return [limits.cores_of_rank(comm, "/nowhere"), limits.memory_of_rank(comm, [MemoryLimit("the node", 8.0)])[0],
+                limits.memory_of_rank(comm, [MemoryLimit("control group /", 8.0)])[0]]
 
     heard = []
     found(there, Ranks(lambda mine: heard.append(mine) or mine))
@@ -151,6 +151,7 @@ def test_a_quota_of_cores_counts_for_threads(tmp_path, monkeypatch, files, cores
 
 
 def test_shared_memory_is_a_part_of_the_memory_that_a_job_has(tmp_path):
-    assert limits.shared_memory_bytes(tmp_path, [Bound("control group /a", 4096.0), Bound("the node", 1e18)]) == 4096.0
+    of_job = [MemoryLimit("control group /a", 4096.0), MemoryLimit("the node", 1e18)]
+    assert limits.shared_memory_bytes(tmp_path, of_job) == 4096.0
     assert limits.shared_memory_bytes(tmp_path, []) == pytest.approx(
         os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize, rel=0.1)

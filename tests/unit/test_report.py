@@ -410,7 +410,7 @@ def test_a_plan_is_drawn_and_compared_as_a_trace():
 
 
 def test_buckets_under_way_are_drawn_beside_the_actions():
-    buckets = [[timeline.Bucket(8, 0.05, 0.2, 0.0)], [timeline.Bucket(8, 0.0, 0.1, 0.0)]]
+    buckets = [[timeline.BucketTimes(8, 0.05, 0.2, 0.0)], [timeline.BucketTimes(8, 0.0, 0.1, 0.0)]]
     played = timeline.play(make_schedule("1f1b", 2, 1), 0.1, 0.1, 0.1, buckets=buckets)
     predicted = {"gradients_s": played.reduced_s - played.total_s, "update_s": 0.2}
     first, second = planned_launch(played, predicted).steps["predicted"]

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mpillm.cli.simulate import command
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.planner.synthesis import memory_max, synthesise
-from mpillm.planner.timeline import Bucket, play
+from mpillm.planner.timeline import BucketTimes, play
 from mpillm.schedules.check import check
 from mpillm.schedules.pipeline import SCHEDULES, Action, PipelineSchedule, make_schedule
 
@@ -136,7 +136,7 @@ def test_buckets_beside_actions_agree_with_a_clock_that_ticks(seed):
     p, m = rng.randint(chunks, 3), rng.randint(1, 4)
     schedule, message, link = make_schedule(name, p, m, chunks), rng.uniform(3, 6), rng.uniform(0, 3)
     times, shares_link = [[rng.uniform(1, 9) for _ in range(p * chunks)] for _ in "FIW"], rng.random() < 0.7
-    buckets = [[Bucket(1.0, left, rng.uniform(0.6, 6), rng.uniform(0, 0.5))
+    buckets = [[BucketTimes(1.0, left, rng.uniform(0.6, 6), rng.uniform(0, 0.5))
                 for left in sorted((rng.uniform(0, times[2][stage]) for _ in range(rng.randint(1, 3))), reverse=True)]
                for stage in range(p * chunks)]
     played = play(schedule, *times, message, link, buckets, shares_link)
