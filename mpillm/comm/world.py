@@ -176,7 +176,7 @@ def launch(main, comm=None, patience_s=PATIENCE_S):
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or nobody reads it
             stream.flush()
-    if not _all_arrive(exits, ending.patience_s):
+    if not _all_arrive(exits, ending):
         abort(comm, ending.error, ending.code or FAILURE)
     code = _told(exits, ending)
     if code:  # a thread that lives on keeps a process that has done its work, not one that failed
@@ -245,13 +245,13 @@ def _end(comm, code):
     os._exit(code)
 
 
-def _all_arrive(comm, patience_s):
-    """Tell whether every rank comes here within so many seconds, that is, comes to its end as well."""
+def _all_arrive(comm, ending):
+    """Tell whether every rank comes here while this one waits, that is, comes to its end as well."""
     if comm.size == 1:
         return True
     before, now = (comm.rank - 1) % comm.size, time.monotonic()
-    deadline = now + patience_s + _TURN_S * min(comm.rank, _TURNS)
-    notice = now + _NOTICE_S
+    deadline = now + ending.patience_s + _TURN_S * min(comm.rank, _TURNS)
+    notice = math.inf if ending.code else now + _NOTICE_S
     try:
         requests = comm.isend(None, (comm.rank + 1) % comm.size), comm.irecv(source=before)
         everybody = comm.Ibarrier()
