@@ -123,7 +123,8 @@ def test_a_run_may_be_freed_twice(comm, data_path):
     trainer.step()
     for _ in range(2):
         trainer.free()
-    assert_all(all(during[kind] > before[kind] for kind in ("communicators", "files")), during, comm)
+    kinds = ("communicators", "files") if comm.size > 1 else ("files",)  # one rank needs no communicator
+    assert_all(all(during[kind] > before[kind] for kind in kinds), during, comm)
     assert_all(held() | {"threads": 0} == before, f"{before} {held()}", comm)
 
 

@@ -91,13 +91,15 @@ def every_microbatch_is_divided_by_its_own_tokens(patch, config):
     right = engine.Engine._microbatch
     share = len(config.microbatch_bounds()[0])
     patch.setattr(engine.Engine, "_microbatch",
-                  lambda self, samples, scale: right(self, samples, 1 / (share * samples[0].size)))
+                  lambda self, read, start, stop, scale: right(self, read, start, stop, 1 / (
+                      share * (stop - start) * self.config.train.seq_len)))
 
 
 @fault(DATA, "loss")
 def the_loss_is_divided_by_the_tokens_of_the_rank(patch, config):
     right = engine.Engine._microbatch
-    patch.setattr(engine.Engine, "_microbatch", lambda self, samples, scale: right(self, samples, 2 * scale))
+    patch.setattr(engine.Engine, "_microbatch", lambda self, *cut_and_scale: right(
+        self, *cut_and_scale[:-1], 2 * cut_and_scale[-1]))
 
 
 @fault(PIPELINE, "loss")
@@ -319,7 +321,7 @@ def wrong_lookup(ctx, tokens, weight, module):
 def attention_crosses_documents(patch, config):
     right = engine.Engine._microbatch
     patch.setattr(engine.Engine, "_microbatch",
-                  lambda self, samples, scale: right(self, (*samples[:2], None), scale))
+                  lambda self, read, *others: right(self, lambda low, high: (*read(low, high)[:2], None), *others))
 
 
 @fault(PIPELINE, "loss")
