@@ -10,7 +10,7 @@ from mpillm.config import AXES
 from mpillm.planner.counts import ITEM_BYTES, layer_parameters, num_states
 from mpillm.planner.workload import SCORES_KEPT
 from mpillm.schedules.blocks import loss_chunks
-from mpillm.schedules.pipeline import make_schedule
+from mpillm.schedules.pipeline import groups, zero_bubble_kinds
 from mpillm.schedules.tree import split
 
 WINDOW_BYTES = 8 << 20  # through which ranks of a node that share memory pass tensors, for every axis
@@ -18,7 +18,9 @@ TOKEN_BYTES = 16  # it and its target; who sees whom takes a byte a pair of posi
 AHEAD = 2  # receives that a pipeline posts before it needs them
 MASTER_BYTES = 4  # of the least type in which gradients, optimiser state and norms are kept
 CHANGE = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}  # in microbatches before and after their input half
-PERIODS = 4  # of as many microbatches as ranks: after so many a textbook's schedule repeats itself
+PERIODS = 3  # of as many microbatches as ranks: after so many zb-h1 and zb-h2 repeat themselves
+_CHANGES = np.zeros((2, 256), int)  # CHANGE by the number of a kind's letter
+_CHANGES[:, [ord(kind) for kind in CHANGE]] = np.transpose(list(CHANGE.values()))
 
 
 class LayerBytes(NamedTuple):
@@ -220,23 +222,28 @@ class Footprint:
 def in_flight(name, ranks, microbatches, chunks):
     """Return how many pairs of stage and microbatch are in flight: of every rank the points (before, after their input
     half) that are the most it comes to, shape (ranks, points, 2). Local; ``name`` is a textbook's schedule."""
-    if name == "gpipe" or ranks == 1:
-        return np.tile([microbatches * chunks if name == "gpipe" else 1, 0], (ranks, 1, 1))
-    if name == "1f1b":
-        return np.array([[[min(microbatches, ranks - rank), 0]] for rank in range(ranks)])
-    if microbatches > PERIODS * ranks:
-        microbatches = (PERIODS - 1) * ranks + microbatches % ranks + (ranks if microbatches % ranks == 0 else 0)
-    return points(make_schedule(name, ranks, microbatches, chunks))
+    if name in ("zb-h1", "zb-h2"):  # of whose actions, thousands on many ranks, only the kinds matter
+        return _most(zero_bubble_kinds(ranks, min(microbatches, PERIODS * ranks), name == "zb-h2"))
+    pairs = microbatches * chunks
+    if name == "gpipe":
+        return np.tile([pairs, 0], (ranks, 1, 1))
+    warmups = groups(ranks, microbatches, chunks)[1]
+    return np.array([[[min(pairs, warmup + 1), 0]] for warmup in warmups])
 
 
 def points(schedule):
     """Return what :func:`in_flight` returns, of any schedule. Local."""
+    return _most(["".join(action.kind for action in row) for row in schedule.actions])
+
+
+def _most(rows):
+    """Return the points of every rank from the kinds of its actions, a text each."""
     found = []
-    for row in schedule.actions:
-        most = {}  # after the input half, to before it
-        for before, after in np.cumsum([CHANGE[action.kind] for action in row], 0).tolist():
-            most[after] = max(before, most.get(after, 0))
-        found.append([(before, after) for after, before in most.items()])
+    for row in rows:
+        before, after = _CHANGES[:, np.frombuffer(row.encode(), np.uint8)].cumsum(1)
+        most = np.full(after.max(initial=0) + 1, -1)
+        np.maximum.at(most, after, before)
+        found.append([(n, held) for held, n in enumerate(most.tolist()) if n >= 0])
     width = max(map(len, found))
     return np.array([own + own[:1] * (width - len(own)) for own in found])
 

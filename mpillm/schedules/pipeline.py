@@ -17,7 +17,7 @@ takes the same road as the five made here:
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, count
 from pathlib import Path
 
 from mpillm.errors import ConfigError, ScheduleError
@@ -165,11 +165,18 @@ def make_schedule(name, num_ranks, num_microbatches, chunks=1):
     elif name == "gpipe":
         actions = _alternating(chunks, [num_microbatches], [chunks * num_microbatches] * num_ranks)
     else:
-        sizes = counts(num_microbatches, max(1, num_microbatches // num_ranks))[::-1]
-        ahead = 1 if chunks == 1 else 2
-        warmups = [(chunks - 1) * sizes[0] + ahead * after for after in reversed(range(num_ranks))]
-        actions = _alternating(chunks, sizes, warmups)
+        actions = _alternating(chunks, *groups(num_ranks, num_microbatches, chunks))
     return PipelineSchedule(name, num_ranks, num_ranks * chunks, num_microbatches, actions)
+
+
+def groups(num_ranks, num_microbatches, chunks):
+    """Return for 1f1b and interleaved how many microbatches go together, and how many forwards each rank warms up with.
+
+    Local.
+    """
+    sizes = counts(num_microbatches, max(1, num_microbatches // num_ranks))[::-1]
+    ahead = 1 if chunks == 1 else 2
+    return sizes, [(chunks - 1) * sizes[0] + ahead * after for after in reversed(range(num_ranks))]
 
 
 def named_or_read(name, num_ranks, num_microbatches, chunks=1):
@@ -250,7 +257,17 @@ def _alternating(chunks, sizes, warmups):
 
 
 def _zero_bubble(num_ranks, num_microbatches, is_deep):
-    """Return each rank's order for zb-h1, or zb-h2 if ``is_deep``: a greedy rule on a clock of unit steps.
+    """Return each rank's order for zb-h1, or zb-h2 if ``is_deep``."""
+    rows = []
+    for rank, kinds in enumerate(zero_bubble_kinds(num_ranks, num_microbatches, is_deep)):
+        numbers = {kind: count() for kind in "FIW"}
+        rows.append(tuple(Action(rank, kind, next(numbers[kind])) for kind in kinds))
+    return tuple(rows)
+
+
+@lru_cache(maxsize=4096)
+def zero_bubble_kinds(num_ranks, num_microbatches, is_deep):
+    """Return for each rank the kinds of its actions in zb-h1 or zb-h2, in order: a greedy rule on a clock of unit steps.
 
     In every step a rank runs its next forward if it may, else its next input half if it can, else a weight
     half that waits. Its forwards may be ahead of its input halves by as many as fill the way to the last
@@ -272,6 +289,6 @@ def _zero_bubble(num_ranks, num_microbatches, is_deep):
     while any(kinds["W"] < num_microbatches for kinds in done):
         for rank, kind in enumerate([choose(rank) for rank in range(num_ranks)]):
             if kind:
-                rows[rank].append(Action(rank, kind, done[rank][kind]))
+                rows[rank].append(kind)
                 done[rank][kind] += 1
-    return tuple(map(tuple, rows))
+    return tuple(map("".join, rows))

@@ -296,8 +296,8 @@ def recompute_sees_something_else(patch, config):
 @fault(TENSOR, "gradient of layers.{last}.ffn.gate.weight")
 def the_gradient_of_one_product_goes_to_two(patch, config):
     right = linear._accumulate
-    patch.setattr(linear, "_accumulate", lambda blocks, x, grads: right(
-        blocks, x, grads if len(blocks) != 2 else (grads[1], grads[1])))
+    patch.setattr(linear, "_accumulate", lambda multiply, blocks, x, grads: right(
+        multiply, blocks, x, grads if len(blocks) != 2 else (grads[1], grads[1])))
 
 
 @fault(SEQUENCE, "gradient of norm.weight")

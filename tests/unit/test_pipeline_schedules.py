@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from mpillm.errors import ConfigError, ScheduleError
+from mpillm.planner.footprint import in_flight, points
 from mpillm.schedules import SCHEDULES, Action, PipelineSchedule, grid, make_schedule
 from mpillm.schedules.check import check
 
@@ -478,3 +479,17 @@ def test_long_grids_are_cut_around_the_fault():
     lines = str(error.value).splitlines()
     assert ">1B151<" in lines[3] and "1F150" in lines[3] and "1F140" not in lines[3]
     assert max(map(len, lines)) < 200
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3),
+                                              ("zb-h1", 1), ("zb-h2", 1)])
+def test_what_the_planner_counts_in_flight_is_what_the_schedule_has(name, chunks):
+    """Without making it, though on thousands of ranks: the most pairs before and after their input half, of every rank."""
+    def most(points):
+        """Leave out what is below another in both."""
+        return {one for one in map(tuple, points) if not any(all(a >= b for a, b in zip(other, one)) and other != one
+                                                             for other in map(tuple, points))}
+
+    for p, m in itertools.product(range(1, 7), range(1, 30)):
+        counted, played = in_flight(name, p, m, chunks), points(make_schedule(name, p, m, chunks))
+        assert list(map(most, counted.tolist())) == list(map(most, played.tolist())), (p, m)
