@@ -84,8 +84,15 @@ class Footprint:
         whole, between = self._activation(layout)
         mask = self._tokens(layout) * self.config.train.seq_len * self.item * self.config.data.mask_documents
         kept = np.full(layout.pipeline, float(between + mask) * layout.chunks)
-        own = self.config.model.vocab_size * self.config.model.hidden_size / layout.tensor * self.wide
-        kept[-1] += whole + self._tokens(layout) * self.wide + own * self.is_exact
+        kept[-1] += whole + self._tokens(layout) * self.wide
+        return kept + self.waiting(layout)
+
+    def waiting(self, layout):
+        """Return what a microbatch in flight on every pipeline rank keeps beside its layers until its weight half: in
+        exact, where microbatches are summed along a tree, the gradient of the head's weight. Local."""
+        kept = np.zeros(layout.pipeline)
+        if self.is_exact:
+            kept[-1] = self.config.model.vocab_size * self.config.model.hidden_size / layout.tensor * self.wide
         return kept
 
     def peak(self, layout, sizes, kept, split, beside, held, microbatches):
@@ -130,9 +137,12 @@ class Footprint:
         model, p = self.config.model, layout.pipeline
         layers = np.add.reduce(np.reshape(sizes, (-1, p)), 0)
         table = model.vocab_size * model.hidden_size / layout.tensor
-        each = layer_parameters(model) / layout.tensor + 2 * model.hidden_size
+        attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
+        heads, kv_heads = self._heads(layout.tensor)
         if layout.tensor > model.num_kv_heads and not self.is_exact:  # every rank has all keys and values
-            each += 2 * model.hidden_size * model.num_kv_heads * model.head_dim * (1 - 1 / layout.tensor)
+            kv_heads = model.num_kv_heads
+        each = ((layer_parameters(model) - attention) / layout.tensor + 2 * model.hidden_size
+                + 2 * model.hidden_size * model.head_dim * (heads + kv_heads))
         gradients = layers * each
         gradients[0] += table
         gradients[-1] += table + model.hidden_size
@@ -140,6 +150,14 @@ class Footprint:
         if model.tie_embeddings and p == 1:
             parameters[0] -= table
         return parameters, gradients
+
+    def _heads(self, tensor):
+        """Return the query and key/value heads that the fullest of so many tensor ranks works with."""
+        model = self.config.model
+        if self.is_exact or tensor <= model.num_kv_heads:  # whole groups
+            groups = math.ceil(model.num_kv_heads / tensor)
+            return groups * (model.num_heads // model.num_kv_heads), groups
+        return math.ceil(model.num_heads / tensor), 1
 
     def _tokens(self, layout):
         return layout.microbatch * self.config.train.seq_len
@@ -189,14 +207,14 @@ class Footprint:
         tokens = microbatch * self.config.train.seq_len
         cut = tensor if sequence_parallel else 1
         whole, norms = tokens * model.hidden_size * item, 2 * tokens / cut * self.wide
-        queries = tokens * model.num_heads * model.head_dim / tensor * item
-        keys = tokens * max(model.num_kv_heads / tensor, 1 if not self.is_exact else 0) * model.head_dim * item
+        heads, kv_heads = self._heads(tensor)
+        queries, keys = (tokens * count * model.head_dim * item for count in (heads, kv_heads))
         ups = 1 if model.kind == "gpt" else 2
         inner = tokens * model.ffn_size / tensor * item
         between, entered = 2 * whole / cut, 2 * whole  # before and after what each half of a layer gathers
-        sums = tokens * model.num_heads / tensor * self.wide  # of the exponentials of every row of scores
+        sums = tokens * heads * self.wide  # of the exponentials of every row of scores
         if model.kind == "gpt":
-            scores = SCORES_KEPT * tokens * self.config.train.seq_len * model.num_heads / tensor
+            scores = SCORES_KEPT * tokens * self.config.train.seq_len * heads
         else:
             scores = sums
         # Query heads that share a key have it each for itself.

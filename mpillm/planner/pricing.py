@@ -343,7 +343,8 @@ class Pricer:
         each = {mode: footprint.layer(layout, mode) for mode in set(modes)}
         kept, split = (np.add.reduceat(row, np.cumsum(sizes) - sizes).reshape(layout.chunks, -1).sum(0) for row in zip(
             *((each[mode].kept, each[mode].split) for mode in modes)))
-        return kept + footprint.ends(layout), split, footprint.beside(layout, each, self.is_split(layout))
+        beside = footprint.beside(layout, each, self.is_split(layout))
+        return kept + footprint.ends(layout), split + footprint.waiting(layout), beside
 
     def held(self, layout):
         """Return the microbatches in flight of every pipeline rank, as :func:`mpillm.planner.footprint.in_flight`. Local."""

@@ -109,6 +109,7 @@ class GradientStore:
         """
         for tree in self._trees.values():
             tree.finish()
+        self._trees = {}  # which hold as much as the gradients
         while self.progress():
             os.sched_yield()
         for bucket in self._waiting:  # all of them, or none where reductions have started

@@ -35,7 +35,8 @@ def make(comm, path, name, **more):
 @pytest.mark.parametrize("where", ["data", "stragglers", "agree"])
 def test_an_error_that_a_script_catches_leaves_the_rank_at_rest(comm, data_path, monkeypatch, where):
     """The watchdog is to leave alone who does something else then; and the run goes on."""
-    trainer = make(comm, data_path, f"caught-{where}", **{"train.hang_limit_s": 60.0})
+    every_rank_reads = {"layout.data": comm.size, "layout.pipeline": 1, "layout.tensor": 1}
+    trainer = make(comm, data_path, f"caught-{where}", **every_rank_reads, **{"train.hang_limit_s": 60.0})
     trainer.step()
     failing = {"data": (trainer.train_tokens, "samples"), "stragglers": (trainer.stragglers, "end_step"),
                "agree": (trainer, "stop")}[where]

@@ -22,4 +22,4 @@ def test_memory_that_is_predicted_is_memory_that_is_taken(comm, name):
         overrides.pop("layout.sequence_parallel", None)
     rows = compare(config_of(overrides, comm), machine_of(comm), comm)
     ok = all(abs(predicted - measured) <= CLOSE * measured for _, predicted, measured in rows)
-    assert_all(ok, f"rank, predicted, measured: {rows}", comm)
+    assert_all(ok, f"pipeline rank, predicted, measured: {rows}", comm)

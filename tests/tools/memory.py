@@ -134,13 +134,16 @@ def config_of(overrides, comm):
 
 
 def compare(config, machine, comm):
-    """Return ``[(rank, predicted, measured)]`` of all ranks. Collective."""
+    """Return ``[(pipeline rank, predicted, measured)]``, each of the fullest of its data and tensor ranks. Collective."""
     measured, stage = measured_bytes(config, comm)
     layout = config.layout
     asked = Candidate(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.schedule, config.train.microbatch,
                    layout.zero, layout.sequence_parallel, layout.recompute, layout.order)
     predicted = Pricer(config, machine, comm.size).memory_bytes(asked)
-    return comm.allgather((comm.rank, float(predicted[stage]), float(measured)))
+    fullest = {}
+    for place, taken in comm.allgather((stage, float(measured))):
+        fullest[place] = max(taken, fullest.get(place, 0.0))
+    return [(place, float(predicted[place]), taken) for place, taken in sorted(fullest.items())]
 
 
 def is_close(predicted, measured):
