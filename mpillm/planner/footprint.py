@@ -36,7 +36,7 @@ class LayerBytes(NamedTuple):
 class Footprint:
     """Predicts the memory of the ranks of a layout. Local.
 
-    It counts what a run asks of PyTorch and of shared memory; ``tests/memory.py`` holds it against that. What the
+    It counts what a run asks of PyTorch and of shared memory; ``tests/tools/memory.py`` holds it against that. What the
     interpreter and MPI take is not in it.
 
     Parameters
