@@ -150,7 +150,7 @@ def test_the_order_turns_from_round_to_round(monkeypatch):
 def test_the_peer_is_the_model_of_the_serial_reference():
     config = Config.from_dict(TINY).resolve(1)
     case, = training.make_cases(config, ["single"], 1)
-    reference, decoder = Reference(config.model, seed=3), peer.Decoder(peer.Work(**training.peer_work(case))).double()
+    reference, decoder = Reference(config.model, seed=3), peer.Decoder(peer.PeerWork(**training.peer_work(case))).double()
     names = {"embedding.weight": "embedding.weight", "norm.weight": "norm.weight", "head.weight": "head.weight"}
     for name in reference.parameters:
         names.setdefault(name, name.replace("attention.", "").replace("ffn.", ""))
