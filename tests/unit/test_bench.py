@@ -89,6 +89,7 @@ def test_a_job_that_fails_shows_the_end_of_its_stderr():
 @pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_an_interrupted_job_leaves_no_process(monkeypatch, number, raised):
     seen, handler = [], signal.getsignal(signal.SIGTERM)
+    interactive = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background ignore it
 
     def interrupt(pid):
         if len(launch.process_tree(pid)) < 2:
@@ -101,6 +102,7 @@ def test_an_interrupted_job_leaves_no_process(monkeypatch, number, raised):
     with monkeypatch.context() as patch, pytest.raises(raised):
         patch.setattr(launch, "tree_pss", interrupt)
         launch.run_job([sys.executable, "-c", script], samples_memory=True)
+    signal.signal(signal.SIGINT, interactive)
     assert len(seen) == 2 and signal.getsignal(signal.SIGTERM) == handler
     deadline = time.monotonic() + 60
     while any(launch.tree_pss(pid) for pid in seen) and time.monotonic() < deadline:
