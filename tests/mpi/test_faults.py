@@ -404,7 +404,8 @@ def test_a_rank_that_holds_up_the_others_is_named_with_its_work(comm, data_path,
         return forward(self, *work)
 
     monkeypatch.setattr(stage.Stage, "forward", sleeping)
-    monkeypatch.setattr("mpillm.comm.recorder.time", SimpleNamespace(perf_counter=lambda: now_s[0], time=time.time))
+    for module in ("recorder", "collectives", "bound"):  # which take from a span what its collectives waited
+        monkeypatch.setattr(f"mpillm.comm.{module}.time", SimpleNamespace(perf_counter=lambda: now_s[0], time=time.time))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(slow_from):
