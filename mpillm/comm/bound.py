@@ -66,10 +66,10 @@ class Bound:
         return result
 
     def free(self):
-        """Release what is kept; it must have finished. Local."""
+        """Release what is kept, and let go of the tensor; it must have finished and is not to be started again. Local."""
         for schedule in self._schedules.values():
             schedule.free()
-        self._schedules = {}
+        self._schedules, self._x, self._group = {}, None, None
 
     def _transport(self, op, dtype, n_bytes, may_block=True):
         transport = self._choose(op, dtype, n_bytes, may_block)

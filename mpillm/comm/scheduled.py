@@ -162,7 +162,9 @@ class BoundSchedule(Scheduled):
     """The same for one operation that is always called with the same tensors: the executor made at the first call, with
     its requests and memory, is started again at the others."""
 
-    _executor = None
+    def __init__(self, schedules, algorithm):
+        super().__init__(schedules, algorithm)
+        self._executor = None
 
     def free(self):
         """Release the executor, which must have finished. Local."""

@@ -1,5 +1,7 @@
 """Schedules on real ranks: every generator, packed trees, dtypes, sizes, in place, started again, several at once."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import assert_all
@@ -178,6 +180,9 @@ def test_a_bound_request_is_started_again(comm):
     assert_all(made[0] == made[1] == made[2] and len(made[0]) == (2 if comm.size > 1 else 0), made, comm)
     for bound in (reduction, gathering):
         bound.free()
+    kept = weakref.ref(x)
+    del x, block, whole, sums, made
+    assert_all(kept() is None, "the tensor is still held", comm)
     for table in (only(LIBRARY), DEFAULT_TABLE):
         bound = as_group(comm).with_table(table).bind("allreduce", y := torch.full((9,), 1.0))
         found = [bound.start().wait()[0].item(), bound.run()[0].item()]
