@@ -19,7 +19,7 @@ fi
 
 echo "environment.sh: installing into $directory"
 python3 -m venv --clear "$directory"
-install=("$directory/bin/python" -m pip install --quiet --disable-pip-version-check)
+install=("$directory/bin/python" -m pip install -qq --disable-pip-version-check)
 "${install[@]}" "$(grep '^torch==' "$here/requirements.txt")"
 "${install[@]}" -r "$requirements" ${mpi:+"$mpi"}
 "${install[@]}" --no-deps --no-build-isolation --editable "$here/.."

@@ -4,7 +4,8 @@
 # DIR is where the environments go (the repository if not given). --quick takes a few minutes: the plain tests that start
 # no jobs, and most of those on two ranks. With --system-mpi the mpiexec on PATH and its library take the place of the
 # MPICH wheel, and the pass under Open MPI is left out.
-# A part that fails does not stop the others; the last line sums up, the exit code is that of the first failure.
+# A part that fails does not stop the others. At the end stand the last lines of those that failed, and one line that sums up;
+# the exit code is that of the first failure.
 set -uo pipefail
 root=$(realpath "$(dirname "$0")/..")
 first=mpich wheel=mpich==5.0.2 quick=
@@ -35,9 +36,13 @@ environment() {  # environment MPI [WHEEL]: all that follows runs in it
 code=0
 failures=
 part() {  # part NAME COMMAND...: run it, remember that it failed
+    local status since=$SECONDS log=$results/log
     printf '\n== %s\n' "$1"
-    "${@:2}" && return
-    local status=$?
+    "${@:2}" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+    printf '== %s: %d s\n' "$1" $((SECONDS - since))
+    [ "$status" != 0 ] || return 0
+    { printf '\n== once more, the end of: %s\n' "$1"; tail -n 60 "$log"; } >>"$results/failures"
     failures+="${failures:+, }$1 (exit $status)"
     [ $code != 0 ] || code=$status
 }
@@ -57,6 +62,7 @@ totals() {
 
 finish() {  # sum up and leave
     part "totals" totals
+    [ ! -e "$results/failures" ] || cat "$results/failures"
     printf '\ntests/run.sh: %s; %s, after %d s\n' "${failures:+FAILED: }${failures:-every part passed}" \
         "$(tail -n 1 "$results/totals")" $SECONDS
     exit $code
