@@ -15,6 +15,7 @@ from mpillm.schedules.algorithm import COMPOSED, LIBRARY, PADDED, PIECES, WHOLE,
 from mpillm.schedules.generators import ALGORITHMS
 
 ANY = "*"
+IN_WINDOW = "window"  # the sixth item of a row for tensors that lie in a window
 
 
 @dataclass(frozen=True)
@@ -23,33 +24,35 @@ class DecisionTable:
 
     Attributes
     ----------
-    rows : tuple of (op, axis, dtype, up_to_bytes, algorithm)
+    rows : tuple of (op, axis, dtype, up_to_bytes, algorithm) or (op, axis, dtype, up_to_bytes, algorithm, "window")
         ``axis`` and ``dtype`` may be ``"*"``; rows that name the dtype go before those that name the axis, these before
         the others. ``up_to_bytes`` of the whole vector, ``None`` without a limit. ``algorithm`` is the text of an
         :class:`~mpillm.schedules.algorithm.Algorithm`; ``"two_level"`` takes shared memory inside nodes where it can,
-        ``"padded:M"`` and ``"pieces:M"`` what the table says for a message of M bytes.
+        ``"padded:M"`` and ``"pieces:M"`` what the table says for a message of M bytes. Rows that end in ``"window"`` hold
+        for tensors that lie in one; where an operation has none, the others hold for these as well.
     """
 
     __pydantic_config__ = KNOWN_KEYS
     rows: tuple[tuple, ...]
 
-    def choose(self, op, axis, dtype, n_bytes):
+    def choose(self, op, axis, dtype, n_bytes, in_window=False):
         """Return the algorithm for a message; ``"mpi"`` where no row fits. Local."""
-        limits, algorithms = self.choices(op, axis, dtype)
+        limits, algorithms = self.choices(op, axis, dtype, in_window)
         return str(algorithms[bisect_left(limits, n_bytes)])
 
-    def choices(self, op, axis, dtype):
+    def choices(self, op, axis, dtype, in_window=False):
         """Return limits in bytes, the last infinite, and the :class:`Algorithm` up to each. Local."""
-        for key in ((op, axis, dtype), (op, ANY, dtype), (op, axis, ANY), (op, ANY, ANY)):
-            if key in self._limits:
-                return self._limits[key]
+        for where in ((IN_WINDOW,), ()) if in_window else ((),):
+            for key in ((op, axis, dtype), (op, ANY, dtype), (op, axis, ANY), (op, ANY, ANY)):
+                if (*key, *where) in self._limits:
+                    return self._limits[(*key, *where)]
         return [float("inf")], [Algorithm(LIBRARY)]
 
     @cached_property
     def _limits(self):
         found = {}
-        for op, axis, dtype, limit, algorithm in self.rows:
-            limits, algorithms = found.setdefault((op, axis, dtype), ([], []))
+        for op, axis, dtype, limit, algorithm, *where in self.rows:
+            limits, algorithms = found.setdefault((op, axis, dtype, *where), ([], []))
             limits.append(float("inf") if limit is None else limit)
             algorithms.append(Algorithm.parse(algorithm))
         for limits, algorithms in found.values():
@@ -67,9 +70,10 @@ class DecisionTable:
 
     def __post_init__(self):
         for row in self.rows:
-            if len(row) != 5 or not (row[3] is None or isinstance(row[3], int)) or row[0] not in OPERATIONS:
+            is_row = len(row) >= 5 and row[5:] in ((), (IN_WINDOW,)) and row[0] in OPERATIONS
+            if not is_row or not (row[3] is None or isinstance(row[3], int)):
                 raise ConfigError(f"decision table: row {list(row)}: needs [op, axis, dtype, up_to_bytes or null, "
-                                  "algorithm]")
+                                  f'algorithm], and "{IN_WINDOW}" at its end if it is for tensors in a window')
             names = [LIBRARY, WINDOW, *ALGORITHMS[row[0]], *([COMPOSED] if row[0] == "allreduce" else [])]
             if row[4] not in names and not (row[0] in WHOLE and Algorithm.parse(row[4]).n_bytes):
                 names += [f"{PADDED}:BYTES", f"{PIECES}:BYTES"] if row[0] in WHOLE else []

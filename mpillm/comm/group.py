@@ -84,16 +84,17 @@ class Group:
         other.__dict__.update(shared, table=table, _choices={})
         return other
 
-    def transport(self, op, dtype, n_bytes, may_block=True):
-        """Return the :class:`~mpillm.comm.transport.Transport` of ``op`` on ``n_bytes`` of ``dtype`` in all.
+    def transport(self, op, dtype, n_bytes, may_block=True, in_window=False):
+        """Return the :class:`~mpillm.comm.transport.Transport` of ``op`` on ``n_bytes`` of ``dtype`` in all, which lie in
+        a window or not.
 
         Collective on first use of a row of the table, which makes it. Shared memory makes no progress by itself, so
         nonblocking calls never take it, nor the library for sums of half types, of which it has only the messages. Sums
         in the fixed order alone always block.
         """
-        key = op, dtype, may_block
+        key = op, dtype, may_block, in_window
         if key not in self._choices:  # kept, because small messages would feel the search
-            limits, algorithms = self.table.choices(op, self.name, str(dtype).removeprefix("torch."))
+            limits, algorithms = self.table.choices(op, self.name, str(dtype).removeprefix("torch."), in_window)
             self._choices[key] = limits, list(algorithms)
         limits, made = self._choices[key]
         row = bisect_left(limits, n_bytes)
