@@ -12,7 +12,8 @@ from mpillm.errors import ConfigError, ScheduleError
 from mpillm.planner.stages import default_cuts
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.check import check
-from mpillm.schedules.pipeline import SCHEDULES, named_or_read, read_schedule
+from mpillm.schedules.formats import named_or_read, read_schedule
+from mpillm.schedules.pipeline import SCHEDULES
 
 MICROBATCHES = 4  # that a data rank has where the size of one is left open
 

@@ -6,7 +6,6 @@ import click
 
 from mpillm.cli.options import write_json
 from mpillm.errors import ConfigError
-from mpillm.files import write_text
 
 
 @click.group("simulate")
@@ -32,6 +31,8 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
              memory_limit, weight_memory, saved, output):
     """Play a pipeline schedule: how long it takes, its bubble, and what its ranks hold.
 
+    A FILE whose name ends in .csv is in the form of PyTorch's torch.distributed.pipelining, any other in mpillm's text.
+
     The JSON has makespan_ms (the longest rank, from its first action to the end of its last), total_ms (of all ranks),
     bubble_fraction, idle_ms and in_flight_max with an entry a rank, and critical_path: the actions, first to last,
     that decide total_ms.
@@ -39,7 +40,7 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
     from mpillm.planner.synthesis import synthesise
     from mpillm.planner.timeline import play
     from mpillm.schedules.check import check
-    from mpillm.schedules.pipeline import named_or_read
+    from mpillm.schedules.formats import named_or_read, write_schedule
 
     times_s = [ms / 1e3 / chunks for ms in (forward_ms, backward_input_ms, backward_weight_ms)]
     if not sum(times_s):
@@ -55,7 +56,7 @@ def pipeline(schedule, ranks, microbatches, forward_ms, backward_input_ms, backw
         check(made, memory_limit)
         played = play(made, *times_s, p2p_ms / 1e3)
     if saved:
-        write_text(saved, played.schedule.to_text())
+        write_schedule(saved, played.schedule)
     found = {"schedule": schedule, "makespan_ms": played.makespan_s * 1e3, "total_ms": played.total_s * 1e3,
              "bubble_fraction": played.bubble_fraction, "idle_ms": [s * 1e3 for s in played.idle_s.tolist()],
              "in_flight_max": list(played.in_flight_max),

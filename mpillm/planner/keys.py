@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from mpillm.config import AXES
 from mpillm.planner.pricing import RECOMPUTE
-from mpillm.schedules.pipeline import label
+from mpillm.schedules.formats import label
 
 
 def to_config(price, pricer):

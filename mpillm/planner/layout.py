@@ -14,7 +14,8 @@ from mpillm.planner.mixtures import mixtures
 from mpillm.planner.pricing import RECOMPUTE, Candidate, Pricer
 from mpillm.planner.timeline import BucketTimes, play
 from mpillm.planner.volume import step_volume
-from mpillm.schedules.pipeline import SCHEDULES, make_schedule, named_or_read, read_schedule
+from mpillm.schedules.formats import named_or_read, read_schedule
+from mpillm.schedules.pipeline import SCHEDULES, make_schedule
 
 CHUNKS = (2, 3, 4, 6, 8)
 PLAYED_ACTIONS = 50_000  # of the best layouts, those are played whose schedules together have no more actions

@@ -15,7 +15,8 @@ from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
 from mpillm.planner.timeline import play, unhindered_s
 from mpillm.planner.workload import head_work, layer_work
-from mpillm.schedules.pipeline import SCHEDULES, named_or_read
+from mpillm.schedules.formats import named_or_read
+from mpillm.schedules.pipeline import SCHEDULES
 
 RECOMPUTE = ("none", "selective", "full")
 DEEPEST = 3  # times the ranks: so many microbatches in flight hide messages; more brought nothing

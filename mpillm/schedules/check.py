@@ -58,7 +58,7 @@ def check(schedule, memory_limit=None):
     _check_places(schedule)
     _check_order(schedule)
     _check_complete(schedule)
-    starts = _play(schedule)
+    starts = start_steps(schedule)
     _check_finished(schedule, starts)
     held = [list(accumulate(HELD[action.kind] for action in row)) for row in schedule.actions]
     if memory_limit is not None:
@@ -189,8 +189,8 @@ def _source(action, num_stages):
     return None
 
 
-def _play(schedule):
-    """Return for each rank the first steps of its actions, as far as they come."""
+def start_steps(schedule):
+    """Return for each rank the steps in which its actions start when played, as far as they come. Local."""
     starts = [[] for _ in schedule.actions]
     free = [0] * schedule.num_ranks
     ended = {None: 0}
@@ -225,7 +225,7 @@ def _draw(schedule, marked, notes=None, margin=None):
     notes = notes or {}
     rows = [
         _cells(row, starts, {place for marked_rank, place in marked if marked_rank == rank})
-        for rank, (row, starts) in enumerate(zip(schedule.actions, _play(schedule)))
+        for rank, (row, starts) in enumerate(zip(schedule.actions, start_steps(schedule)))
     ]
     first, last = 0, max(max(cells, default=0) for cells in rows)
     near = [step for cells in rows for step, text in cells.items() if text.startswith(">")]

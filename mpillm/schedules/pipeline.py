@@ -18,7 +18,6 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, count
-from pathlib import Path
 
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.schedules.blocks import counts
@@ -112,7 +111,7 @@ class PipelineSchedule:
         header = re.fullmatch(rf"schedule=(\S+)\s+ranks{count}\s+stages{count}\s+microbatches{count}", first)
         if not header:
             raise ScheduleError(
-                f'schedule file: it begins with "{first[:80]}", but needs a header first, such as '
+                f'it begins with "{first[:80]}", but needs a header first, such as '
                 '"schedule=mine ranks=2 stages=2 microbatches=4"'
             )
         rows = [_parse_row(number, line, rank) for rank, (number, line) in enumerate(lines[1:])]
@@ -123,11 +122,11 @@ def _parse_row(number, line, rank):
     """Read the line of one rank."""
     label, _, row = line.partition(":")
     if label.split() != ["rank", str(rank)]:
-        raise ScheduleError(f'schedule file, line {number}: "{line[:80]}" should begin with "rank {rank}:"')
+        raise ScheduleError(f'line {number}: "{line[:80]}" should begin with "rank {rank}:"')
     try:
         return tuple(map(Action.parse, row.split()))
     except ScheduleError as error:
-        raise ScheduleError(f"schedule file, line {number}: {error}") from None
+        raise ScheduleError(f"line {number}: {error}") from None
 
 
 @lru_cache(maxsize=32, typed=True)
@@ -177,49 +176,6 @@ def groups(num_ranks, num_microbatches, chunks):
     sizes = counts(num_microbatches, max(1, num_microbatches // num_ranks))[::-1]
     ahead = 1 if chunks == 1 else 2
     return sizes, [(chunks - 1) * sizes[0] + ahead * after for after in reversed(range(num_ranks))]
-
-
-def named_or_read(name, num_ranks, num_microbatches, chunks=1):
-    """Make one of the named schedules, or read the file of that name or ``name`` itself (:func:`read_schedule`), which
-    must have these sizes.
-
-    Local; parameters and errors as for :func:`make_schedule`.
-    """
-    if name in SCHEDULES:
-        return make_schedule(name, num_ranks, num_microbatches, chunks)
-    schedule = read_schedule(name)
-    found = (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches)
-    needed = (num_ranks, num_ranks * chunks, num_microbatches)
-    if found != needed:
-        raise ConfigError(
-            f"schedule {label(name)}: is for {found[0]} ranks, {found[1]} stages, {found[2]} microbatches; this layout needs "
-            f"{needed[0]}, {needed[1]} and {needed[2]}"
-        )
-    return schedule
-
-
-def label(name):
-    """Return what a schedule is called in a line: its name or path; of one that a plan holds as text "synthesised"."""
-    return "synthesised" if "\n" in name else name
-
-
-def read_schedule(path):
-    """Read a schedule from a file, or from ``path`` itself where that is the text of one, as plans hold them.
-
-    Local.
-
-    Raises
-    ------
-    ConfigError
-        When the file cannot be read; a :class:`ScheduleError` when it holds no schedule.
-    """
-    if "\n" in path:
-        return PipelineSchedule.from_text(path)
-    try:
-        return PipelineSchedule.from_text(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f'schedule "{path}": neither one of {", ".join(SCHEDULES)} nor a file that can be read ({error})') from None
 
 
 def _check_request(name, num_ranks, num_microbatches, chunks):

@@ -19,7 +19,8 @@ from mpillm.plan import DEFAULT_TABLE
 from mpillm.report.trace import Trace
 from mpillm.schedules.blocks import bounds
 from mpillm.schedules.check import check
-from mpillm.schedules.pipeline import make_schedule, named_or_read
+from mpillm.schedules.formats import named_or_read
+from mpillm.schedules.pipeline import make_schedule
 from mpillm.train.gradient_store import GradientStore
 from mpillm.train.optimizers import ShardedOptimizer
 from mpillm.train.selftest import check_exact

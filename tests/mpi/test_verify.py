@@ -3,11 +3,10 @@
 The everyday choice of layouts; ``tests/soak.sh`` compares them all.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from helpers import assert_all
+from pytorch_schedules import made_by_pytorch
 from tiny import GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
 
 from mpillm.comm.single import SingleComm
@@ -63,13 +62,18 @@ def test_uneven_shares(comm):
     check([config], comm)
 
 
-def test_a_schedule_from_a_file(comm, comm_path):
-    path = comm_path / "mine.txt"
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_schedules_that_pytorch_wrote(comm, comm_path, chunks):
+    """In its longer form the one, in its shorter the others."""
+    names = {"ScheduleInterleaved1F1B": "compute_comms", "ScheduleInterleavedZeroBubble": "compute_only",
+             "ScheduleLoopedBFS": "compute_only"}
+    configs = [tiny({"layout.pipeline": comm.size, "layout.chunks": chunks, "layout.schedule": str(comm_path / f"{name}.csv"),
+                     "model.num_layers": 8, "train.global_batch": 12}) for name in names]
     if comm.rank == 0:
-        schedule = replace(make_schedule("gpipe", comm.size, 5), name="mine")
-        path.write_text(f"# a comment\n{schedule}")
+        for name, form in names.items():
+            made_by_pytorch(name, comm.size, 6, chunks)._dump_csv(comm_path / f"{name}.csv", form)
     comm.Barrier()
-    check([tiny({"layout.pipeline": comm.size, "layout.schedule": str(path)}, comm.size)], comm, steps=1)
+    check([config.resolve(comm.size) for config in configs], comm, steps=1)
 
 
 def test_a_synthesised_schedule(comm, comm_path):

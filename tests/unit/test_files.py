@@ -21,8 +21,8 @@ from mpillm.report.records import read_metrics, read_trace
 from mpillm.schedules.check import check
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.collective import CollectiveSchedule
+from mpillm.schedules.formats import named_or_read
 from mpillm.schedules.generators import make_collective
-from mpillm.schedules.pipeline import named_or_read
 from mpillm.train.metrics import Metrics
 
 NETWORK = {"nodes": [{"name": 3}, {"name": "b", "compute": True}],

@@ -20,7 +20,8 @@ from mpillm.planner.layout import Candidate, Pricer, layouts, make_plan, predict
 from mpillm.planner.mixtures import mix
 from mpillm.planner.timeline import Transfer
 from mpillm.schedules.check import check
-from mpillm.schedules.pipeline import make_schedule, named_or_read
+from mpillm.schedules.formats import named_or_read
+from mpillm.schedules.pipeline import make_schedule
 
 SMALL = Config.from_dict({
     "model": {"vocab_size": 64, "hidden_size": 64, "ffn_size": 128, "num_layers": 6, "num_heads": 4, "max_seq_len": 32},
