@@ -1,13 +1,17 @@
-"""Collectives bound to a tensor: made once, started again and again, as MPI's persistent ones."""
+"""Collectives bound to tensors: everything is looked up once, and they are started again and again."""
 
 import time
-from copy import copy
+from functools import partial
 
 from mpillm.comm import collectives
-from mpillm.comm.scheduled import BoundSchedule, Scheduled
+from mpillm.comm.buffers import flat
+from mpillm.comm.progress import finish
+from mpillm.comm.transport import DONE, bind
+from mpillm.errors import ShapeError
+from mpillm.schedules.blocks import all_bounds, counts
 
-KEPT_BYTES = 4 << 20  # of the largest tensor that schedules stay bound to: with larger ones it is no gain
-_STARTS = {
+OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
+_IN_PLACE = {
     "allreduce": lambda x, group, may_block: collectives.iallreduce(x, group, out=x, may_block=may_block),
     "reduce_scatter": collectives.ireduce_scatter_blocks,
     "allgather": collectives.iallgather_blocks,
@@ -15,20 +19,28 @@ _STARTS = {
 
 
 class Bound:
-    """A collective on flat ``x`` where it lies; :meth:`mpillm.comm.group.Group.bind` makes it.
+    """A collective on flat tensors where they lie; :meth:`mpillm.comm.group.Group.bind` makes it.
 
-    Schedules keep their requests and scratch memory from the first start on, for tensors of up to :data:`KEPT_BYTES`;
-    the MPI library and shared memory have nothing to keep.
+    What its transport can keep is made at the first start: persistent requests of the MPI library, views of the windows of
+    other ranks, a schedule's requests and scratch memory.
     """
 
-    def __init__(self, group, op, x):
-        self._x, self._call, self._schedules, self._pending = x, _STARTS[op], {}, None
-        self._choose = group.transport
-        self._group = copy(group)  # which the operation sees, with schedules that stay bound
-        self._group.transport = self._transport
+    def __init__(self, group, op, x, out, root):
+        self._group, self._op, self._made, self._kept, self._request = group, op, {}, {}, None
+        self._noted = {"root": root if op == "bcast" else None, "op": "sum" if op == "allreduce" else None}
+        self._is_staged = x.is_cuda or not x.is_contiguous()
+        if self._is_staged:
+            if out is not None or op not in _IN_PLACE:
+                raise ShapeError(f"bind: {op} of a tensor that is no contiguous host memory: what can be bound there is "
+                                 f"{', '.join(_IN_PLACE)} in place; pass a contiguous tensor on the CPU, and no out")
+            self._x, self._result = x, x[_own(x, group)] if op == "reduce_scatter" else x
+            return
+        self._arguments, self._result, self._sent_bytes = _bound(group, op, flat(x), out, root)
+        self._x = self._arguments[1 if op == "allgather" else 0]  # the whole vector
+        self._in_window = group.holds(self._x)
 
     def start(self, may_block=False):
-        """Begin, with what the tensor holds now; it must not be touched before :meth:`wait`.
+        """Begin, with what the tensors hold now; they must not be touched before :meth:`wait`.
 
         Collective over the group, in the same order as all its operations.
 
@@ -42,21 +54,27 @@ class Bound:
         Bound
             Itself.
         """
-        self._pending = self._call(self._x, self._group, may_block)
+        made = self._made.get(may_block)
+        if made is None:
+            made = self._made[may_block] = self._make(may_block)
+        if not self._is_staged and self._group.size > 1:
+            self._group.enter(self._op, self._sent_bytes, self._x, **self._noted)
+        self._request = made.start()
         return self
 
     def is_started(self):
         """Tell whether it was started and not yet waited for. Local."""
-        return self._pending is not None
+        return self._request is not None
 
     def test(self):
         """Let it progress; tell whether it has finished. Local."""
-        return self._pending.test()
+        return self._request.Test()
 
     def wait(self):
-        """Block until it has finished; return what the operation returns. Local."""
-        pending, self._pending = self._pending, None
-        return pending.wait()
+        """Block until it has finished; return the tensor that holds the result. Local."""
+        finish(self._request)
+        self._request = None
+        return self._result
 
     def run(self):
         """Carry it out by the fastest algorithm, which may block, and return as :meth:`wait`. Collective."""
@@ -66,16 +84,91 @@ class Bound:
         return result
 
     def free(self):
-        """Release what is kept, and let go of the tensor; it must have finished and is not to be started again. Local."""
-        for schedule in self._schedules.values():
-            schedule.free()
-        self._schedules, self._x, self._group = {}, None, None
+        """Release what is kept, and let go of the tensors; it must have finished and is not to be started again. Local."""
+        for made in set(self._made.values()):
+            made.free()
+        self._made, self._kept, self._x, self._arguments, self._result, self._group = {}, {}, None, None, None, None
 
-    def _transport(self, op, dtype, n_bytes, may_block=True):
-        transport = self._choose(op, dtype, n_bytes, may_block)
-        if not isinstance(transport, Scheduled) or n_bytes > KEPT_BYTES or self._x.is_cuda:
-            return transport
-        key = op, transport.algorithm
-        if key not in self._schedules:
-            self._schedules[key] = BoundSchedule(transport.schedules, transport.algorithm)
-        return self._schedules[key]
+    def _make(self, may_block):
+        """Return the :class:`~mpillm.comm.transport.Startable`."""
+        if self._is_staged:
+            return _Staged(partial(_IN_PLACE[self._op], self._x, self._group, may_block))
+        if self._group.size == 1:
+            return _Alone(self._arguments[0], self._result)
+        transport = self._group.transport(self._op, self._x.dtype, self._x.nbytes, may_block, self._in_window)
+        if transport not in self._kept:  # one, where both ways to start are carried out by the same
+            self._kept[transport] = bind(transport, self._op, *self._arguments)
+        return self._kept[transport]
+
+
+class _Alone:
+    """An operation of one rank."""
+
+    def __init__(self, x, result):
+        self._x, self._result = x, result
+
+    def start(self):
+        if self._result.data_ptr() != self._x.data_ptr():
+            self._result.copy_(self._x)
+        return DONE
+
+    def free(self):
+        self._x = self._result = None
+
+
+class _Staged:
+    """An operation on a tensor that goes through other memory each time."""
+
+    def __init__(self, call):
+        self._call, self._pending = call, None
+
+    def start(self):
+        self._pending = self._call()
+        return self
+
+    def Test(self):
+        """Let it progress; tell whether the result is in its place."""
+        if self._pending is not None and self._pending.test():
+            self._pending.wait()
+            self._pending = None
+        return self._pending is None
+
+    def free(self):
+        self._call = None
+
+
+def _bound(group, op, x, out, root):
+    """Return what the transport's operation takes, what holds the result, and what a rank sends."""
+    size, p = x.nbytes, group.size
+    if op == "allreduce":
+        result = x if out is None else _checked(op, out, x, len(x))
+        return (x, result, "sum"), result, 2 * (size - size // p)
+    if op == "bcast":
+        return (x, root), x, size if group.rank == root else 0
+    if op == "reduce_scatter":
+        cuts, own = all_bounds(len(x), p), _own(x, group)
+        result = x[own] if out is None else _checked(op, out, x, own.stop - own.start)
+        return (x, result, cuts, "sum"), result, size - result.nbytes
+    if op == "allgather":
+        whole = x if out is None else flat(out)
+        own = _own(whole, group)
+        block = whole[own] if out is None else _checked(op, x, whole, own.stop - own.start)
+        return (block, whole, all_bounds(len(whole), p)), whole, (p - 1) * block.nbytes
+    sends = counts(len(x), p)
+    mine = sends[group.rank]
+    result = _checked(op, out, x, mine * p)
+    arrivals = [(rank * mine, (rank + 1) * mine) for rank in range(p)]
+    return (x, result, all_bounds(len(x), p), arrivals), result, size - mine * x.element_size()
+
+
+def _own(x, group):
+    return slice(*all_bounds(len(x), group.size)[group.rank])
+
+
+def _checked(op, out, x, length):
+    """Return ``out`` flat; refuse one that is not contiguous host memory of ``length`` items like those of ``x``."""
+    if out is None or out.is_cuda or not out.is_contiguous() or out.dtype != x.dtype or out.numel() != length:
+        what = "none" if out is None else f"{out.dtype} {list(out.shape)} on {out.device}"
+        raise ShapeError(f"bind: {op} needs beside {x.dtype} {list(x.shape)} a contiguous tensor on the CPU of the same dtype "
+                         f"with {length} items, not {what}")
+    return flat(out)

@@ -1,9 +1,10 @@
 """Tensors as MPI buffers, without a copy where the tensor already is contiguous host memory."""
 
+from functools import cache
+
 import torch
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def staged(x):
@@ -19,23 +20,44 @@ def host_empty(shape, like):
     return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
 
-def as_array(x):
-    """View a contiguous host tensor as a flat numpy array of its own type, for MPI to compute with.
+def as_numbers(x):
+    """Return a contiguous host tensor as MPI takes it to compute with.
 
-    bfloat16 has no numpy type: it is only ever moved (:func:`as_words`), never handed to MPI for a sum.
+    Half types have no place here: MPI knows none, they are only ever moved (:func:`as_words`).
     """
-    return flat(x).numpy()
+    from_address, numbers, _ = _mpi()
+    return from_address(x.data_ptr(), x.nbytes), numbers[x.dtype]
 
 
-def as_words(x):
-    """View a contiguous host tensor as a flat array of integers as long as its items, for MPI to move: of any type, and
-    with counts that reach further than bytes (some libraries take no more than 31 bits)."""
-    return flat(x).view(_WORDS[x.element_size()]).numpy()
+def as_words(x, cuts=None):
+    """Return a contiguous host tensor as MPI takes it to move, whole or in the blocks of ``cuts``: as integers as long as
+    its items, of any type, and with counts that reach further than bytes (some libraries take no more than 31 bits)."""
+    from_address, _, words = _mpi()
+    buffer, word = from_address(x.data_ptr(), x.nbytes), words[x.element_size()]
+    if cuts is None:
+        return buffer, word
+    return buffer, ([high - low for low, high in cuts], [low for low, _ in cuts]), word
+
+
+@cache
+def _mpi():
+    """Return what makes a buffer of an address, which is the shortest way, and MPI's types."""
+    from mpi4py import MPI
+
+    numbers = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.uint8: MPI.UINT8_T, torch.int8: MPI.INT8_T,
+               torch.int16: MPI.INT16_T, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T}
+    words = {1: MPI.INT8_T, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T}
+    return MPI.buffer.fromaddress, numbers, words
 
 
 def flat(x):
     """View contiguous ``x`` as one dimension, without the odd strides that dimensions of size one may have."""
     return x if x.dim() == 1 and x.stride(0) == 1 else x.as_strided((x.numel(),), (1,))
+
+
+def is_within(part, x):
+    """Tell whether ``part`` begins within contiguous ``x``."""
+    return x.data_ptr() <= part.data_ptr() < x.data_ptr() + x.nbytes
 
 
 def synchronize(device):

@@ -20,7 +20,6 @@ import torch
 from mpillm.comm.buffers import flat, host_empty, staged, unstaged
 from mpillm.comm.group import as_group
 from mpillm.comm.progress import finish
-from mpillm.comm.scheduled import Scheduled
 from mpillm.comm.transport import DONE
 from mpillm.errors import ShapeError
 from mpillm.schedules.blocks import all_bounds, bounds, counts
@@ -82,12 +81,13 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     if group.size == 1:
         return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
     n_bytes = x.nbytes
-    group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x.dtype, x.shape, op=op)
+    group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x, op=op)
     source = staged(x)
     host = torch.empty_like(source, pin_memory=x.is_cuda) if out is None or out.is_cuda else out
     start = flat(source)
     result = start if host is source else flat(host)
-    request = group.transport("allreduce", x.dtype, n_bytes, may_block).allreduce(start, result, op)
+    transport = group.transport("allreduce", x.dtype, n_bytes, may_block, group.holds(host))
+    request = transport.allreduce(start, result, op)
     return Pending(host, request, (source,),
                    lambda: unstaged(host, x) if out is None or host is out else out.copy_(host))
 
@@ -127,8 +127,8 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
-    group.enter("reduce_scatter", n_bytes - out.numel() * x.element_size(), x.dtype, x.shape)
-    transport = group.transport("reduce_scatter", x.dtype, n_bytes, may_block)
+    group.enter("reduce_scatter", n_bytes - out.numel() * x.element_size(), x)
+    transport = group.transport("reduce_scatter", x.dtype, n_bytes, may_block, group.holds(rows))
     request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
@@ -171,7 +171,7 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
     dim = check_dim("allgather", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    group.enter("allgather", (group.size - 1) * x.nbytes, x.dtype, (*x.shape[:dim], size, *x.shape[dim + 1:]))
+    group.enter("allgather", (group.size - 1) * x.nbytes, x, (*x.shape[:dim], size, *x.shape[dim + 1:]))
     if size is None:
         lengths = group.comm.allgather(x.shape[dim])
     else:
@@ -198,18 +198,17 @@ def reduce_scatter_blocks(x, comm):
 
 
 def ireduce_scatter_blocks(x, comm, may_block=False):
-    """Start :func:`reduce_scatter_blocks`. Until it is waited for, the library wants the block to be kept apart."""
+    """Start :func:`reduce_scatter_blocks`."""
     group = as_group(comm)
     if group.size == 1:
         return Pending(x)
     cuts, host = all_bounds(len(x), group.size), staged(x)
     own = slice(*cuts[group.rank])
     block = x[own]
-    group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x.dtype, x.shape)
-    transport = group.transport("reduce_scatter", x.dtype, x.nbytes, may_block)
-    out = host[own] if may_block or isinstance(transport, Scheduled) else host_empty(block.shape, x)
-    request = transport.reduce_scatter(host, out, cuts, "sum")
-    return Pending(block, request, (host,), lambda: block if block.data_ptr() == out.data_ptr() else block.copy_(out))
+    group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x)
+    transport = group.transport("reduce_scatter", x.dtype, x.nbytes, may_block, group.holds(host))
+    request = transport.reduce_scatter(host, host[own], cuts, "sum")
+    return Pending(block, request, (host,), lambda: block if host is x else block.copy_(host[own]))
 
 
 @_timed
@@ -229,8 +228,9 @@ def iallgather_blocks(x, comm, may_block=False):
     cuts, is_apart = all_bounds(len(x), group.size), x.is_cuda or not x.is_contiguous()
     host, mine = host_empty(x.shape, x) if is_apart else x, slice(*cuts[group.rank])
     own = host[mine].copy_(x[mine]) if is_apart else host[mine]
-    group.enter("allgather", (group.size - 1) * own.nbytes, x.dtype, x.shape)
-    request = group.transport("allgather", x.dtype, x.nbytes, may_block).allgather(own, host, cuts)
+    group.enter("allgather", (group.size - 1) * own.nbytes, x)
+    transport = group.transport("allgather", x.dtype, x.nbytes, may_block, group.holds(host))
+    request = transport.allgather(own, host, cuts)
     return Pending(x, request, (host,), lambda: x.copy_(host) if is_apart else x)
 
 
@@ -254,7 +254,7 @@ def ibcast(x, comm, root=0, may_block=False):
         return Pending(x.detach().clone())
     out = staged(x).clone()
     n_bytes = x.nbytes
-    group.enter("bcast", n_bytes if group.rank == root else 0, x.dtype, x.shape, root)
+    group.enter("bcast", n_bytes if group.rank == root else 0, x, root=root)
     request = group.transport("bcast", x.dtype, n_bytes, may_block).bcast(flat(out), root)
     return Pending(out, request, (), lambda: unstaged(out, x))
 
@@ -287,8 +287,9 @@ def ialltoall(x, comm, dim=0, may_block=False):
     sends = counts(rows.shape[0], group.size)
     mine, n_bytes = sends[group.rank], rows.numel() * x.element_size()
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
-    group.enter("alltoall", n_bytes - out.numel() // group.size * x.element_size(), x.dtype, x.shape)
-    request = group.transport("alltoall", x.dtype, n_bytes, may_block).alltoall(
+    group.enter("alltoall", n_bytes - out.numel() // group.size * x.element_size(), x)
+    transport = group.transport("alltoall", x.dtype, n_bytes, may_block, group.holds(rows))
+    request = transport.alltoall(
         flat(rows), flat(out), _blocks(sends, rows), _blocks([mine] * group.size, out))
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
 
@@ -317,7 +318,7 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
     sent = n_bytes - out.numel() * x.element_size() if group.rank == root else 0
-    group.enter("scatter", sent, x.dtype, x.shape, root)
+    group.enter("scatter", sent, x, root=root)
     request = group.transport("scatter", x.dtype, n_bytes, may_block).scatter(
         flat(rows), flat(out), _blocks(counts(rows.shape[0], group.size), rows), root)
     return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
@@ -342,7 +343,7 @@ def igather(x, comm, dim=0, root=0, may_block=False):
     dim = check_dim("gather", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    group.enter("gather", 0 if group.rank == root else x.nbytes, x.dtype, (*x.shape[:dim], *x.shape[dim + 1:]), root)
+    group.enter("gather", 0 if group.rank == root else x.nbytes, x, (*x.shape[:dim], *x.shape[dim + 1:]), root)
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(x.movedim(dim, 0))
     out = host_empty((sum(lengths) if group.rank == root else 0, *rows.shape[1:]), x)

@@ -82,10 +82,12 @@ class Executor:
         self._progress = None
 
     def start(self):
-        """Begin, with what the inputs hold now. Collective. Not before what was started last has finished."""
+        """Begin, with what the inputs hold now; return itself, the request. Collective. Not before what was started last
+        has finished."""
         self._progress = self._run()
         under_way.append(self)
         self.Test()
+        return self
 
     def Test(self):
         """Let it and all others under way progress; tell whether it is finished.

@@ -99,15 +99,17 @@ class Group:
         limits, made = self._choices[key]
         row = bisect_left(limits, n_bytes)
         if isinstance(made[row], Algorithm):
-            made[row] = self._make_transport(made[row], op, dtype, may_block)
+            made[row] = self._make_transport(made[row], op, dtype, may_block, in_window)
         return made[row]
 
-    def _make_transport(self, algorithm, op, dtype, may_block):
+    def _make_transport(self, algorithm, op, dtype, may_block, in_window):
         """Return what carries out ``op`` by the algorithm of a row, or what stands in for it here."""
         library, is_half_sum = self._libraries[may_block], dtype in HALF_TYPES and op in ("allreduce", "reduce_scatter")
         is_in_memory = may_block and algorithm.name in (WINDOW, TWO_LEVEL)
+        if in_window and may_block and (is_in_memory or self.order == "tree" or is_half_sum):
+            return self.node.in_window  # for these sums the library would exchange what is to be added
         if is_in_memory and self.node:
-            return self.node
+            return self.node.staging
         if self.order == "tree":
             return library
         if algorithm.name == LIBRARY:
@@ -118,34 +120,55 @@ class Group:
             return self.levels
         return library if algorithm.name == WINDOW else self.schedules.transport(algorithm.name)
 
-    def bind(self, op, x):
-        """Bind a collective to a tensor, to be started again and again where it lies.
+    def holds(self, x):
+        """Tell whether ``x`` lies in a window of these ranks. Local."""
+        node = self.__dict__.get("node")  # made when the first window was
+        return node is not None and node.holds(x)
+
+    def bind(self, op, x, out=None, root=0):
+        """Bind a collective to tensors, to be started again and again where they lie.
 
         Local; the same on all ranks.
 
         Parameters
         ----------
-        op : {"allreduce", "reduce_scatter", "allgather"}
-            As :func:`~mpillm.comm.collectives.allreduce` into ``x`` itself,
-            :func:`~mpillm.comm.collectives.reduce_scatter_blocks` and
-            :func:`~mpillm.comm.collectives.allgather_blocks`.
+        op : {"allreduce", "reduce_scatter", "allgather", "bcast", "alltoall"}
+            Sums are sums. Blocks are those of :mod:`mpillm.schedules.blocks`.
         x : Tensor
-            Flat; of equal length and dtype on all ranks.
+            Flat; of equal length and dtype on all ranks. Allgather takes the whole of which every rank fills its block,
+            or with ``out`` the block.
+        out : Tensor, optional
+            Flat, for the result: as long as ``x`` for allreduce, this rank's block for reduce_scatter, the whole for
+            allgather, all ranks' blocks for alltoall, which needs it. Without it the result lies in ``x``, of
+            reduce_scatter in this rank's block, and the other blocks are destroyed.
+        root : int
+            Of bcast.
 
         Returns
         -------
         Bound
+
+        Raises
+        ------
+        ShapeError
+            On this rank, before any message, if ``out`` does not fit.
+
+        Notes
+        -----
+        A start costs some microseconds beside the message. Tensors on a GPU are staged anew each time, and bound in place
+        only.
         """
         from mpillm.comm.bound import Bound  # which stands on the collectives, as they stand on groups
 
-        return Bound(self, op, x)
+        return Bound(self, op, x, out, root)
 
-    def enter(self, operation, n_bytes, dtype, shape, root=None, op=None):
-        """Note a call of ``operation`` that sends ``n_bytes`` from this rank; in checked mode compare it with the
+    def enter(self, operation, n_bytes, x, shape=None, root=None, op=None):
+        """Note a call of ``operation`` on ``x`` that sends ``n_bytes`` from this rank; in checked mode compare it with the
         others': dtype, shape, root and what a reduction computes must be the same on all."""
         self.recorder.add(self.name, operation, n_bytes)
         if self._checker:
-            self._checker.check(f"{operation} {op}" if op else operation, self.recorder.step, dtype, shape, root)
+            self._checker.check(f"{operation} {op}" if op else operation, self.recorder.step, x.dtype,
+                                x.shape if shape is None else shape, root)
 
     @property
     def is_freed(self):

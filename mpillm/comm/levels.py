@@ -32,9 +32,9 @@ class Levels:
         """Each lane reduces its block, round the nodes by a ring."""
         cuts = all_bounds(len(x), self.node.size)
         block = out[slice(*cuts[self.node.rank])]
-        self.node.reduce_scatter(x, block, cuts, op)
+        self.node.transport(x).reduce_scatter(x, block, cuts, op)
         self._between.allreduce(block, block, op).wait()
-        return self.node.allgather(block, out, cuts)
+        return self.node.transport(out).allgather(block, out, cuts)
 
     def reduce_scatter(self, x, out, cuts, op):
         """Inside a node a rank combines the blocks of its lane, which then reduces them to each rank's own."""
@@ -42,14 +42,14 @@ class Levels:
         sizes = [high - low for low, high in (inside[self.node.rank] for inside in nodes)]
         lane, ends = torch.empty(sum(sizes), dtype=x.dtype), list(pairwise(accumulate(sizes, initial=0)))
         for inside, end in zip(nodes, ends):
-            self.node.reduce_scatter(x, lane[slice(*end)], inside, op)
+            self.node.transport(x).reduce_scatter(x, lane[slice(*end)], inside, op)
         return self._between.reduce_scatter(lane, out, ends, op)
 
     def allgather(self, x, out, cuts):
         nodes = self._cuts(cuts)
         self._between.allgather(x, out, [inside[self.node.rank] for inside in nodes]).wait()
         for inside in nodes:
-            self.node.allgather(out[slice(*inside[self.node.rank])], out, inside)
+            self.node.transport(out).allgather(out[slice(*inside[self.node.rank])], out, inside)
         return DONE
 
     def free(self):

@@ -5,10 +5,10 @@ A :class:`~mpillm.comm.transport.Transport`.
 
 import torch
 
-from mpillm.comm.buffers import HALF_TYPES, as_array, as_words
-from mpillm.comm.progress import finish
+from mpillm.comm.buffers import HALF_TYPES, as_numbers, as_words, is_within
+from mpillm.comm.progress import finish, under_way
 from mpillm.comm.sums import combine_tree
-from mpillm.comm.transport import DONE
+from mpillm.comm.transport import DONE, Again
 from mpillm.schedules.blocks import all_bounds
 
 
@@ -33,57 +33,117 @@ class Library:
             own = out[slice(*cuts[self.rank])]
             self.reduce_scatter(x, own, cuts, op)
             return self.allgather(own, out, cuts)
-        source = self._in_place if x is out or x.data_ptr() == out.data_ptr() else as_array(x)
-        return self._call("Allreduce", source, as_array(out), self._ops[op])
+        return self._call(*self._allreduce(x, out, op))
 
     def reduce_scatter(self, x, out, cuts, op):
-        sizes = [high - low for low, high in cuts]
-        if self._is_direct(x):
-            received = torch.empty(self.size * len(out), dtype=x.dtype)
-            arrivals = [(rank * len(out), (rank + 1) * len(out)) for rank in range(self.size)]
-            finish(self.alltoall(x, received, cuts, arrivals))
-            out.copy_(combine_tree(list(received.view(self.size, len(out))), op))
-        elif x.data_ptr() <= out.data_ptr() < x.data_ptr() + x.numel() * x.element_size():
-            array = as_array(x)
-            if any(0 < low < high - low for low, high in cuts):  # MPICH 5.0.2 aborts: its copy to the front overlaps
-                part = torch.empty_like(out)
-                finish(self._call("Reduce_scatter", array, as_array(part), sizes, self._ops[op]))
-                out.copy_(part)
-                return DONE
-            finish(self._call("Reduce_scatter", self._in_place, array, sizes, self._ops[op]))
-            if self.rank > 0:  # MPI leaves it at the beginning; numpy minds the overlap
-                array[slice(*cuts[self.rank])] = array[:len(out)]
-        else:
-            return self._call("Reduce_scatter", as_array(x), as_array(out), sizes, self._ops[op])
+        if not self._is_direct(x):
+            return self._call(*self._reduce_scatter(x, out, cuts, op))
+        received = torch.empty(self.size * len(out), dtype=x.dtype)
+        arrivals = [(rank * len(out), (rank + 1) * len(out)) for rank in range(self.size)]
+        finish(self.alltoall(x, received, cuts, arrivals))
+        out.copy_(combine_tree(list(received.view(self.size, len(out))), op))
         return DONE
 
     def allgather(self, x, out, cuts):
-        is_in_place = out[slice(*cuts[self.rank])].data_ptr() == x.data_ptr()
-        source = self._in_place if is_in_place else as_words(x)
-        return self._call("Allgatherv", source, [as_words(out), _layout(cuts)])
+        return self._call(*self._allgather(x, out, cuts))
 
     def bcast(self, x, root):
-        return self._call("Bcast", as_words(x), root)
+        return self._call(*self._bcast(x, root))
 
     def alltoall(self, x, out, sends, receives):
-        return self._call("Alltoallv", [as_words(x), _layout(sends)], [as_words(out), _layout(receives)])
+        return self._call(*self._alltoall(x, out, sends, receives))
 
     def scatter(self, x, out, cuts, root):
-        source = [as_words(x), _layout(cuts)] if self.rank == root else None
-        return self._call("Scatterv", source, as_words(out), root)
+        return self._call(*self._scatter(x, out, cuts, root))
 
     def gather(self, x, out, cuts, root):
-        target = [as_words(out), _layout(cuts)] if self.rank == root else None
-        return self._call("Gatherv", as_words(x), target, root)
+        return self._call(*self._gather(x, out, cuts, root))
 
-    def _call(self, name, *arguments):
+    def bind(self, op, *arguments):
+        """Return the persistent form of an operation on these arguments; collective, as the operation itself."""
+        if op in ("allreduce", "reduce_scatter") and self._is_direct(arguments[0]):
+            return Again(self, op, arguments)
+        name, call, result = getattr(self, f"_{op}")(*arguments)
+        return Persistent(getattr(self.comm, f"{name}_init")(*call), result, self._may_block)
+
+    # What is called for each operation: MPI's name, the arguments, and (where from, where to) a result is copied if it
+    # does not arrive in its place.
+
+    def _allreduce(self, x, out, op):
+        words = as_numbers(out)
+        source = self._in_place if x is out or x.data_ptr() == out.data_ptr() else as_numbers(x)
+        return "Allreduce", (source, words, self._ops[op]), None
+
+    def _reduce_scatter(self, x, out, cuts, op):
+        # MPI leaves the result of a call in place at the beginning, where it would destroy what others may still read.
+        is_in_place = is_within(out, x)
+        part = torch.empty_like(out) if is_in_place else out
+        sizes = [high - low for low, high in cuts]
+        call = as_numbers(x), as_numbers(part), sizes, self._ops[op]
+        return "Reduce_scatter", call, (part, out) if is_in_place else None
+
+    def _allgather(self, x, out, cuts):
+        low, high = cuts[self.rank]
+        is_in_place = low == high or out.data_ptr() + low * out.element_size() == x.data_ptr()
+        source = self._in_place if is_in_place else as_words(x)
+        return "Allgatherv", (source, as_words(out, cuts)), None
+
+    def _bcast(self, x, root):
+        return "Bcast", (as_words(x), root), None
+
+    def _alltoall(self, x, out, sends, receives):
+        return "Alltoallv", (as_words(x, sends), as_words(out, receives)), None
+
+    def _scatter(self, x, out, cuts, root):
+        source = as_words(x, cuts) if self.rank == root else None
+        return "Scatterv", (source, as_words(out), root), None
+
+    def _gather(self, x, out, cuts, root):
+        target = as_words(out, cuts) if self.rank == root else None
+        return "Gatherv", (as_words(x), target, root), None
+
+    def _call(self, name, arguments, result):
         """Call the blocking form, which libraries have faster algorithms for, or start the nonblocking one."""
-        return getattr(self.comm, name if self._may_block else f"I{name.lower()}")(*arguments) or DONE
+        if self._may_block:
+            getattr(self.comm, name)(*arguments)
+            if result:
+                result[1].copy_(result[0])
+            return DONE
+        request = getattr(self.comm, f"I{name.lower()}")(*arguments)
+        return Copied(request, *result) if result else request
 
     def _is_direct(self, x):
         return self._has_fixed_order or x.dtype in HALF_TYPES
 
 
-def _layout(cuts):
-    """Return sizes and places of blocks."""
-    return [high - low for low, high in cuts], [low for low, _ in cuts]
+class Copied:
+    """A request whose result is copied to its place once it is there."""
+
+    def __init__(self, request, source, target):
+        self._request, self._source, self._target = request, source, target
+
+    def Test(self):
+        """Let it progress; tell whether the result is in its place."""
+        if self._target is not None and self._request.Test():
+            self._target.copy_(self._source)
+            self._target = None
+        return self._target is None
+
+
+class Persistent:
+    """A :class:`~mpillm.comm.transport.Startable` by a persistent request of the library."""
+
+    def __init__(self, request, result, may_block):
+        self._request, self._result, self._may_block = request, result, may_block
+
+    def start(self):
+        self._request.Start()
+        if self._may_block and not under_way:
+            self._request.Wait()
+            if self._result:
+                self._result[1].copy_(self._result[0])
+            return DONE
+        return Copied(self._request, *self._result) if self._result else self._request
+
+    def free(self):
+        self._request.Free()

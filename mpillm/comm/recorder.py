@@ -21,8 +21,6 @@ class Recorder:
 
     Attributes
     ----------
-    last : deque of dict
-        The last calls: ``at`` in seconds since 1970, and either ``axis call number bytes`` or ``kind name`` of a span.
     beats : int
         How much was noted; grows as long as the rank makes progress.
     kind : str
@@ -37,25 +35,43 @@ class Recorder:
     """
 
     def __init__(self):
-        self.calls, self.bytes, self._numbers = Counter(), Counter(), Counter()
-        self.last, self.beats, self.ended, self.step = deque(maxlen=KEPT), 0, set(), 0
+        self._counted, self._numbers = {}, {}
+        self._last, self.beats, self.ended, self.step = deque(maxlen=KEPT), 0, set(), 0
         self.kind, self._open, self._outside = RESTING, [], RESTING
         self.collective_s, self.own_s = 0.0, Counter()
 
     def add(self, axis, operation, n_bytes):
         """Count one call."""
-        key = axis, operation
-        self.calls[key] += 1
-        self.bytes[key] += n_bytes
-        if operation != "send":
-            self._numbers[axis] += 1
-        self._note({"axis": axis, "call": operation, "number": self._numbers[axis], "bytes": n_bytes})
+        key, number = (axis, operation), self._numbers.get(axis, 0) + (operation != "send")
+        self._numbers[axis] = number
+        calls, sent_bytes = self._counted.get(key, (0, 0))
+        self._counted[key] = calls + 1, sent_bytes + n_bytes
+        self.beats += 1
+        self._last.append((time.time(), axis, operation, number, n_bytes))
+
+    @property
+    def calls(self):
+        """How often each was called."""
+        return Counter({key: calls for key, (calls, _) in self._counted.items()})
+
+    @property
+    def bytes(self):
+        """What each sent."""
+        return Counter({key: sent_bytes for key, (_, sent_bytes) in self._counted.items()})
+
+    @property
+    def last(self):
+        """The last calls and spans, as dicts: ``at`` in seconds since 1970, and either ``axis call number bytes`` or ``kind
+        name step`` of a span that began. Put into words only here, because small messages would feel it."""
+        return [dict(zip(("at", "axis", "call", "number", "bytes") if len(entry) == 5 else ("at", "kind", "name", "step"),
+                         entry)) for entry in list(self._last)]
 
     def begin(self, kind, name):
         """Note that a span begins."""
         self._open.append((kind, time.perf_counter() - self.collective_s))
         self.kind = kind
-        self._note({"kind": kind, "name": name, "step": self.step})
+        self.beats += 1
+        self._last.append((time.time(), kind, name, self.step))
 
     def end(self, kind):
         """Note that a span has ended."""
@@ -79,15 +95,9 @@ class Recorder:
         self.kind = self._outside = RESTING
         self.beats += 1
 
-    def _note(self, entry):
-        self.beats += 1
-        entry["at"] = time.time()
-        self.last.append(entry)
-
     def reset(self):
         """Start counting bytes anew."""
-        self.calls.clear()
-        self.bytes.clear()
+        self._counted.clear()
 
 
 class Checker:

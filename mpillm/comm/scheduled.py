@@ -4,10 +4,15 @@ from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 
+import torch
+
+from mpillm.comm.buffers import is_within
 from mpillm.comm.executor import Executor
+from mpillm.comm.transport import Again
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import make_collective
 
+KEPT_BYTES = 4 << 20  # of the largest tensor that executors stay bound to: with larger ones it is no gain
 _NUM_TAGS = 1 << 14  # of executors that run once; those that are kept have as many more
 
 
@@ -46,8 +51,8 @@ class Schedules:
             self._transports[algorithm] = Scheduled(self, algorithm)
         return self._transports[algorithm]
 
-    def start(self, schedule, carries, sizes, inputs, outputs, dtype, op, is_once=True, may_change_inputs=False):
-        """Start a schedule.
+    def make(self, schedule, carries, sizes, inputs, outputs, dtype, op, is_once=True, may_change_inputs=False):
+        """Make ready what runs a schedule.
 
         Collective over the ranks.
 
@@ -59,14 +64,10 @@ class Schedules:
         Returns
         -------
         Executor
-            Started.
         """
         self.num_started, self.num_kept = self.num_started + is_once, self.num_kept + (not is_once)
         tag = self.num_started % _NUM_TAGS if is_once else _NUM_TAGS + self.num_kept % _NUM_TAGS
-        executor = Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once,
-                            may_change_inputs)
-        executor.start()
-        return executor
+        return Executor(schedule, carries, self.comm, sizes, inputs, outputs, dtype, op, tag, is_once, may_change_inputs)
 
     def free(self):
         """Release the communicator."""
@@ -99,11 +100,19 @@ class Scheduled:
     ----------
     schedules : Schedules
     algorithm : str
+    is_bound : bool
+        Whether operations return executors that were not started, to be started again and again.
     """
 
-    def __init__(self, schedules, algorithm):
-        self.schedules, self.algorithm = schedules, algorithm
+    def __init__(self, schedules, algorithm, is_bound=False):
+        self.schedules, self.algorithm, self._is_bound = schedules, algorithm, is_bound
         self.rank, self.size = schedules.comm.rank, schedules.comm.size
+
+    def bind(self, op, *arguments):
+        """Return the executor of an operation on these arguments; for large ones, where keeping it is no gain, none."""
+        if max(x.nbytes for x in arguments if isinstance(x, torch.Tensor)) > KEPT_BYTES:
+            return Again(self, op, arguments)
+        return getattr(Scheduled(self.schedules, self.algorithm, is_bound=True), op)(*arguments)
 
     def allreduce(self, x, out, op):
         schedule, carries = self._schedule("allreduce")
@@ -116,8 +125,7 @@ class Scheduled:
         low = min((start for (start, _), rank in zip(cuts, schedule.targets) if rank == self.rank))
         own = {c: out[start - low:stop - low] for c, (start, stop) in enumerate(cuts)
                if schedule.targets[c] == self.rank}
-        is_in_place = x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, may_change_inputs=is_in_place)
+        return self._start(schedule, carries, cuts, _views(x, cuts), own, x.dtype, op, may_change_inputs=is_within(out, x))
 
     def allgather(self, x, out, cuts):
         schedule, carries = self._schedule("allgather")
@@ -155,28 +163,8 @@ class Scheduled:
 
     def _start(self, schedule, carries, cuts, inputs, outputs, dtype, op="sum", **options):
         sizes = [high - low for low, high in cuts]
-        return self.schedules.start(schedule, carries, sizes, inputs, outputs, dtype, op, **options)
-
-
-class BoundSchedule(Scheduled):
-    """The same for one operation that is always called with the same tensors: the executor made at the first call, with
-    its requests and memory, is started again at the others."""
-
-    def __init__(self, schedules, algorithm):
-        super().__init__(schedules, algorithm)
-        self._executor = None
-
-    def free(self):
-        """Release the executor, which must have finished. Local."""
-        if self._executor:
-            self._executor.free()
-
-    def _start(self, *arguments, **options):
-        if self._executor:
-            self._executor.start()
-        else:
-            self._executor = super()._start(*arguments, is_once=False, **options)
-        return self._executor
+        executor = self.schedules.make(schedule, carries, sizes, inputs, outputs, dtype, op, not self._is_bound, **options)
+        return executor if self._is_bound else executor.start()
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """What carries out collectives: one protocol, behind which stand the MPI library, shared memory, schedules, and what is
 made of these."""
 
+from functools import partial
 from typing import Protocol
 
 
@@ -19,12 +20,42 @@ class _Done:
 DONE = _Done()  # the request of an operation that has blocked until it was finished
 
 
+class Startable(Protocol):
+    """An operation bound to its tensors, to be started again and again."""
+
+    def start(self):
+        """Begin, with what the tensors hold now; return a :class:`Request`. Collective. Not before it has finished."""
+
+    def free(self):
+        """Release what is kept. Local."""
+
+
+class Again:
+    """A :class:`Startable` for which nothing is kept: the operation is called again."""
+
+    def __init__(self, transport, op, arguments):
+        self.start = partial(getattr(transport, op), *arguments)
+
+    def free(self):
+        self.start = None
+
+
+def bind(transport, op, *arguments):
+    """Return the :class:`Startable` of an operation on these arguments, with what the transport can keep for it.
+
+    Collective: the same on all ranks.
+    """
+    keep = getattr(transport, "bind", None)
+    return keep(op, *arguments) if keep else Again(transport, op, arguments)
+
+
 class Transport(Protocol):
     """Collectives of a group on flat host tensors.
 
-    Every method is collective, and returns the :class:`Request` of an operation that may be under way: until it is done
+    Every operation is collective, and returns the :class:`Request` of an operation that may be under way: until it is done
     inputs must not change. ``cuts`` are the ``(start, stop)`` of every rank's block. One transport may lack operations
-    that a group never asks it for.
+    that a group never asks it for. One that can keep something for an operation that is called again and again on the
+    same tensors has ``bind(op, *arguments)``, which returns a :class:`Startable`.
     """
 
     def allreduce(self, x, out, op):

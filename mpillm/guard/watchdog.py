@@ -122,7 +122,7 @@ class Watchdog:
                   for ident, frame in sys._current_frames().items() if ident != threading.get_ident()}
         return {"rank": self.rank, "ranks": self.size, "coords": self.coords, "host": os.uname().nodename,
                 "pid": os.getpid(), "step": self.recorder.step, "kind": self.recorder.kind, "quiet_s": quiet_s,
-                "limit_s": self.limit_of(self.recorder.kind), "calls": list(self.recorder.last), "stacks": stacks}
+                "limit_s": self.limit_of(self.recorder.kind), "calls": self.recorder.last, "stacks": stacks}
 
     def _wait(self, beats, kind, rest_s, is_asked):
         """Wait for ``rest_s``, for others to write, and while one waits for a file system; return the names of what was

@@ -9,7 +9,7 @@ from helpers import assert_all
 
 from mpillm import comm as mpi
 from mpillm.autograd import allgather_to, gather_from, reduce_scatter_from, scatter_to
-from mpillm.comm import collectives, shared
+from mpillm.comm import collectives, windows
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.single import SingleComm
 from mpillm.errors import ShapeError
@@ -67,7 +67,7 @@ def with_windows(comm):
     if not hasattr(as_group(comm), "small"):
         table = DecisionTable(tuple((op, "*", "*", None, "window") for op in OPERATIONS))
         group = Group(as_group(comm).comm, table=table)
-        group.node.slot_bytes, group.node.at_once_bytes = 512, 32
+        group.node.staging.slot_bytes, group.node.staging.at_once_bytes = 512, 32
         as_group(comm).small = group
     return as_group(comm).small
 
@@ -229,8 +229,8 @@ def test_the_library_reduces_a_large_buffer_of_uneven_blocks_where_it_lies(comm)
 def test_tensors_in_a_window_are_combined_where_they_lie(comm, dtype, monkeypatch):
     """And give the bits that messages in the fixed order give."""
     node = with_windows(comm).node if comm.size > 1 else None
-    monkeypatch.setattr(shared, "WHOLE_BYTES", 128)
-    monkeypatch.setattr(shared, "PIECE_BYTES", 64)
+    monkeypatch.setattr(windows, "WHOLE_BYTES", 128)
+    monkeypatch.setattr(windows, "PIECE_BYTES", 64)
     tree = groups(comm)[-1]
     for size in SIZES + [1001] if node else []:
         x, room = data((size,), dtype, comm.rank), node.empty(size + 5, dtype)

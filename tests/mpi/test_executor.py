@@ -1,7 +1,9 @@
 """Schedules on real ranks: every generator, packed trees, dtypes, sizes, in place, started again, several at once."""
 
+import itertools
 import weakref
 
+import psutil
 import pytest
 import torch
 from helpers import assert_all
@@ -13,10 +15,9 @@ from mpillm.comm.executor import Executor
 from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import Scheduled, checked
 from mpillm.comm.tables import only
-from mpillm.plan import DEFAULT_TABLE
 from mpillm.planner.routes import Topology
 from mpillm.planner.trees import pack_trees
-from mpillm.schedules.algorithm import LIBRARY
+from mpillm.schedules.algorithm import LIBRARY, WINDOW
 from mpillm.schedules.blocks import all_bounds, counts
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import ALGORITHMS, make_collective
@@ -161,8 +162,7 @@ def test_started_again_with_other_values(comm):
 
 
 def test_a_bound_request_is_started_again(comm):
-    """With the executor that the first start made, beside others that come and go, whether or not it may block; and of
-    what the library and shared memory carry out there is nothing to keep."""
+    """With the executor that the first start made, beside others that come and go, whether or not it may block."""
     group, x = as_group(comm).with_table(only("ring")), torch.empty(1001)
     reduction, gathering, made = group.bind("reduce_scatter", x), group.bind("allgather", x), []
     for value in (1.0, 5.0, 7.0):
@@ -176,17 +176,58 @@ def test_a_bound_request_is_started_again(comm):
         sums = x == sum(value + rank for rank in range(comm.size)), other.wait() == comm.size * value
         ok = all(map(torch.all, sums)) and whole is x and len(block) == counts(1001, comm.size)[comm.rank]
         assert_all(ok and not reduction.is_started(), f"{value} {x[0]}", comm)
-        made.append([kept._executor for bound in (reduction, gathering) for kept in bound._schedules.values()])
+        made.append([kept for bound in (reduction, gathering) for kept in bound._kept.values()])
     assert_all(made[0] == made[1] == made[2] and len(made[0]) == (2 if comm.size > 1 else 0), made, comm)
     for bound in (reduction, gathering):
         bound.free()
     kept = weakref.ref(x)
     del x, block, whole, sums, made
     assert_all(kept() is None, "the tensor is still held", comm)
-    for table in (only(LIBRARY), DEFAULT_TABLE):
-        bound = as_group(comm).with_table(table).bind("allreduce", y := torch.full((9,), 1.0))
-        found = [bound.start().wait()[0].item(), bound.run()[0].item()]
-        assert_all(found == [comm.size, comm.size**2] and not bound._schedules and y[0] == comm.size**2, found, comm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bound_requests_give_what_calls_give(comm, dtype):
+    """Every operation, algorithm and place, in place and not, started so that it may block and so that it may not."""
+    usual, generator, wrong = as_group(comm), torch.Generator().manual_seed(comm.rank), []
+    room = usual.node.empty(4096, dtype) if comm.size > 1 else torch.empty(4096, dtype=dtype)
+    for name, order, size, in_window in itertools.product((LIBRARY, WINDOW, "ring"), ("any", "tree"), (0, 5, 1001),
+                                                          (False, True)):
+        group = usual.with_table(only(name))
+        group.order, group._libraries = order, tuple(type(made)(group, may_block) for made, may_block in zip(
+            group._libraries, (False, True)))
+        mine = torch.randint(-30, 30, (size,), generator=generator).to(dtype)  # whose sums are exact in any order
+        low, high = all_bounds(size, comm.size)[comm.rank]
+        place = (room[8:], room[2048:]) if in_window else (torch.empty(2048, dtype=dtype), torch.empty(2048, dtype=dtype))
+        whole, total = mpi.allgather(mine[low:high], usual, 0, size), mpi.allreduce(mine, usual)
+        exchanged = mpi.alltoall(mine, usual)
+        for op, value, length, right in (
+                ("allreduce", mine, None, total), ("allreduce", mine, size, total),
+                ("reduce_scatter", mine, None, total[low:high]), ("reduce_scatter", mine, high - low, total[low:high]),
+                ("allgather", mine, None, whole), ("allgather", mine[low:high], size, whole),
+                ("bcast", mine, None, mpi.bcast(mine, usual)), ("alltoall", mine, len(exchanged), exchanged)):
+            x, out = place[0][:len(value)], None if length is None else place[1][:length]
+            bound = group.bind(op, x, out)
+            for start in (lambda: bound.start().wait(), lambda: bound.start(may_block=True).wait(), bound.run):
+                x.copy_(value)
+                if not torch.equal(start(), right) or out is not None and not torch.equal(x, value):
+                    wrong.append(f"{op} {name} {order} {size} in window: {in_window}, to another tensor: {out is not None}")
+            bound.free()
+    assert_all(not wrong, wrong, comm)
+    if comm.size > 1:
+        usual.node.release(room)
+
+
+def test_nothing_is_left_of_bound_requests(comm):
+    """After many binds and frees; the kind that keeps most and the library's."""
+    for group in (as_group(comm).with_table(only(name)) for name in (LIBRARY, "ring")):
+        x, before = torch.zeros(64), None
+        for turn in range(3000):
+            bound = group.bind("allreduce", x)
+            bound.run()
+            bound.free()
+            if turn in (999, 2999):
+                now, before = psutil.Process().memory_info().rss, before or psutil.Process().memory_info().rss
+        assert_all(now - before < 1 << 20, f"{now - before} bytes more after 2000 binds", comm)
 
 
 @pytest.mark.parametrize(("op", "algorithm"), CASES, ids=map("-".join, CASES))

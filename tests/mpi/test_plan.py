@@ -64,7 +64,7 @@ def test_training_by_every_kind_of_algorithm(comm, algorithm, monkeypatch):
         found = [loss for loss, _ in train(engine, 1)]
         engine.free()
         assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
-    wanted = "Node" if algorithm == "window" else Scheduled.__name__
+    wanted = "Staging" if algorithm == "window" else Scheduled.__name__
     assert_all(comm.size == 1 or wanted in taken, taken, comm)
 
 

@@ -10,7 +10,7 @@ from tiny import reference_steps, tiny, with_layout
 
 from mpillm import comm as mpi
 from mpillm.comm import group as mpillm_group
-from mpillm.comm import scheduled, shared, tables
+from mpillm.comm import scheduled, shared, staging, tables
 from mpillm.comm.group import as_group
 from mpillm.comm.levels import Levels, make_levels
 from mpillm.comm.progress import finish
@@ -46,8 +46,8 @@ def test_delays_between_ranks_change_no_bit(comm):
     if comm.size == 1:
         return
     group = as_group(comm).with_table(only("window"))
-    group.node.slot_bytes = 512
-    group.node._slots.clear()
+    group.node.staging.slot_bytes = 512
+    group.node.staging._slots.clear()
     late = torch.Generator().manual_seed(comm.rank)
     window, wrong = group.node.empty(997, torch.float32), 0
     for turn in range(60):
@@ -59,8 +59,8 @@ def test_delays_between_ranks_change_no_bit(comm):
         wrong += not torch.equal(mpi.allreduce(parts[comm.rank], group), right)
         wrong += not torch.equal(mpi.allreduce(window, group, out=window), right)
         wrong += not torch.equal(mpi.allgather(mpi.reduce_scatter(parts[comm.rank], group), group, 0, 997), right)
-    group.node.slot_bytes = shared.SLOT_BYTES
-    group.node._slots.clear()
+    group.node.staging.slot_bytes = staging.SLOT_BYTES
+    group.node.staging._slots.clear()
     assert_all(wrong == 0, f"{wrong} differ", comm)
 
 
