@@ -98,13 +98,13 @@ def test_a_repaired_choice_is_run_and_gives_the_same_numbers(comm, algorithm, dt
     group = as_group(comm)
     asked, usual = group.with_table(DecisionTable(tuple(repaired) + plain[2:])), group.with_table(DecisionTable(plain))
     lengths = []
-    start = Schedules.start
+    make = Schedules.make
 
     def noting(self, schedule, carries, sizes, *args, **options):
         lengths.append(sum(sizes))
-        return start(self, schedule, carries, sizes, *args, **options)
+        return make(self, schedule, carries, sizes, *args, **options)
 
-    monkeypatch.setattr(Schedules, "start", noting)
+    monkeypatch.setattr(Schedules, "make", noting)
     items = 64 // dtype.itemsize
     for n in (0, 1, 5, items, 40):
         x = torch.arange(n).add(comm.rank).to(dtype)
