@@ -1,8 +1,12 @@
 """Tensors as MPI buffers, without a copy where the tensor already is contiguous host memory."""
 
-from functools import cache
+import math
+from functools import cache, lru_cache
+from itertools import accumulate, pairwise
 
 import torch
+
+from mpillm.schedules.blocks import all_bounds
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -36,7 +40,13 @@ def as_words(x, cuts=None):
     buffer, word = from_address(x.data_ptr(), x.nbytes), words[x.element_size()]
     if cuts is None:
         return buffer, word
-    return buffer, ([high - low for low, high in cuts], [low for low, _ in cuts]), word
+    return buffer, layout(tuple(cuts)), word
+
+
+@lru_cache(maxsize=1024)
+def layout(cuts):
+    """Return sizes and places of blocks."""
+    return [high - low for low, high in cuts], [low for low, _ in cuts]
 
 
 @cache
@@ -53,6 +63,31 @@ def _mpi():
 def flat(x):
     """View contiguous ``x`` as one dimension, without the odd strides that dimensions of size one may have."""
     return x if x.dim() == 1 and x.stride(0) == 1 else x.as_strided((x.numel(),), (1,))
+
+
+def moved(x, dim, to):
+    """Return ``x`` with a dimension elsewhere: itself, which saves a microsecond, where it stays."""
+    return x if dim == to else x.movedim(dim, to)
+
+
+def row_blocks(lengths, rows):
+    """Return ``(start, stop)`` in flat memory of blocks of so many of contiguous ``rows``."""
+    return _blocks(lengths, math.prod(rows.shape[1:]))
+
+
+def even_blocks(rows, p):
+    """Return the same of all ``p`` blocks of ``rows``."""
+    return _even_blocks(rows.shape[0], p, math.prod(rows.shape[1:]))
+
+
+@lru_cache(maxsize=1024)
+def _blocks(lengths, width):
+    return tuple(pairwise(accumulate((length * width for length in lengths), initial=0)))
+
+
+@lru_cache(maxsize=1024)
+def _even_blocks(num_rows, p, width):
+    return tuple((low * width, high * width) for low, high in all_bounds(num_rows, p))
 
 
 def is_within(part, x):

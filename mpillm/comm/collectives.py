@@ -10,14 +10,12 @@ decision table says: the MPI library (:mod:`mpillm.comm.library`), memory that t
 (:mod:`mpillm.comm.shared`) or a schedule (:mod:`mpillm.comm.executor`).
 """
 
-import math
 import time
 from functools import wraps
-from itertools import accumulate, pairwise
 
 import torch
 
-from mpillm.comm.buffers import flat, host_empty, staged, unstaged
+from mpillm.comm.buffers import even_blocks, flat, host_empty, moved, row_blocks, staged, unstaged
 from mpillm.comm.group import as_group
 from mpillm.comm.progress import finish
 from mpillm.comm.transport import DONE
@@ -122,15 +120,15 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     check_dim("reduce_scatter", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    rows = staged(x.movedim(dim, 0))
-    cuts = _blocks(counts(rows.shape[0], group.size), rows)
+    rows = staged(moved(x, dim, 0))
+    cuts = even_blocks(rows, group.size)
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
     group.enter("reduce_scatter", n_bytes - out.numel() * x.element_size(), x)
     transport = group.transport("reduce_scatter", x.dtype, n_bytes, may_block, group.holds(rows))
     request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
-    return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
+    return Pending(out, request, (rows,), lambda: moved(unstaged(out, x), 0, dim))
 
 
 @_timed
@@ -181,11 +179,11 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
                 f"allgather: dim {dim} of the block of rank {group.rank} has {x.shape[dim]} items, its share of "
                 f"size={size} over {group.size} ranks is {lengths[group.rank]}: pass the block that scatter gives"
             )
-    rows = staged(x.movedim(dim, 0))
+    rows = staged(moved(x, dim, 0))
     out = host_empty((sum(lengths), *rows.shape[1:]), x)
-    transport = group.transport("allgather", x.dtype, out.numel() * x.element_size(), may_block)
-    request = transport.allgather(flat(rows), flat(out), _blocks(lengths, out))
-    return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
+    transport = group.transport("allgather", x.dtype, out.nbytes, may_block)
+    request = transport.allgather(flat(rows), flat(out), row_blocks(tuple(lengths), out))
+    return Pending(out, request, (rows,), lambda: moved(unstaged(out, x), 0, dim))
 
 
 @_timed
@@ -283,15 +281,15 @@ def ialltoall(x, comm, dim=0, may_block=False):
     check_dim("alltoall", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    rows = staged(x.movedim(dim, 0))
-    sends = counts(rows.shape[0], group.size)
-    mine, n_bytes = sends[group.rank], rows.numel() * x.element_size()
+    rows = staged(moved(x, dim, 0))
+    low, high = bounds(rows.shape[0], group.size, group.rank)
+    mine, n_bytes = high - low, rows.nbytes
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
-    group.enter("alltoall", n_bytes - out.numel() // group.size * x.element_size(), x)
+    group.enter("alltoall", n_bytes - out.nbytes // group.size, x)
     transport = group.transport("alltoall", x.dtype, n_bytes, may_block, group.holds(rows))
-    request = transport.alltoall(
-        flat(rows), flat(out), _blocks(sends, rows), _blocks([mine] * group.size, out))
-    return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
+    arrivals = row_blocks((mine,) * group.size, out)
+    request = transport.alltoall(flat(rows), flat(out), even_blocks(rows, group.size), arrivals)
+    return Pending(out, request, (rows,), lambda: moved(unstaged(out, x), 0, dim))
 
 
 @_timed
@@ -313,15 +311,15 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     check_dim("scatter", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    rows = staged(x.movedim(dim, 0))
+    rows = staged(moved(x, dim, 0))
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
     sent = n_bytes - out.numel() * x.element_size() if group.rank == root else 0
     group.enter("scatter", sent, x, root=root)
     request = group.transport("scatter", x.dtype, n_bytes, may_block).scatter(
-        flat(rows), flat(out), _blocks(counts(rows.shape[0], group.size), rows), root)
-    return Pending(out, request, (rows,), lambda: unstaged(out, x).movedim(0, dim))
+        flat(rows), flat(out), even_blocks(rows, group.size), root)
+    return Pending(out, request, (rows,), lambda: moved(unstaged(out, x), 0, dim))
 
 
 @_timed
@@ -345,12 +343,12 @@ def igather(x, comm, dim=0, root=0, may_block=False):
         return Pending(x.detach().clone())
     group.enter("gather", 0 if group.rank == root else x.nbytes, x, (*x.shape[:dim], *x.shape[dim + 1:]), root)
     lengths = group.comm.allgather(x.shape[dim])
-    rows = staged(x.movedim(dim, 0))
+    rows = staged(moved(x, dim, 0))
     out = host_empty((sum(lengths) if group.rank == root else 0, *rows.shape[1:]), x)
-    cuts = _blocks(lengths, rows)
+    cuts = row_blocks(tuple(lengths), rows)
     transport = group.transport("gather", x.dtype, cuts[-1][1] * x.element_size(), may_block)
     return Pending(out, transport.gather(flat(rows), flat(out), cuts, root), (rows,),
-                   lambda: unstaged(out, x).movedim(0, dim))
+                   lambda: moved(unstaged(out, x), 0, dim))
 
 
 class Pending:
@@ -383,9 +381,3 @@ def check_dim(operation, x, dim):
 
 def _described(x):
     return f"{'' if x.is_contiguous() else 'strided '}{x.dtype} {list(x.shape)}"
-
-
-def _blocks(lengths, rows):
-    """Return ``(start, stop)`` in flat memory of blocks of so many rows each."""
-    width = math.prod(rows.shape[1:])
-    return list(pairwise(accumulate((length * width for length in lengths), initial=0)))

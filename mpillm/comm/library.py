@@ -5,7 +5,7 @@ A :class:`~mpillm.comm.transport.Transport`.
 
 import torch
 
-from mpillm.comm.buffers import HALF_TYPES, as_numbers, as_words, is_within
+from mpillm.comm.buffers import HALF_TYPES, as_numbers, as_words, is_within, layout
 from mpillm.comm.progress import finish, under_way
 from mpillm.comm.sums import combine_tree
 from mpillm.comm.transport import DONE, Again
@@ -78,8 +78,7 @@ class Library:
         # MPI leaves the result of a call in place at the beginning, where it would destroy what others may still read.
         is_in_place = is_within(out, x)
         part = torch.empty_like(out) if is_in_place else out
-        sizes = [high - low for low, high in cuts]
-        call = as_numbers(x), as_numbers(part), sizes, self._ops[op]
+        call = as_numbers(x), as_numbers(part), layout(tuple(cuts))[0], self._ops[op]
         return "Reduce_scatter", call, (part, out) if is_in_place else None
 
     def _allgather(self, x, out, cuts):
