@@ -26,18 +26,20 @@ class Bound:
     """
 
     def __init__(self, group, op, x, out, root):
-        self._group, self._op, self._made, self._kept, self._request = group, op, {}, {}, None
-        self._noted = {"root": root if op == "bcast" else None, "op": "sum" if op == "allreduce" else None}
-        self._is_staged = x.is_cuda or not x.is_contiguous()
+        self._group, self._op, self._starts, self._kept, self._request = group, op, {}, {}, None
+        self._is_staged, self._enter = x.is_cuda or not x.is_contiguous(), _nothing
         if self._is_staged:
             if out is not None or op not in _IN_PLACE:
                 raise ShapeError(f"bind: {op} of a tensor that is no contiguous host memory: what can be bound there is "
                                  f"{', '.join(_IN_PLACE)} in place; pass a contiguous tensor on the CPU, and no out")
             self._x, self._result = x, x[_own(x, group)] if op == "reduce_scatter" else x
             return
-        self._arguments, self._result, self._sent_bytes = _bound(group, op, flat(x), out, root)
+        self._arguments, self._result, sent_bytes = _bound(group, op, flat(x), out, root)
         self._x = self._arguments[1 if op == "allgather" else 0]  # the whole vector
         self._in_window = group.holds(self._x)
+        if group.size > 1:
+            self._enter = group.entrance(op, sent_bytes, self._x, root=root if op == "bcast" else None,
+                                         op="sum" if op == "allreduce" else None)
 
     def start(self, may_block=False):
         """Begin, with what the tensors hold now; they must not be touched before :meth:`wait`.
@@ -54,12 +56,9 @@ class Bound:
         Bound
             Itself.
         """
-        made = self._made.get(may_block)
-        if made is None:
-            made = self._made[may_block] = self._make(may_block)
-        if not self._is_staged and self._group.size > 1:
-            self._group.enter(self._op, self._sent_bytes, self._x, **self._noted)
-        self._request = made.start()
+        start = self._starts.get(may_block) or self._make(may_block)
+        self._enter()
+        self._request = start()
         return self
 
     def is_started(self):
@@ -78,27 +77,38 @@ class Bound:
 
     def run(self):
         """Carry it out by the fastest algorithm, which may block, and return as :meth:`wait`. Collective."""
-        start = time.perf_counter()
-        result = self.start(may_block=True).wait()
-        self._group.recorder.collective_s += time.perf_counter() - start
-        return result
+        start = self._starts.get(True) or self._make(True)
+        began_s = time.perf_counter()  # written out, because small messages would feel every call on the way
+        self._enter()
+        request = start()
+        if request is not DONE:
+            finish(request)
+        self._group.recorder.collective_s += time.perf_counter() - began_s
+        return self._result
 
     def free(self):
         """Release what is kept, and let go of the tensors; it must have finished and is not to be started again. Local."""
-        for made in set(self._made.values()):
+        for made in self._kept.values():
             made.free()
-        self._made, self._kept, self._x, self._arguments, self._result, self._group = {}, {}, None, None, None, None
+        self._kept, self._starts, self._enter, self._x, self._arguments, self._result, self._group = {}, {}, *[None] * 5
 
     def _make(self, may_block):
-        """Return the :class:`~mpillm.comm.transport.Startable`."""
+        """Return what starts it."""
         if self._is_staged:
-            return _Staged(partial(_IN_PLACE[self._op], self._x, self._group, may_block))
-        if self._group.size == 1:
-            return _Alone(self._arguments[0], self._result)
-        transport = self._group.transport(self._op, self._x.dtype, self._x.nbytes, may_block, self._in_window)
-        if transport not in self._kept:  # one, where both ways to start are carried out by the same
-            self._kept[transport] = bind(transport, self._op, *self._arguments)
-        return self._kept[transport]
+            key, make = may_block, lambda: _Staged(partial(_IN_PLACE[self._op], self._x, self._group, may_block))
+        elif self._group.size == 1:
+            key, make = None, lambda: _Alone(self._arguments[0], self._result)
+        else:
+            key = self._group.transport(self._op, self._x.dtype, self._x.nbytes, may_block, self._in_window)
+            make = partial(bind, key, self._op, *self._arguments)
+        if key not in self._kept:  # one, where both ways to start are carried out by the same
+            self._kept[key] = make()
+        self._starts[may_block] = self._kept[key].start
+        return self._starts[may_block]
+
+
+def _nothing():
+    """Note nothing: a rank alone sends nothing, and what is staged is noted by the call that does it."""
 
 
 class _Alone:

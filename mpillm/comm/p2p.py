@@ -42,7 +42,7 @@ def isend(x, comm, to, tag):
     Sends the bytes of ``x``.
     """
     group, source = as_group(comm), staged(x)
-    group.recorder.add(group.name, "send", x.nbytes)
+    group.recorder.add((group.name, "send", x.nbytes))
     if group.handover and group.handover.carries(to, x.nbytes):
         return Pending(x, group.handover.isend(source, to, tag), (source,))
     return Pending(x, group.comm.Isend(as_words(source), to, tag), (source,))

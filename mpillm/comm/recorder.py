@@ -9,6 +9,7 @@ from mpillm.errors import CollectiveError
 
 KEPT = 512  # of the last calls
 BETWEEN, RESTING = "between", "resting"  # outside of spans: within a step, and after it
+_CALL, _SPAN = ("axis", "call", "number", "bytes"), ("kind", "name", "step")
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -21,8 +22,6 @@ class Recorder:
 
     Attributes
     ----------
-    beats : int
-        How much was noted; grows as long as the rank makes progress.
     kind : str
         Of the span that the rank is in, or :data:`BETWEEN` or :data:`RESTING`.
     ended : set of str
@@ -35,43 +34,48 @@ class Recorder:
     """
 
     def __init__(self):
-        self._counted, self._numbers = {}, {}
-        self._last, self.beats, self.ended, self.step = deque(maxlen=KEPT), 0, set(), 0
+        self._fresh, self._last = [], deque(maxlen=KEPT)
+        self._calls, self._bytes, self._numbers, self._num_taken = Counter(), Counter(), Counter(), 0
+        self.ended, self.step = set(), 0
         self.kind, self._open, self._outside = RESTING, [], RESTING
         self.collective_s, self.own_s = 0.0, Counter()
 
-    def add(self, axis, operation, n_bytes):
-        """Count one call."""
-        key, number = (axis, operation), self._numbers.get(axis, 0) + (operation != "send")
-        self._numbers[axis] = number
-        calls, sent_bytes = self._counted.get(key, (0, 0))
-        self._counted[key] = calls + 1, sent_bytes + n_bytes
-        self.beats += 1
-        self._last.append((time.time(), axis, operation, number, n_bytes))
+    def add(self, call):
+        """Note a call, ``(axis, operation, n_bytes)``, which is counted later, because small messages would feel it."""
+        fresh = self._fresh
+        fresh.append((time.time(), call))
+        if len(fresh) > KEPT:
+            self._take_in()
+
+    @property
+    def beats(self):
+        """How much was noted; grows as long as the rank makes progress."""
+        return self._num_taken + len(self._fresh)
 
     @property
     def calls(self):
-        """How often each was called."""
-        return Counter({key: calls for key, (calls, _) in self._counted.items()})
+        """How often each was called: a Counter."""
+        self._take_in()
+        return self._calls
 
     @property
     def bytes(self):
-        """What each sent."""
-        return Counter({key: sent_bytes for key, (_, sent_bytes) in self._counted.items()})
+        """What each sent: a Counter."""
+        self._take_in()
+        return self._bytes
 
     @property
     def last(self):
-        """The last calls and spans, as dicts: ``at`` in seconds since 1970, and either ``axis call number bytes`` or ``kind
-        name step`` of a span that began. Put into words only here, because small messages would feel it."""
-        return [dict(zip(("at", "axis", "call", "number", "bytes") if len(entry) == 5 else ("at", "kind", "name", "step"),
-                         entry)) for entry in list(self._last)]
+        """The last calls and spans, as dicts: ``at`` in seconds since 1970, and either ``axis call number bytes``, or ``kind
+        name step`` of a span that began."""
+        self._take_in()
+        return [{"at": at, **dict(zip(names, values))} for at, names, values in self._last]
 
     def begin(self, kind, name):
         """Note that a span begins."""
         self._open.append((kind, time.perf_counter() - self.collective_s))
         self.kind = kind
-        self.beats += 1
-        self._last.append((time.time(), kind, name, self.step))
+        self.add((kind, name, self.step, _SPAN))
 
     def end(self, kind):
         """Note that a span has ended."""
@@ -82,22 +86,37 @@ class Recorder:
             self.own_s[kind] += time.perf_counter() - self.collective_s - began_s
             self.kind = self._outside
         self.ended.add(kind)
-        self.beats += 1
+        self._num_taken += 1
 
     def begin_step(self, number):
         """Note that a step begins: bytes are counted anew, and until its end the rank is watched outside of spans too."""
         self.reset()
         self.step, self.kind, self._outside = number, BETWEEN, BETWEEN
-        self.beats += 1
+        self._num_taken += 1
 
     def end_step(self):
         """Note that what comes now is the caller's own work, which may take any time."""
         self.kind = self._outside = RESTING
-        self.beats += 1
+        self._num_taken += 1
 
     def reset(self):
         """Start counting bytes anew."""
-        self._counted.clear()
+        self._take_in()
+        self._calls, self._bytes = Counter(), Counter()
+
+    def _take_in(self):
+        """Count what was noted, and keep the last of it."""
+        fresh, self._fresh = self._fresh, []
+        self._num_taken += len(fresh)
+        for at, note in fresh:
+            if note[-1] is _SPAN:
+                self._last.append((at, _SPAN, note))
+                continue
+            axis, operation, n_bytes = note
+            self._calls[axis, operation] += 1
+            self._bytes[axis, operation] += n_bytes
+            self._numbers[axis] += operation != "send"
+            self._last.append((at, _CALL, (axis, operation, self._numbers[axis], n_bytes)))
 
 
 class Checker:

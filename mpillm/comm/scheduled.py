@@ -1,6 +1,6 @@
 """Collectives by schedules, and the schedules that a group has under way."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 
@@ -8,7 +8,7 @@ import torch
 
 from mpillm.comm.buffers import is_within
 from mpillm.comm.executor import Executor
-from mpillm.comm.transport import Again
+from mpillm.comm.transport import Prepared
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import make_collective
 
@@ -111,7 +111,7 @@ class Scheduled:
     def bind(self, op, *arguments):
         """Return the executor of an operation on these arguments; for large ones, where keeping it is no gain, none."""
         if max(x.nbytes for x in arguments if isinstance(x, torch.Tensor)) > KEPT_BYTES:
-            return Again(self, op, arguments)
+            return Prepared(partial(getattr(self, op), *arguments))
         return getattr(Scheduled(self.schedules, self.algorithm, is_bound=True), op)(*arguments)
 
     def allreduce(self, x, out, op):

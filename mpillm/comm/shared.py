@@ -106,6 +106,7 @@ class Node:
     def release(self, x):
         """Give back the window of ``x``, which :meth:`empty` made and which must not be used again."""
         window, _ = self._together.pop(_storage(x))
+        self.in_window.forget()
         self._windows.remove(window)
         self.barrier()
         _free(window)
@@ -143,6 +144,7 @@ class Node:
     def free(self):
         """Release the windows: what lies in them must not be used again."""
         self.staging.free()
+        self.in_window.forget()
         self._together, self._others, self._own = {}, [], None
         self.comm.Barrier()
         for window in self._windows:

@@ -30,11 +30,11 @@ class Startable(Protocol):
         """Release what is kept. Local."""
 
 
-class Again:
-    """A :class:`Startable` for which nothing is kept: the operation is called again."""
+class Prepared:
+    """A :class:`Startable` by a function that does it all, and for which nothing else is kept."""
 
-    def __init__(self, transport, op, arguments):
-        self.start = partial(getattr(transport, op), *arguments)
+    def __init__(self, call):
+        self.start = call
 
     def free(self):
         self.start = None
@@ -46,7 +46,7 @@ def bind(transport, op, *arguments):
     Collective: the same on all ranks.
     """
     keep = getattr(transport, "bind", None)
-    return keep(op, *arguments) if keep else Again(transport, op, arguments)
+    return keep(op, *arguments) if keep else Prepared(partial(getattr(transport, op), *arguments))
 
 
 class Transport(Protocol):

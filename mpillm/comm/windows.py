@@ -4,11 +4,14 @@ Sums are formed where they lie, each rank its own block, along the fixed tree of
 float32 rounded once; large blocks in pieces that fit a cache.
 """
 
+import torch
+
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.sums import combine_tree
-from mpillm.comm.transport import DONE
+from mpillm.comm.transport import DONE, Prepared
 from mpillm.schedules.blocks import all_bounds
 
+KEPT = 128  # calls whose views are kept
 PIECE_BYTES = 1 << 18
 WHOLE_BYTES = 1 << 20  # a block of up to here is not cut: code that is not in the cache costs more than memory does
 
@@ -25,26 +28,44 @@ class InWindow:
     """
 
     def __init__(self, node):
-        self.node, self.rank, self.size = node, node.rank, node.size
+        self.node, self.rank, self.size, self._kept = node, node.rank, node.size, {}
 
     def bind(self, op, *arguments):
         """Return an operation with all views made. Local."""
-        return _Ready(getattr(self, f"_{op}")(*arguments))
+        return Prepared(getattr(self, f"_{op}")(*arguments))
+
+    def forget(self):
+        """Let go of all views: a window goes. Local."""
+        self._kept.clear()
+
+    def _run(self, op, *arguments):
+        """Do it now; where all lies in windows by the views of the last call like this, which take longer to make than a small
+        operation. What lies elsewhere must not be held here."""
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        key = op, *((x.data_ptr(), len(x), x.dtype) for x in tensors), *arguments[len(tensors):]
+        if key in self._kept:
+            return self._kept[key]()
+        call = getattr(self, f"_{op}")(*arguments)
+        if all(map(self.node.holds, tensors)):
+            if len(self._kept) >= KEPT:
+                self._kept.clear()
+            self._kept[key] = call
+        return call()
 
     def allreduce(self, x, out, op):
-        return self._allreduce(x, out, op)()
+        return self._run("allreduce", x, out, op)
 
     def reduce_scatter(self, x, out, cuts, op):
-        return self._reduce_scatter(x, out, cuts, op)()
+        return self._run("reduce_scatter", x, out, cuts, op)
 
     def allgather(self, x, out, cuts):
-        return self._allgather(x, out, cuts)()
+        return self._run("allgather", x, out, cuts)
 
     def bcast(self, x, root):
-        return self._bcast(x, root)()
+        return self._run("bcast", x, root)
 
     def alltoall(self, x, out, sends, receives):
-        return self._alltoall(x, out, sends, receives)()
+        return self._run("alltoall", x, out, sends, receives)
 
     def _allreduce(self, x, out, op):
         low, high = all_bounds(len(out), self.size)[self.rank]
@@ -95,16 +116,6 @@ class InWindow:
             return DONE
 
         return call
-
-
-class _Ready:
-    """A :class:`~mpillm.comm.transport.Startable` of a function."""
-
-    def __init__(self, call):
-        self.start = call
-
-    def free(self):
-        self.start = None
 
 
 def _copies(pairs):

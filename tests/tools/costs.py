@@ -54,7 +54,7 @@ def count_notes(run):
     start = time.perf_counter()
     for _ in range(NOTES // 3):  # of three notes, as in a span with one call
         fresh.begin("F", "0F0")
-        fresh.add("tensor", "allreduce", 1)
+        fresh.add(("tensor", "allreduce", 1))
         fresh.end("F")
     note_s = (time.perf_counter() - start) / NOTES
     say(run, f"{notes} notes a step of {step_s:.3f} s, {note_s * 1e6:.2f} us each: {notes * note_s / step_s:.4%} of it")
