@@ -56,13 +56,13 @@ class Recorder:
     def calls(self):
         """How often each was called: a Counter."""
         self._take_in()
-        return self._calls
+        return Counter(self._calls)
 
     @property
     def bytes(self):
         """What each sent: a Counter."""
         self._take_in()
-        return self._bytes
+        return Counter(self._bytes)
 
     @property
     def last(self):
@@ -102,7 +102,8 @@ class Recorder:
     def reset(self):
         """Start counting bytes anew."""
         self._take_in()
-        self._calls, self._bytes = Counter(), Counter()
+        self._calls.clear()
+        self._bytes.clear()
 
     def _take_in(self):
         """Count what was noted, and keep the last of it."""

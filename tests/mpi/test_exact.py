@@ -252,14 +252,13 @@ def test_what_a_rank_holds_and_sends(comm, model, numerics, windows, monkeypatch
         held = sum(p.numel() for p in {p.data_ptr(): p for p in parameters}.values())
         with Shapes() as shapes:
             first = train(engine, 1)
-        sent = engine.mesh.recorder.bytes
         second = train(engine, 1, first=2)
         bits = [*first, *second] == train(again, 2)
         bits &= all(torch.equal(values, again.weight_ranges()[name][i][1])
                     for name, ranges in engine.weight_ranges().items() for i, (_, values) in enumerate(ranges))
         whole = shapes.seen & formula.whole_shapes()
         twice = {key: 2 * n for key, n in formula.bytes().items()}
-        sent = {key: n for key, n in sent.items() if n}
+        sent = {key: n for key, n in engine.mesh.recorder.bytes.items() if n}
         for one in (engine, again):
             one.free()
         ok = bits and held == formula.elements() and not whole and sent == twice

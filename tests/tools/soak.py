@@ -41,8 +41,8 @@ EXACT = {"train.numerics": "exact", "train.dtype": "float32", "train.steps": 20}
 STEPS = 500
 PARTS = ("reference", "exact", "late", "paths")
 # How often ranks are late, by up to 5 ms; least at what is called again and again while they wait
-LATE = ((shared.Node, "barrier", 0.02), (library.Library, "_call", 0.02), (handover.Handover, "_take", 0.02),
-        (executor.Executor, "Test", 0.002))
+LATE = ((shared.Node, "barrier", 0.02), (library.Library, "_call", 0.02), (library.Persistent, "start", 0.02),
+        (handover.Handover, "_take", 0.02), (executor.Executor, "Test", 0.002))
 # In fast float64: the decision table of each path, and what brings the run onto it
 PATHS = {
     "window": (only(WINDOW), lambda patch: None),
