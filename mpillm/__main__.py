@@ -1,104 +1,17 @@
 """The command line: ``python -m mpillm COMMAND``, also installed as ``mpillm``."""
 
-import difflib
-import importlib
-import os
 import sys
-import warnings
 
-import click
-
-from mpillm import __version__
-from mpillm.errors import FAILURE, USAGE, MpillmError
 from mpillm.guard.stop import hold
-
-COMMANDS = {
-    "doctor": "say what this launch is: MPI library, ranks, nodes, threads, binding, GPU, HDF5 (under mpirun or srun)",
-    "data": "turn text or JSONL files into tokens",
-    "probe": "measure this machine: rates, links, the fastest algorithms (under mpirun or srun)",
-    "plan": "choose how to train a model on a machine",
-    "simulate": "play a pipeline schedule or a collective on a clock",
-    "bound": "how fast a collective could be on a network",
-    "calibrate": "fit the cost model to measured iterations",
-    "train": "train a model (under mpirun or srun)",
-    "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
-    "generate": "sample text from a run (under mpirun or srun)",
-    "bench": "measure, beside PyTorch when asked",
-    "convert": "Hugging Face Llama weights out of a run, or into a new one",
-    "diagnose": "why a run hung: the rank and the call that stopped first",
-    "report": "draw the pictures of a run",
-}
-UNDER_MPI = (  # doctor starts MPI itself, to tell why that fails
-    "probe", "train", "verify", "generate", "bench collectives")
-
-
-class Commands(click.Group):
-    """Loads a command's module only when that command is asked for."""
-
-    def list_commands(self, context):
-        return list(COMMANDS)
-
-    def get_command(self, context, name):
-        if name not in COMMANDS:
-            return None
-        return importlib.import_module(f"mpillm.cli.{name}").command
-
-    def resolve_command(self, context, words):
-        try:
-            return super().resolve_command(context, words)
-        except click.UsageError as error:
-            close = difflib.get_close_matches(words[0], COMMANDS, 1)
-            error.message += f" Did you mean {close[0]}?" if close else f" There are: {', '.join(COMMANDS)}."
-            raise
-
-    def format_commands(self, context, formatter):
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
-def cli():
-    """Train and run transformer language models as MPI programs."""
 
 
 def main():
     """Run the command line; exit codes are those of :mod:`mpillm.errors`."""
-    warnings.formatwarning = _in_a_line
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    if {" ".join(words[:1]), " ".join(words[:2])} & set(UNDER_MPI) and not {"-h", "--help"} & set(sys.argv):
-        if words[0] == "train":
-            hold()
-        from mpillm.comm.world import launch
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "train":
+        hold()  # before anything that takes time is imported: a request to stop may come at once
+    from mpillm.cli.commands import run
 
-        launch(_run)
-    try:
-        raise SystemExit(_run())
-    except MpillmError as error:
-        sys.stderr.write(f"mpillm: error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-
-
-def _in_a_line(message, category, filename, lineno, line=None, whole=warnings.formatwarning):
-    """Format a warning that this package gives as its errors are; others say where they come from."""
-    if filename.startswith(os.path.dirname(__file__)):
-        return f"mpillm: warning: {message}\n"
-    return whole(message, category, filename, lineno, line)
-
-
-def _run():
-    """Run click's command; usage errors become mpillm's, so that one rank reports them for all."""
-    try:
-        return cli.main(standalone_mode=False) or 0
-    except click.exceptions.Abort:
-        return FAILURE
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return USAGE
-    except click.ClickException as error:
-        usage = MpillmError(error.format_message())
-        usage.exit_code = USAGE
-        raise usage from None
+    run(sys.argv[1:])
 
 
 if __name__ == "__main__":

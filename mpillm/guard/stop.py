@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import subprocess
 import time
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -123,6 +122,8 @@ def _moment(environ, name):
 
 def _end_of(job):
     """Return when Slurm ends a job, in seconds since 1970: ``-inf`` if it has, ``None`` if it cannot be asked."""
+    import subprocess  # only where there is a job: the first lines of a start are to be short, see hold()
+
     if not job:
         return None
     try:

@@ -9,7 +9,7 @@ import tomli_w
 from helpers import assert_all
 from tiny import MODEL
 
-from mpillm.__main__ import cli
+from mpillm.cli.commands import cli
 from mpillm.errors import INPUT_OUTPUT, USAGE, MpillmError
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]

@@ -11,7 +11,7 @@ import tomli_w
 from helpers import run_mpi
 from tiny import MODEL, write_token_file
 
-from mpillm import __main__
+from mpillm.cli import commands
 from mpillm.cli import data
 from mpillm.errors import ConfigError
 
@@ -106,7 +106,7 @@ def test_usage_errors_are_reported_once(folder):
 def test_what_is_misspelt_is_told_what_was_meant(folder, monkeypatch, words, said):
     monkeypatch.chdir(folder)
     with pytest.raises((click.UsageError, ConfigError)) as caught:
-        __main__.cli.main(words, standalone_mode=False)
+        commands.cli.main(words, standalone_mode=False)
     message = caught.value.format_message() if isinstance(caught.value, click.UsageError) else str(caught.value)
     assert said in message
 

@@ -17,6 +17,17 @@ TRAIN = {"steps": 8, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_ev
 FAULTY = Path(__file__).parents[1] / "faulty.py"
 
 
+@pytest.mark.parametrize("start", [["-m", "mpillm"], ["-c", "from mpillm.__main__ import main; main()"]], ids=["-m", "script"])
+def test_a_request_waits_from_the_first_lines_on(tmp_path, start):
+    """What takes time to start comes after: here the first module that is not Python's own asks."""
+    asks = "import os, signal\nfor number in (signal.SIGUSR1, signal.SIGTERM): os.kill(os.getpid(), number)\n"
+    (tmp_path / "click.py").write_text(asks + "raise SystemExit(str(signal.sigpending()))")
+    path = os.pathsep.join([str(tmp_path), str(Path(stop.__file__).parents[2])])
+    job = run_mpi(0, [*start, "train", "config.toml"], cwd=tmp_path, env={"PYTHONPATH": path})
+    assert job.returncode == 1 and "SIGUSR1" in job.stderr and "SIGTERM" in job.stderr, job
+    assert run_mpi(0, [*start, "data", "train"], cwd=tmp_path, env={"PYTHONPATH": path}).returncode == -signal.SIGUSR1
+
+
 @pytest.mark.launches
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_leads_to_85_at_any_moment(tmp_path):

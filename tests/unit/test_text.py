@@ -383,6 +383,15 @@ def test_command_warns_in_a_line(folder):
     assert line.startswith("mpillm: warning: text file pretty.json: holds JSON")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8", "cp1252:strict"])
+def test_command_speaks_in_any_encoding(folder, encoding):
+    """Of text and of paths that cannot be written so, those characters are escaped, as Python does in its errors."""
+    name = b"caf\xe9 \xe6\xbc\xa2.h5"
+    job = subprocess.run([sys.executable, "-m", "mpillm", "data", "a.txt", "-o", name, "--tokenizer", "bytes"],
+                         capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding})
+    assert job.returncode == 0 and job.stdout.startswith(b"caf") and Path(os.fsdecode(name)).exists(), job
+
+
 @pytest.mark.parametrize("arguments, error, message", [
     (("missing.txt",), DataError, "missing.txt: no such file"),
     ((".",), DataError, "is a directory"),
