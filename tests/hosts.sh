@@ -89,8 +89,11 @@ if [ -n "$links" ]; then
     exit "$((failures > 0))"
 fi
 
-# Which files are held out follows from their names: named from here they are the same in every clone.
-(cd "$root" && exec "$1/bin/python" -m mpillm data mpillm/*.py -o "$folder/tokens.h5" --validation-fraction 0.2 >/dev/null)
+noted() { # NAME COMMAND...: run what all else needs; if it fails, say what it printed, and leave with its code
+    "${@:2}" >"$1.out" 2>&1 || { local code=$?; tail -n 15 "$1.out"; echo "tests/hosts: $1 failed ($code)"; exit "$code"; }
+}
+
+noted tokens "$1/bin/python" -m mpillm data "$root"/mpillm/*.py -o tokens.h5 --validation-fraction 0.2
 training=("$root/tests/cluster.toml" --data.path "$folder/tokens.h5" --layout.data 2
     --train.steps 40 --train.numerics exact --train.exact_blocks 4)
 
@@ -134,7 +137,7 @@ pull_the_cable() { # VENV RUN: whether all ranks end by themselves once the host
     [ $((SECONDS - start)) -lt 40 ] && grep -q "no progress on" "$2.out"
 }
 
-"$1/bin/mpiexec" -n 2 "$1/bin/python" -m mpillm train "${training[@]}" --train.run_dir one >one.out 2>&1
+noted one "$1/bin/mpiexec" -n 2 "$1/bin/python" -m mpillm train "${training[@]}" --train.run_dir one
 for venv in "$@"; do
     name=$(basename "$venv")
     verdict "$name trains across two hosts" across "$venv" "two-$name"

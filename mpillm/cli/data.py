@@ -24,8 +24,8 @@ DEFAULT_VOCAB_SIZE = 8192
                    "file of the tokenizers library, or a folder with its tokenizer.json.")
 @click.option("--vocab-size", type=int, help=f"Tokens of the BPE; {DEFAULT_VOCAB_SIZE} if not given.")
 @click.option("--validation-fraction", "fraction", type=float, default=0.0, show_default=True,
-              help="Hold out about this part of the documents, chosen by a hash of their path (of a JSON "
-                   "line's text); where they are too few for that, this part of each, at its end.")
+              help="Hold out about this part of the documents, chosen by a hash of their text; where they are too few "
+                   "for that, this part of each, at its end.")
 @click.option("--validation", "held_out", multiple=True, metavar="FILE",
               help="Hold out this file; can be repeated.")
 def command(files, output, name, vocab_size, fraction, held_out):

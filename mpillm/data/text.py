@@ -5,12 +5,10 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import warnings
 import zlib
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from mpillm.errors import DataError
 
@@ -41,8 +39,8 @@ class Documents:
     ----------
     paths : sequence of str
     low, high : float
-        Only documents whose place in [0, 1) lies in ``low <= place < high``. The place is a SHA-256 of the
-        path as it was given, or of a JSON line's text, and so does not depend on the other documents.
+        Only documents whose place in [0, 1) lies in ``low <= place < high``. The place is a SHA-256 of the document's
+        text: where it lies, how its path is written and what else is there do not matter, and copies stay together.
     utf8 : bool
         Whether documents must be text: UTF-8, or UTF-16 and UTF-32 that begin with a byte order mark. Else a document
         that is a file is the bytes of that file.
@@ -65,10 +63,10 @@ class Documents:
     def __iter__(self):
         for path in self.paths:
             try:
-                for key, text in _documents(path, self.utf8):
+                for text in _documents(path, self.utf8):
                     if self.are_cut:
                         text = text[_start_of_last(self.high, text):_start_of_last(self.low, text)]
-                    elif not self.low <= _place(key) < self.high:
+                    elif not self.low <= _place(text) < self.high:
                         continue
                     if text:
                         yield text
@@ -82,7 +80,7 @@ class Documents:
 
 
 def _documents(path, utf8):
-    """Yield ``(key, text)`` of every document in a file."""
+    """Yield the text of every document in a file."""
     with _unpacked(path) as file:
         head = file.read(_HEAD_BYTES)
         encoding = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), "utf-8")
@@ -92,7 +90,7 @@ def _documents(path, utf8):
         _check_kind(path, head, encoding, utf8)
         file.seek(0)
         data = file.read()
-    yield os.fsencode(Path(path).as_posix()), _as_utf8(path, data, encoding) if utf8 else data
+    yield _as_utf8(path, data, encoding) if utf8 else data
 
 
 def _unpacked(path):
@@ -148,13 +146,12 @@ def _lines(file, encoding):
 
 
 def _json_lines(path, lines):
-    """Yield the text of every line, as its own key."""
+    """Yield the text of every line."""
     number = 1
     try:
         for line in lines:
             if line.strip():
-                text = json.loads(line)["text"].encode()
-                yield text, text
+                yield json.loads(line)["text"].encode()
             number += 1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
@@ -209,6 +206,6 @@ def _start_of_last(share, text):
     return place
 
 
-def _place(key):
-    """Map a key to [0, 1), evenly and for ever the same."""
-    return (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 11) / (1 << 53)
+def _place(text):
+    """Map a text to [0, 1), evenly and for ever the same."""
+    return (int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 11) / (1 << 53)

@@ -155,22 +155,25 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_documents_are_held_out_by_hash_alone(tmp_path, monkeypatch):
+def test_documents_are_held_out_by_a_hash_of_their_text_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = tuple(f"{i}.txt" for i in range(300))
-    for name in names:
-        Path(name).write_text(f"text of {name}")
+    texts = [f"text number {i}\n" for i in range(300)]
+    for i, text in enumerate(texts):
+        Path(f"{i}.txt").write_text(text)
+        Path(f"{i}.gz").write_bytes(gzip.compress(text.encode()))
+    Path("all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "\n")
 
-    def place(name):
-        return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256
+    def place(text):
+        return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
 
-    expected = [f"text of {name}".encode() for name in names if place(name) < 0.2]
-    assert list(Documents(names, high=0.2)) == expected and 30 < len(expected) < 90
-    assert len(list(Documents(names, low=0.2))) == 300 - len(expected)
-    lines = [json.dumps({"text": name}) for name in names]
-    Path("all.jsonl").write_text("\n".join(lines) + "\n\n")
-    held_out = [name.encode() for name in names if place(name) < 0.2]
-    assert list(Documents(("all.jsonl",), high=0.2)) == held_out
+    expected = [text.encode() for text in texts if place(text) < 0.2]
+    assert 30 < len(expected) < 90
+    for pattern in ("{}.txt", "./{}.txt", str(tmp_path / "{}.txt"), f"../{tmp_path.name}/{{}}.txt", "{}.gz"):
+        names = tuple(pattern.format(i) for i in range(300))
+        for utf8 in (True, False):
+            assert list(Documents(names, high=0.2, utf8=utf8)) == expected
+        assert len(list(Documents(names, low=0.2))) == 300 - len(expected)
+    assert list(Documents(("all.jsonl",), high=0.2)) == expected
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"txt": "x"}', '{"text": 3}', '{"text": "\\ud800"}'])
