@@ -110,11 +110,11 @@ class Generator:
         fresh = [int(token) for token in prompt] or new_document(self.tokenizer)
         self._check(fresh, temperature)
         ends = {self.tokenizer.end, *self.tokenizer.ends}
-        start, cache = 0, KeyValueCache()
+        start, cache, known = 0, KeyValueCache(), self.tokenizer.vocab_size  # rows beyond are padding, and mean nothing
         for _ in range(min(count, self.config.model.max_seq_len - len(fresh))):
             logits = self.next_logits(fresh, start, cache)
             start += len(fresh)
-            token = self._agreed(choose(logits, temperature, seed, start) if self._is_chooser else 0)
+            token = self._agreed(choose(logits[:known], temperature, seed, start) if self._is_chooser else 0)
             if token in ends:
                 return
             yield token

@@ -188,6 +188,14 @@ def test_stops(comm, plain_run):
     assert_all(ended == greedy[:greedy.index(greedy[4])], ended, comm)
 
 
+def test_rows_that_pad_the_vocabulary_are_no_tokens(comm, comm_path):
+    shared_run(comm, comm_path, make_model(vocab_size=300))
+    generator = Generator(comm_path, comm)
+    sampled = [token for seed in range(8) for token in generator.tokens(PROMPT, 1000, 100.0, seed)]  # nearly all alike
+    generator.free()
+    assert_all(len(sampled) > 20 and max(sampled) < ByteTokenizer.vocab_size, sampled, comm)
+
+
 def test_what_cannot_be_continued(comm, plain_run):
     generator = Generator(plain_run, comm)
     for prompt, temperature, message in [
