@@ -11,8 +11,7 @@ import tomli_w
 from helpers import run_mpi
 from tiny import MODEL, write_token_file
 
-from mpillm.cli import commands
-from mpillm.cli import data
+from mpillm.cli import commands, data
 from mpillm.errors import ConfigError
 
 pytestmark = pytest.mark.launches
