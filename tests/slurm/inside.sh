@@ -49,8 +49,12 @@ C
 touch /run/gpu{0..3}
 echo 'Name=gpu File=/run/gpu[0-3]' >/etc/slurm/gres.conf
 mkdir -p /var/spool/slurmd.n1 /var/spool/slurmd.n2
-slurmctld -c -i && sleep 1 && slurmd -N n1 && slurmd -N n2 && sleep 3
-sinfo -N
+slurmctld -c -i
+for _ in $(seq 60); do scontrol ping 2>/dev/null | grep -q "is UP" && break; sleep 0.5; done
+slurmd -N n1
+slurmd -N n2
+for _ in $(seq 120); do [ "$(sinfo --noheader --Node --states=idle --format %N 2>/dev/null | wc -l)" = 2 ] && break; sleep 0.5; done
+sinfo -N || { tail -n 30 /var/log/slurm/*.log; exit 1; }
 
 job=$(mktemp -d) && cd "$job"
 export PYTHONPATH=$root VENV=$venv MPILLM_SLURM=$root/slurm MPIR_CVAR_POLLS_BEFORE_YIELD=100
