@@ -62,7 +62,7 @@ class Levels:
 
     def _cuts(self, cuts):
         """Return the cuts of every node's ranks, in the order in which they stand on it."""
-        return [[cuts[rank] for rank in ranks] for ranks in self._ranks]
+        return [tuple(cuts[rank] for rank in ranks) for ranks in self._ranks]
 
 
 def make_levels(comm, nodes):
