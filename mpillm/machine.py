@@ -12,6 +12,50 @@ from mpillm.plain import KNOWN_KEYS, load_json
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A collective as the ranks of a level were measured to carry it out, by the algorithms of their table.
+
+    Attributes
+    ----------
+    op : str
+    in_window : bool
+        Whether the tensors lay in a window of shared memory.
+    ranks : int
+        How many there were.
+    points : tuple of (float, float)
+        Bytes of the whole vector, ascending, and seconds, not falling.
+    """
+
+    __pydantic_config__ = KNOWN_KEYS
+    op: str
+    in_window: bool
+    ranks: StrictInt
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self):
+        sizes, times = [n for n, _ in self.points], [time_s for _, time_s in self.points]
+        if self.ranks < 2 or not sizes or sizes != sorted(set(sizes)) or times != sorted(times) or not (
+                0 < min(sizes) and 0 <= times[0] and times[-1] < math.inf):
+            raise ConfigError(f"measured {self.op} among {self.ranks} ranks, points {self.points}: needs two ranks or more, "
+                              "bytes that are positive and ascend, and seconds that do not fall")
+
+    def time_s(self, ranks, n_bytes):
+        """Return the seconds among so many ranks, of an array of them for an array of bytes. Local.
+
+        Linear between the points, constant before the first; beyond the last a byte takes what it takes there. Among
+        other numbers of ranks than were measured it takes as many steps, of as many bytes, as a ring.
+        """
+        sizes, times = zip(*self.points)
+        whole = n_bytes * (self.ranks / ranks)
+        return (np.interp(whole, sizes, times) * np.maximum(whole / sizes[-1], 1.0)) * (ranks - 1) / (self.ranks - 1)
+
+    def faster(self, factor):
+        """Return it with so many times the bandwidth and the same latency. Local."""
+        start_s = self.points[0][1]
+        return replace(self, points=tuple((n, start_s + (time_s - start_s) / factor) for n, time_s in self.points))
+
+
+@dataclass(frozen=True)
 class Level:
     """One level of the machine: ranks that reach each other over the same kind of link.
 
@@ -32,6 +76,8 @@ class Level:
     busy_s_per_byte : float
         What a byte of a message takes of a rank that computes meanwhile, at either end: where the processor drives the
         network. Inside a node, where pipelines hand over in memory, it is not measured.
+    collectives : tuple of Measured
+        What collectives took by the table; empty where they are priced by the messages that they are made of.
     """
 
     __pydantic_config__ = KNOWN_KEYS
@@ -43,6 +89,7 @@ class Level:
     points: tuple[tuple[float, float], ...] = ()
     skew_s: float = 0.0
     busy_s_per_byte: float = 0.0
+    collectives: tuple[Measured, ...] = ()
 
     def message_s(self, n_bytes):
         """Return the seconds of a message, of an array of them for an array of bytes. Local.
@@ -57,7 +104,16 @@ class Level:
     def faster(self, factor):
         """Return the level with so many times the bandwidth and the same latency. Local."""
         points = tuple((n, self.alpha_s + (time_s - self.alpha_s) / factor) for n, time_s in self.points)
-        return replace(self, beta_s_per_byte=self.beta_s_per_byte / factor, points=points)
+        return replace(self, beta_s_per_byte=self.beta_s_per_byte / factor, points=points,
+                       collectives=tuple(one.faster(factor) for one in self.collectives))
+
+    def measured(self, op, in_window=False):
+        """Return the :class:`Measured` of an operation on tensors in a window or not, or None. Local.
+
+        Where tensors in a window were not measured, they take what others do, as in a table.
+        """
+        found = {one.in_window: one for one in self.collectives if one.op == op}
+        return found.get(in_window, found.get(False))
 
 
 @dataclass(frozen=True)

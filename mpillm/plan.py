@@ -119,8 +119,9 @@ class Plan:
     predicted : dict
         ``step_s`` and its parts, ``bubble_fraction``, ``memory_bytes_per_rank``, ``lower_bound_s``, and ``stages``: of
         every stage and microbatch ``forward_s input_s weight_s``, and ``message_s link_s shares_link microbatches``;
-        ``buckets`` of gradients, ``stage algorithm n_bytes``, and where they are reduced beside backward ``left_s
-        time_s busy_s``; and ``volume``: what all ranks send in a step, ``axis operation bytes``.
+        ``buckets`` of gradients, ``stage algorithm in_window n_bytes``, and where they are reduced beside backward
+        ``left_s time_s busy_s``; ``activations`` that tensor ranks exchange, ``operation algorithm in_window n_bytes``;
+        and ``volume``: what all ranks send in a step, ``axis operation bytes``.
     binding : list of dict
         ``what value limit price_s_per_unit``: what limits the step, and what a unit more of it is worth.
     alternatives : list of dict

@@ -2,11 +2,15 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import click
 
 from mpillm.cli.options import CONTEXT, with_config
+from mpillm.plan import ANY, OPERATIONS
+
+_PLACES = {False: "in own memory", True: "in a window"}
 
 
 @click.command("plan", context_settings=CONTEXT)
@@ -70,10 +74,13 @@ def explanation(plan):
                        ("update_s", "optimiser and weights")):
         lines.append(f"  {name:22} {predicted[part]:10.4g} s {predicted[part] / predicted['step_s']:7.1%}")
     lines += ["", _longest_way(plan)]
-    buckets = Counter((one["n_bytes"], one["algorithm"]) for one in predicted["buckets"])
+    buckets = Counter((one["n_bytes"], one["algorithm"], one["in_window"]) for one in predicted["buckets"])
     lines += ["", "gradients are summed in:"] * bool(buckets)
-    lines += [f"  {count:4} x {n_bytes / 1e6:10.4g} MB by {algorithm}"
-              for (n_bytes, algorithm), count in buckets.items()]
+    lines += [f"  {count:4} x {n_bytes / 1e6:10.4g} MB by {algorithm}, {_PLACES[in_window]}"
+              for (n_bytes, algorithm, in_window), count in buckets.items()]
+    lines += ["", "tensor ranks exchange activations by:"] * bool(predicted["activations"])
+    lines += [f"  {one['operation']} of {one['n_bytes'] / 1e6:.4g} MB by {one['algorithm']}, {_PLACES[one['in_window']]}"
+              for one in predicted["activations"]]
     lines += ["", "what limits it, and what one per cent more of it would save:"]
     for one in plan.binding:
         saved = one["price_s_per_unit"] * one["limit"] * 0.01
@@ -83,7 +90,19 @@ def explanation(plan):
     for other in plan.alternatives:
         lines.append(f"  {other['step_s']:10.4g} s (+{other['step_s'] / predicted['step_s'] - 1:.1%}) "
                      f"{other['memory_bytes_per_rank'] / 1e9:8.3g} GB  {describe(other['layout'])}")
-    return "\n".join(lines)
+    return "\n".join(lines + _choices(plan.table))
+
+
+def _choices(table):
+    """Return in lines which algorithm each operation takes, by where its tensors lie and how large they are."""
+    lines = ["", "algorithms by size:"]
+    for op, in_window in product(OPERATIONS, (False, True)):
+        limits, algorithms = table.choices(op, ANY, ANY, in_window)
+        if not in_window or (limits, algorithms) != table.choices(op, ANY, ANY):
+            sizes = [f" up to {limit / 1e3:.4g} kB" if limit < 1e6 else f" up to {limit / 1e6:.4g} MB" for limit in limits[:-1]]
+            text = ", ".join(f"{algorithm}{size}" for algorithm, size in zip(algorithms, [*sizes, ""]))
+            lines.append(f"  {op:14} {_PLACES[in_window]}: {text}")
+    return lines
 
 
 def _longest_way(plan):

@@ -36,5 +36,6 @@ def command(output, device, dtype):
         for level in machine.levels:
             rate = f"{1e-9 / level.beta_s_per_byte:.2f} GB/s" if level.beta_s_per_byte else "no limit found"
             click.echo(f"{level.name}: {level.alpha_s * 1e6:.1f} us a message, {rate}")
-        for op, _, _, limit, algorithm in machine.table:
-            click.echo(f"{op:15} up to {'any size' if limit is None else f'{limit} bytes':>15}: {algorithm}")
+        for op, _, _, limit, algorithm, *where in machine.table:
+            size = "any size" if limit is None else f"{limit} bytes"
+            click.echo(f"{op:15} up to {size:>15}: {algorithm}{', for tensors in a window' if where else ''}")

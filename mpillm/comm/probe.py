@@ -12,14 +12,16 @@ from mpillm.comm import limits
 from mpillm.comm.buffers import as_words, synchronize
 from mpillm.comm.devices import device_name
 from mpillm.comm.group import Group
-from mpillm.comm.tables import make_call, measure_table, medians, time_calls
+from mpillm.comm.tables import largest_window, make_call, measure_table, medians, time_calls
 from mpillm.errors import ConfigError
-from mpillm.machine import EVERYWHERE, Level, Machine
+from mpillm.machine import EVERYWHERE, Level, Machine, Measured
 from mpillm.plan import DEFAULT_TABLE
 
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 _TILE = (256, 128)  # of the products of GPUs (NVIDIA, Matrix Multiplication Background User's Guide, 2023)
-_LEVEL_BYTES = (1 << 6, 1 << 12, 1 << 16, 1 << 20, 1 << 23)  # of the allreduces that a level is known by
+_LEVEL_OPERATIONS = ("allreduce", "reduce_scatter", "allgather")
+_LEVEL_BYTES = (1 << 6, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 23, 1 << 25)  # of those that a level is known by
+_SLOW_S = 0.05  # larger ones than took so long are taken to go at the same rate
 _COLD_BYTES = 1 << 26  # of operands in turn, so that they come from memory as those of layers do
 _SUSTAINED_S, _SUSTAINED_WIDTH = 0.5, 512
 _LONG_S = 1.0  # of one product of a width: wider ones are taken to be as fast
@@ -71,9 +73,9 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
     """Measure what every rank can do while all others do the same.
 
     Collective over ``group``; all ranks return the same. Products of several widths, additions in memory, a gated
-    activation and an attention there and back, the start of a kernel, of :data:`SIZES`; allreduces of 64 bytes to 8 MiB
-    and their halves inside nodes and between them, told as the messages of a ring. Every figure is the median of its
-    repetitions on the slowest rank.
+    activation and an attention there and back, the start of a kernel, of :data:`SIZES`; allreduces of 64 bytes to 32 MiB
+    and their halves inside nodes and between them, on tensors of a rank's own, which are told as the messages of a ring
+    too, and in windows. Every figure is the median of its repetitions on the slowest rank.
 
     Parameters
     ----------
@@ -101,14 +103,16 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
         table = measure_table(group) if group.size > 1 else DEFAULT_TABLE
     spread, kind, sizes = {}, {"device": device, "dtype": dtype}, SIZES[device.type]
 
-    def median_s(name, call):
-        def whole():
-            call()
-            synchronize(device)
+    def whole(call):
+        return lambda: (call(), synchronize(device))
 
-        times = time_calls(group.comm, {name: whole}, budget_s=0.2, repeats=(5, 100))[name]
-        spread[name] = float(np.median(np.abs(times / np.median(times) - 1)))
-        return float(np.median(times))
+    def medians_s(calls):
+        times = time_calls(group.comm, {name: whole(call) for name, call in calls.items()}, 0.2, repeats=(5, 100))
+        spread.update({name: float(np.median(np.abs(own / np.median(own) - 1))) for name, own in times.items()})
+        return medians(times)
+
+    def median_s(name, call):
+        return medians_s({name: call})[name]
 
     matmul = []
     for width in WIDTHS:
@@ -130,10 +134,10 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
     kernel_s = median_s("kernels", lambda: [small + 1 for _ in range(sizes.kernels)])
     nodes = group.schedules.nodes if group.size > 1 else (0,)
     inside = max(nodes.count(node) for node in nodes)
-    levels = [_level("node", group.comm, nodes[group.rank], inside, table, device, median_s)] if inside > 1 else []
+    levels = [_level("node", group.comm, nodes[group.rank], inside, table, device, medians_s)] if inside > 1 else []
     if len(set(nodes)) > 1:
         lane = nodes[:group.rank].count(nodes[group.rank])
-        levels.append(_level("network", group.comm, lane, len(set(nodes)), table, device, median_s))
+        levels.append(_level("network", group.comm, lane, len(set(nodes)), table, device, medians_s))
     if not levels:
         levels = [Level("node", 1, 0.0, 0.0)]
     levels[-1] = replace(levels[-1], size=EVERYWHERE if len(levels) > 1 else inside)
@@ -193,27 +197,44 @@ def _speeds(comm, matmul, device, dtype):
     return tuple(rate / flops_per_s for rate in rates) if max(rates) > _UNEQUAL * min(rates) else ()
 
 
-def _level(name, comm, colour, size, table, device, median_s):
-    """Measure allreduces among ranks of one colour, all colours at once; or its halves, where these are faster: some
-    libraries leave a network half idle in an allreduce, and gradients take the halves."""
+def _level(name, comm, colour, size, table, device, medians_s):
+    """Measure allreduces and their halves among ranks of one colour, all colours at once. A message of their ring takes
+    what an allreduce tells of it; or its halves, where these are faster: some libraries leave a network half idle in an
+    allreduce, and gradients take the halves."""
     part = comm.Split(colour, comm.rank)
     member = Group(part, name, table=table)
-    sizes, times, adding_s = np.array(_LEVEL_BYTES), [], 0.0
-    for n_bytes in _LEVEL_BYTES:
-        x = torch.zeros(n_bytes // 4, device=device)
-        whole, scattered, gathered = (median_s(f"{name} {op} {n_bytes}", make_call(op, x, member))
-                                      for op in ("allreduce", "reduce_scatter", "allgather"))
-        times.append(min(whole, scattered + gathered))
-        adding_s = min(max(0.0, scattered - gathered), times[-1] / 2)  # the largest counts
+    taken_s, whole_s, adding_s = {}, [], 0.0
+    with largest_window(member, _LEVEL_BYTES if device.type == "cpu" else (), torch.float32) as window:
+        room_bytes = min(comm.allgather(0 if window is None else window.nbytes))
+        for n_bytes in _LEVEL_BYTES:
+            tensors = [torch.zeros(n_bytes // 4, device=device)] + [window[:n_bytes // 4]] * (n_bytes <= room_bytes)
+            calls = {(op, in_window): make_call(op, x, member)
+                     for in_window, x in enumerate(tensors) for op in _LEVEL_OPERATIONS}
+            names = {key: f"{name} {key[0]} {n_bytes}{' in a window' * key[1]}" for key in calls}
+            found_s = medians_s({names[key]: call for key, call in calls.items()})
+            for key in calls:
+                taken_s.setdefault(key, []).append(found_s[names[key]])
+            allreduce_s, scattered_s, gathered_s = (taken_s[op, False][-1] for op in _LEVEL_OPERATIONS)
+            whole_s.append(min(allreduce_s, scattered_s + gathered_s))
+            adding_s = min(max(0.0, scattered_s - gathered_s), whole_s[-1] / 2)  # the largest counts
+            if len(whole_s) > 1 and allreduce_s > _SLOW_S:
+                break
     busy_s_per_byte = _busy_s_per_byte(part, device) if name == "network" else 0.0
     skew_s = _skew_s(comm, make_call("allreduce", torch.zeros(_LEVEL_BYTES[0] // 4, device=device), member), device)
     member.free()
+    sizes = np.array(_LEVEL_BYTES[:len(whole_s)])
     gamma = adding_s / sizes[-1] * size / (size - 1)
-    messages_s = (np.array(times) - gamma * sizes * (size - 1) / size) / (2 * (size - 1))
-    messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0))  # a longer one that is faster is noise
-    beta = (messages_s[-1] - messages_s[0]) / (sizes[-1] - sizes[0]) * size
-    return Level(name, size, messages_s[0].item(), beta.item(), gamma,
-                 tuple(zip((sizes / size).tolist(), messages_s.tolist())), skew_s, busy_s_per_byte)
+    messages_s = (np.array(_not_falling(whole_s)) - gamma * sizes * (size - 1) / size) / (2 * (size - 1))
+    messages_s = np.maximum.accumulate(np.maximum(messages_s, 0.0)).tolist()
+    beta = (messages_s[-1] - messages_s[0]) / (sizes[-1] - sizes[0]).item() * size
+    return Level(name, size, messages_s[0], beta, gamma.item(), tuple(zip((sizes / size).tolist(), messages_s)), skew_s,
+                 busy_s_per_byte, tuple(Measured(op, bool(in_window), size, tuple(zip(sizes.tolist(), _not_falling(own))))
+                                        for (op, in_window), own in taken_s.items()))
+
+
+def _not_falling(times_s):
+    """Return times of ever more bytes, none longer than that of more: what disturbs a measurement adds to it."""
+    return np.minimum.accumulate(times_s[::-1])[::-1].tolist()
 
 
 def _skew_s(comm, call, device):

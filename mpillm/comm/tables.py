@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from mpillm import plan
 from mpillm.comm import collectives
 from mpillm.comm.progress import finish
-from mpillm.plan import ANY, DEFAULT_TABLE, DecisionTable
+from mpillm.comm.shared import if_room
+from mpillm.plan import ANY, DEFAULT_TABLE, IN_WINDOW, DecisionTable
 from mpillm.schedules.algorithm import LIBRARY, TWO_LEVEL, WINDOW, Algorithm
 from mpillm.schedules.blocks import all_bounds
 from mpillm.schedules.collective import traffic
@@ -23,73 +25,123 @@ _SLOW_S = 0.02  # over a slow network the largest messages would take minutes; w
 _TIE = 0.95  # of the time of the simpler: less is clearly faster
 _NEAR, _AGAIN = 1.5, 4  # what is nearer than this to the best is measured again, so many times as long
 _FAR, _FAR_S = 4.0, 5e-4  # times the best and so much more: not tried at the next size; slow to start may be fast
-_BISECTIONS = 2
+_CLOSE = 1.5  # the two sizes between which a limit is looked up no further
+_EVERY = 2  # of the sizes are measured in a window, where two algorithms are left and change once
 _LINE_BYTES = 64
 
 
 def measure_table(group, operations=OPERATIONS, sizes_bytes=SIZES_BYTES, dtype=torch.float32, budget_s=0.02):
-    """Measure which algorithm is fastest for each operation and size on tensors of a rank's own.
+    """Measure which algorithm is fastest for each operation and size, on tensors of a rank's own and, where the group has
+    shared memory, on tensors in a window.
 
-    Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, size and
+    Collective over ``group``; all ranks return the same table. About ``budget_s`` for every operation, place, size and
     algorithm, and more for those that come near the best. Of near-equals the first of :func:`candidates` is taken. An
     algorithm that took far longer than the best of a size is not tried at the next; where the winner changes
-    between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`. What
-    another size or operation does clearly faster is done by that (:func:`mpillm.schedules.repair.repair`). The rows
-    hold for every dtype, because bytes take the time; operations that are not measured keep the rows of
-    :data:`mpillm.plan.DEFAULT_TABLE`.
+    between two sizes, it is looked up between them. Nothing is measured beyond a size that takes :data:`_SLOW_S`, or for
+    which shared memory has no room. What another size or operation would do clearly faster on tensors of a rank's own
+    (:func:`mpillm.schedules.repair.repair`) is measured so, and done so where that is true. The rows hold for every dtype,
+    because bytes take the time; operations that are not measured keep the rows of :data:`mpillm.plan.DEFAULT_TABLE`.
     """
-    measured, deciders = {}, {}
-    for op in operations:
-        members = {name: group.with_table(only(name)) for name in candidates(op, group)}
+    with largest_window(group, sizes_bytes, dtype) as window:
+        places = [None] if window is None else [None, window]
+        contests = [_Contest(group, op, place, dtype, budget_s) for op in operations for place in places]
+        for contest in contests:
+            contest.measure(sizes_bytes)
+        chosen = _repaired(group, {one.op: one for one in contests if one.window is None})
+        rows = [row for one in contests for row in one.rows(chosen[one.op] if one.window is None else one.winners())]
+    return DecisionTable((*rows, *(row for row in DEFAULT_TABLE.rows if row[0] not in operations)))
 
-        def fastest(n_bytes, names, op=op, members=members):
-            return _fastest(group, op, n_bytes, {name: members[name] for name in names}, dtype, budget_s)
 
-        alive, measured[op], deciders[op] = list(members), {}, fastest
-        for size in sizes_bytes:
-            winner, alive, best_s = fastest(size, alive)
-            measured[op][size] = winner, best_s
+@contextmanager
+def largest_window(group, sizes_bytes, dtype):
+    """Give a tensor in a window of the group's shared memory, of the largest of some sizes for which that has room; None
+    where it has room for none, or the group has no such memory. Collective."""
+    window = None
+    for size in sorted(sizes_bytes, reverse=True) if group.node else ():
+        if window is None:
+            window = if_room(lambda size=size: group.node.empty(max(group.size, size // dtype.itemsize), dtype).zero_())
+    yield window
+    if window is not None:
+        group.node.release(window)
+
+
+class _Contest:
+    """The algorithms that could carry out an operation on tensors in a window, or on others where there is none."""
+
+    def __init__(self, group, op, window, dtype, budget_s):
+        self.group, self.op, self.window, self._dtype, self._budget_s = group, op, window, dtype, budget_s
+        self._members = {name: group.with_table(only(name)) for name in candidates(op, group, window is not None)}
+        self.measured = {}  # by size the winner and its time
+
+    def measure(self, sizes_bytes):
+        """Find the winner of each size, as far as they can be measured. Collective, as is everything that measures."""
+        alive = list(self._members)
+        for size in sizes_bytes if self.window is None else sizes_bytes[::_EVERY]:
+            if self.window is not None and size > self.window.nbytes:
+                break
+            winner, alive, best_s = self.fastest(size, {name: self._members[name] for name in alive})
+            self.measured[size] = winner, best_s
             if best_s > _SLOW_S:
                 break
-    chosen = repair(measured)
-    others = tuple(row for row in DEFAULT_TABLE.rows if row[0] not in operations)
-    return DecisionTable(tuple(row for op in operations for row in _limits(op, chosen[op], deciders[op])) + others)
+
+    def winners(self):
+        """Return by size the algorithm that won. Local."""
+        return {size: winner for size, (winner, _) in self.measured.items()}
+
+    def fastest(self, n_bytes, members):
+        """Return the fastest of some groups, by name, the first of near-equals; those not far behind; the best time."""
+        x, out = self._tensors(max(self.group.size, n_bytes // self._dtype.itemsize))
+        calls = {name: make_call(self.op, x, member, out) for name, member in members.items()}
+        median_s = medians(time_calls(self.group.comm, calls, self._budget_s))
+        near = {name: calls[name] for name, median in median_s.items() if median <= _NEAR * min(median_s.values())}
+        if len(near) > 1:
+            median_s |= medians(time_calls(self.group.comm, near, _AGAIN * self._budget_s, repeats=(9, 400)))
+        best = min(median_s[name] for name in near)
+        winner = next(name for name in near if _TIE * median_s[name] <= best)
+        return winner, [name for name in members if median_s[name] <= _FAR * best + _FAR_S], best
+
+    def against_plain(self, n_bytes, choice, member):
+        """Return ``choice``, which ``member`` carries out, where it beats the winner of this size, else that."""
+        winner, _ = self.measured[n_bytes]
+        return self.fastest(n_bytes, {winner: self._members[winner], choice: member})[0]
+
+    def rows(self, chosen):
+        """Return the rows of a table: where the choice changes between two sizes, the limit is bisected in the logarithm of
+        the size if both were measured; else it is half way."""
+        rows, where, sizes_bytes = [], () if self.window is None else (IN_WINDOW,), list(chosen)
+        for low, high in pairwise(sizes_bytes):
+            below, above = chosen[low], chosen[high]
+            if below == above:
+                continue
+            are_measured = not any(Algorithm.parse(choice).is_repaired for choice in (below, above))
+            members = {name: self._members[name] for name in (below, above)} if are_measured else {}
+            while are_measured and high > _CLOSE * low:
+                middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
+                is_higher = self.fastest(middle, members)[0] == below
+                low, high = (middle, high) if is_higher else (low, middle)
+            rows.append((self.op, ANY, ANY, int(math.sqrt(low * high)), below, *where))
+        return [*rows, (self.op, ANY, ANY, None, chosen[sizes_bytes[-1]], *where)]
+
+    def _tensors(self, size):
+        """Return what an operation takes, and what an alltoall gives."""
+        # written, because pages that only were asked for are all one page of zeros
+        x = torch.empty(size, dtype=self._dtype).fill_(0) if self.window is None else self.window[:size]
+        return x, torch.zeros(size + self.group.size, dtype=self._dtype)
 
 
-def _fastest(group, op, n_bytes, members, dtype, budget_s):
-    """Return the fastest of some algorithms, the first of near-equals; those not far behind; and the best time."""
-    x = torch.empty(max(group.size, n_bytes // dtype.itemsize), dtype=dtype).fill_(0)
-    out = torch.zeros(len(x) + group.size, dtype=dtype)
-    calls = {name: make_call(op, x, member, out) for name, member in members.items()}
-    median_s = medians(time_calls(group.comm, calls, budget_s))
-    near = {name: calls[name] for name, median in median_s.items() if median <= _NEAR * min(median_s.values())}
-    if len(near) > 1:
-        median_s |= medians(time_calls(group.comm, near, _AGAIN * budget_s, repeats=(9, 400)))
-    best = min(median_s[name] for name in near)
-    winner = next(name for name in near if _TIE * median_s[name] <= best)
-    return winner, [name for name in members if median_s[name] <= _FAR * best + _FAR_S], best
+def _repaired(group, contests):
+    """Return what to take for every operation and size on tensors of a rank's own: what :func:`repair` says, where it was
+    measured to be faster, because what it goes by may have been measured too short."""
+    chosen = repair({op: contest.measured for op, contest in contests.items()})
+    trial = group.with_table(DecisionTable(tuple((op, ANY, ANY, size, choice) for op, sizes in chosen.items()
+                                                 for size, choice in sizes.items())))
+    return {op: {size: contests[op].against_plain(size, choice, trial) if Algorithm.parse(choice).is_repaired else choice
+                 for size, choice in sizes.items()} for op, sizes in chosen.items()}
 
 
 def medians(times):
     """Return the median of every function that :func:`time_calls` measured. Local."""
     return {name: float(np.median(own)) for name, own in times.items()}
-
-
-def _limits(op, chosen, fastest):
-    """Return the rows of a table: where the choice changes between two sizes, the limit is bisected in the logarithm of
-    the size if both were measured; else it is half way."""
-    rows, sizes_bytes = [], list(chosen)
-    for low, high in pairwise(sizes_bytes):
-        below, above = chosen[low], chosen[high]
-        if below == above:
-            continue
-        are_measured = not any(Algorithm.parse(choice).is_repaired for choice in (below, above))
-        for _ in range(_BISECTIONS if are_measured else 0):
-            middle = int(math.sqrt(low * high)) // _LINE_BYTES * _LINE_BYTES
-            is_higher = fastest(middle, (below, above))[0] == below
-            low, high = (middle, high) if is_higher else (low, middle)
-        rows.append((op, ANY, ANY, int(math.sqrt(low * high)), below))
-    return [*rows, (op, ANY, ANY, None, chosen[sizes_bytes[-1]])]
 
 
 def time_calls(comm, calls, budget_s=0.2, repeats=(5, 200)):
@@ -126,19 +178,22 @@ def make_call(op, x, group, out=None):
 
     Local. ``out``, a little larger than ``x``, is needed for alltoall, which has no form in place.
     """
-    cuts = all_bounds(len(x), group.size)
-    n_bytes = x.numel() * x.element_size()
     if op == "allreduce":
         return lambda: collectives.allreduce(x, group, out=x)
     if op == "reduce_scatter":
         return lambda: collectives.reduce_scatter_blocks(x, group)
     if op == "allgather":
         return lambda: collectives.allgather_blocks(x, group)
+
+    def transport():
+        return group.transport(op, x.dtype, x.nbytes, in_window=group.holds(x))
+
     if op == "bcast":
-        return lambda: finish(group.transport(op, x.dtype, n_bytes).bcast(x, 0))
+        return lambda: finish(transport().bcast(x, 0))
+    cuts = all_bounds(len(x), group.size)
     mine = cuts[group.rank][1] - cuts[group.rank][0]
-    arrivals = [(rank * mine, (rank + 1) * mine) for rank in range(group.size)]
-    return lambda: finish(group.transport(op, x.dtype, n_bytes).alltoall(x, out[:arrivals[-1][1]], cuts, arrivals))
+    arrivals = tuple((rank * mine, (rank + 1) * mine) for rank in range(group.size))
+    return lambda: finish(transport().alltoall(x, out[:arrivals[-1][1]], cuts, arrivals))
 
 
 def only(algorithm):
@@ -147,9 +202,15 @@ def only(algorithm):
                                if algorithm in (LIBRARY, WINDOW, *ALGORITHMS[op])))
 
 
-def candidates(op, group):
+def candidates(op, group, in_window=False):
     """Return the algorithms that ``group`` could take for ``op``, simple ones first; of those that come to the same
-    for its number of ranks only one."""
+    for its number of ranks only one.
+
+    On a tensor in a window these are the library, in place there, and the window: a schedule has the library's messages
+    and Python beside.
+    """
+    if in_window:
+        return [LIBRARY, WINDOW]
     nodes = group.schedules.nodes
     shared = [] if group.node is None else [WINDOW]
     names = [name for name in ALGORITHMS[op] if name != TWO_LEVEL or len(set(nodes)) > 1]

@@ -1,4 +1,4 @@
-"""What collectives cost over one level of a machine: rounds and bytes of every algorithm, a ring, the fastest."""
+"""What collectives cost over one level of a machine: as measured, as a ring of messages, by the fastest algorithm."""
 
 import numpy as np
 
@@ -53,10 +53,11 @@ def ring_s(level, size, n_bytes, op="allreduce"):
     return (size - 1) * (passes * level.message_s(part) + sums * part * level.gamma_s_per_byte)
 
 
-def fastest_s(op, level, ranks, n_bytes):
-    """Return the seconds of the fastest algorithm for each number of bytes over one level.
+def collective_s(op, level, ranks, n_bytes, in_window=False):
+    """Return the seconds of a collective for each number of bytes over one level.
 
-    Local. What the points of a measured level hold is what the fastest took, as if it had been a ring.
+    Local. By the table, where it was measured; of a level that knows measured messages alone, as a ring of them; else by
+    the fastest algorithm.
 
     Parameters
     ----------
@@ -65,7 +66,12 @@ def fastest_s(op, level, ranks, n_bytes):
     ranks : int
     n_bytes : float or ndarray
         Of the whole vector.
+    in_window : bool
+        Whether the tensors lie in a window of shared memory.
     """
+    measured = level.measured(op, in_window)
+    if measured and ranks > 1:
+        return measured.time_s(ranks, n_bytes)
     if ranks == 1 or level.points:
         return ring_s(level, ranks, n_bytes, op)
     adding_s = n_bytes * (ranks - 1) / ranks * level.gamma_s_per_byte if op != "allgather" else 0.0

@@ -174,6 +174,7 @@ def make_plan(config, machine, ranks, top=5):
                               "link_s": link_s, "shares_link": pricer.shares_link(best.layout),
                               "microbatches": pricer.num_microbatches(best.layout)},
                    "buckets": _buckets(pricer, best, chosen.table),
+                   "activations": _activations(pricer, best.layout, chosen.table),
                    "volume": step_volume(chosen.applied_to(config).resolve(ranks, chosen.num_nodes),
                                          pricer.reduction.keeps_one_copy(best.layout))},
         binding=_binding(pricer, best, _ranked(pricer, priced, MORE * limit)[0]),
@@ -183,15 +184,26 @@ def make_plan(config, machine, ranks, top=5):
 
 
 def _buckets(pricer, best, table):
-    """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many; and where
-    they are reduced beside backward, with what the clock needs of them."""
+    """Return the buckets of gradients, each with its bytes and the algorithm that the table has for so many where they
+    lie; and where they are reduced beside backward, with what the clock needs of them."""
     dtype, found = "float64" if pricer.config.train.dtype == "float64" else "float32", []
     keys = BucketTimes._fields if pricer.reduction.overlaps(best.layout) else ("n_bytes",)
+    in_window = pricer.reduction.in_window(best.layout)
     for stage, own in enumerate(pricer.buckets(best)):
         for bucket in own:
-            algorithm = table.choose("reduce_scatter", "data", dtype, bucket.n_bytes)
-            found.append({"stage": stage, "algorithm": algorithm, **{key: getattr(bucket, key) for key in keys}})
+            algorithm = table.choose("reduce_scatter", "data", dtype, bucket.n_bytes, in_window)
+            found.append({"stage": stage, "algorithm": algorithm, "in_window": in_window,
+                          **{key: getattr(bucket, key) for key in keys}})
     return found
+
+
+def _activations(pricer, layout, table):
+    """Return by which operations tensor ranks exchange a microbatch's activations, each with its bytes and the algorithm
+    that the table has for so many."""
+    train, operations = pricer.config.train, ("reduce_scatter", "allgather") if layout.sequence_parallel else ("allreduce",)
+    n_bytes = layout.microbatch * train.seq_len * pricer.config.model.hidden_size * pricer.item
+    return [{"operation": op, "algorithm": table.choose(op, "tensor", train.dtype, n_bytes), "in_window": False,
+             "n_bytes": n_bytes} for op in operations if layout.tensor > 1]
 
 
 def _priced(pricer, limit_bytes):

@@ -85,7 +85,7 @@ class Pricer:
         level = machine.level_for(reach)
         return (layer_work(model, machine, level, seq_len, tokens, tensor, self.item, recompute, sequence_parallel,
                            self.config.data.mask_documents),
-                head_work(model, machine, level, tokens, tensor, self.item))
+                head_work(model, machine, level, tokens, tensor, self.item, sequence_parallel))
 
     def shares(self, layout):
         """Return the sequences of every data rank, ``None`` where all have as many. Local."""

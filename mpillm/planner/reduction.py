@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from mpillm.planner.buckets import bucket_cuts
-from mpillm.planner.collective_costs import fastest_s
+from mpillm.planner.collective_costs import collective_s
 from mpillm.planner.counts import ITEM_BYTES, layer_parameters
 from mpillm.planner.timeline import BucketTimes
 
@@ -32,6 +32,11 @@ class Reduction:
         """Tell whether data ranks share one copy of the weights. Local."""
         return self.machine.shares_memory and layout.zero == 1 and self._inside(layout) == layout.data
 
+    def in_window(self, layout):
+        """Tell whether gradients lie in windows: where data ranks share a node that has them. Local."""
+        measured = self.machine.levels[0].measured("reduce_scatter", in_window=True)
+        return self._inside(layout) > 1 and bool(self.machine.shares_memory or measured and measured.in_window)
+
     def price_s(self, layout, parameters, most_layers, is_split):
         """Return the seconds that it adds to the pipeline's, less what backward hides of it. Local.
 
@@ -55,13 +60,14 @@ class Reduction:
         """Return the seconds in which reduced gradients are gathered: where each data rank needs all of them. Local."""
         if layout.zero and self.config.train.numerics != "exact":
             return 0.0
-        return self._gather_s(layout, parameters * self._wide)
+        return self._half_s("allgather", layout.data, layout.stride("data"), parameters * self._wide)
 
     def weights_s(self, layout, parameters):
         """Return the seconds that updated weights take to the other data ranks. Local."""
         if not layout.zero or self.keeps_one_copy(layout):
             return 0.0
-        return self._gather_s(layout, parameters * ITEM_BYTES[self.config.train.dtype])
+        n_bytes = parameters * ITEM_BYTES[self.config.train.dtype]
+        return self._half_s("allgather", layout.data, layout.stride("data"), n_bytes, in_window=False)
 
     def overlaps(self, layout):
         """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
@@ -108,17 +114,12 @@ class Reduction:
         """Return the data ranks that share a node."""
         return _together(self.machine, layout.data, layout.stride("data"))
 
-    def _gather_s(self, layout, n_bytes):
-        if layout.data == 1:
-            return 0.0
-        return self._half_s("allgather", layout.data, layout.stride("data"), n_bytes)
-
-    def _make_half_s(self, op, data, stride, n_bytes):
-        """Return the seconds of a half of an allreduce over data ranks so far apart: for each number of bytes by the
-        algorithm that is best for so many."""
+    def _make_half_s(self, op, data, stride, n_bytes, in_window=True):
+        """Return the seconds of a half of an allreduce over data ranks so far apart; inside a node of what lies in its
+        window, as gradients do where there is one."""
         machine, inside = self.machine, _together(self.machine, data, stride)
-        return (fastest_s(op, machine.levels[0], inside, n_bytes)
-                + fastest_s(op, machine.level_for(stride * data), math.ceil(data / inside), n_bytes / inside))
+        return (collective_s(op, machine.levels[0], inside, n_bytes, in_window)
+                + collective_s(op, machine.level_for(stride * data), math.ceil(data / inside), n_bytes / inside))
 
     def _gradients(self, layout, start, stop, is_split):
         """Return for layers ``[start, stop)`` with their ends, in the order of backward: the layer that each gradient

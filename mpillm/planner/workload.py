@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from mpillm.planner.collective_costs import fastest_s
+from mpillm.planner.collective_costs import collective_s
 from mpillm.planner.counts import FFN_MATRICES
 from mpillm.schedules.blocks import loss_chunks
 
@@ -68,7 +68,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     ops = ("reduce_scatter", "allgather") if sequence_parallel else ("allreduce",)
     meetings = len(ops) if tensor > 1 else 0
-    talk = 2 * (sum(fastest_s(op, level, tensor, whole) for op in ops) + meetings * level.skew_s)
+    talk = 2 * (sum(collective_s(op, level, tensor, whole) for op in ops) + meetings * level.skew_s)
     forward = machine.with_call(products + attention + elementwise) + talk
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
@@ -77,7 +77,7 @@ def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recom
     return ActionTimes(forward, backward + again, weights)
 
 
-def head_work(model, machine, level, tokens, tensor, item_bytes):
+def head_work(model, machine, level, tokens, tensor, item_bytes, sequence_parallel):
     """Price the output head and the loss of a microbatch on one tensor rank.
 
     Local. Its forward makes the gradients of input and weight too, so that no logits are kept. What is left is to add
@@ -85,7 +85,7 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
 
     Parameters
     ----------
-    model, machine, level, tokens, tensor, item_bytes
+    model, machine, level, tokens, tensor, item_bytes, sequence_parallel
         As for :func:`layer_work`.
 
     Returns
@@ -96,7 +96,14 @@ def head_work(model, machine, level, tokens, tensor, item_bytes):
     product = machine.product_s(tokens, model.hidden_size, columns)
     loss = 8 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
     adding = 3 * 4 * model.hidden_size * columns / machine.memory_bytes_per_s
-    skew_s = level.skew_s if tensor > 1 else 0.0
-    talk = fastest_s("allreduce", level, tensor, tokens * model.hidden_size * item_bytes) + skew_s
-    meetings = 2 * loss_chunks(tokens, model.vocab_size)
-    return ActionTimes(3 * product + loss + meetings * skew_s, talk, adding)
+
+    def talk(op, n_bytes):
+        return collective_s(op, level, tensor, n_bytes) + (level.skew_s if tensor > 1 else 0.0)
+
+    whole = tokens * model.hidden_size * item_bytes
+    chunks = loss_chunks(tokens, model.vocab_size, "cuda" if machine.wave else "cpu")
+    # The largest logit; the sum of exponentials and the target's logit.
+    losses = chunks * sum(talk("allreduce", numbers * tokens / chunks * max(4, item_bytes)) for numbers in (1, 2))
+    entered = talk("allgather", whole) if sequence_parallel else 0.0
+    summed = talk("reduce_scatter" if sequence_parallel else "allreduce", whole)
+    return ActionTimes(3 * product + loss + losses + entered, summed, adding)
