@@ -1,19 +1,22 @@
 """Collectives side by side: mpillm's, in and outside windows, the MPI library's own and PyTorch's over gloo."""
 
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.comm.tables import candidates, make_call, measure_table, only, time_calls
-from mpillm.schedules.algorithm import LIBRARY, WINDOW
+from mpillm.schedules.algorithm import LIBRARY
 from mpillm.schedules.blocks import counts
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
 SIZES_BYTES = tuple(1 << k for k in range(10, 29, 2))
-_IN_PLACE = ("allreduce", "reduce_scatter", "allgather")  # what a tensor in a window is good for
+CLEARLY = 0.95  # of the best candidate's speed: a choice that reaches less is not a good one
 _COPY_ITEMS = 1 << 24
 # gloo's name of each operation and how it is called on flat tensors; it has no other two on the CPU
 _GLOO = {
@@ -58,7 +61,7 @@ def measure(group, operations, sizes_bytes, dtype, with_peers, table=None, with_
     table : DecisionTable, optional
         What mpillm chooses by; measured first if not given.
     with_candidates : bool
-        Measure, as ``impl`` ``"candidate"``, every algorithm that a table could name.
+        Measure, as ``impl`` ``"candidate"``, every algorithm that a table could name for the place where tensors lie.
     budget_s : float
         About how long each may be measured.
     show : callable
@@ -67,37 +70,58 @@ def measure(group, operations, sizes_bytes, dtype, with_peers, table=None, with_
     Returns
     -------
     list of dict
-        A row an operation, size and implementation: ``op dtype impl bytes ranks nodes algorithm median_s p99_s
-        bandwidth_bytes_per_s copy_fraction``.
+        A row an operation, size, implementation and place: ``op dtype impl in_window bytes ranks nodes algorithm median_s
+        p99_s bandwidth_bytes_per_s copy_fraction``. ``impl`` is ``mpillm`` on tensors in a window, ``mpillm-copy`` on
+        others, ``mpillm-bound-window`` and ``mpillm-bound`` the same by bound requests, ``mpi`` plain mpi4py, ``gloo`` or
+        ``candidate``.
     """
     table = measure_table(group, operations, dtype=dtype) if table is None else table
-    chosen = group.with_table(table)
-    window = None if group.node is None else group.with_table(only(WINDOW))
-    speed, rows = copy_bandwidth(group.comm), []
-    members = {op: {name: group.with_table(only(name)) for name in candidates(op, group)} if with_candidates else {}
-               for op in operations}
+    chosen, places = group.with_table(table), (False, True) if group.node else (False,)
+    speed, rows, members = copy_bandwidth(group.comm), [], {}
+    for op, in_window in product(operations if with_candidates else (), places):
+        members[op, in_window] = {name: group.with_table(only(name)) for name in candidates(op, group, in_window)}
+    window = group.node.empty(max(group.size, max(sizes_bytes) // dtype.itemsize), dtype).zero_() if group.node else None
     with gloo(group.comm) if with_peers else _nothing() as dist:
-        for op in operations:
-            for n_bytes in sizes_bytes:
-                show(op, n_bytes)
-                n = max(group.size, n_bytes // dtype.itemsize)
-                shared = window.node.empty(n, dtype).zero_() if window and op in _IN_PLACE else None
-                calls, algorithms = _calls(op, n, dtype, chosen, members[op], dist)
-                if shared is not None:
-                    calls["mpillm"], algorithms["mpillm"] = make_call(op, shared, window), WINDOW
-                alone = {"gloo": calls.pop("gloo")} if "gloo" in calls else {}  # its threads would disturb the next
-                times_s = time_calls(group.comm, calls, budget_s) | (alone and time_calls(group.comm, alone, budget_s))
-                for impl, times in times_s.items():
-                    median_s = float(np.median(times))
-                    rows.append({
-                        "op": op, "dtype": _name(dtype), "impl": impl.partition(" ")[0], "bytes": n_bytes,
-                        "ranks": group.size, "nodes": len(set(group.schedules.nodes)), "algorithm": algorithms[impl],
-                        "median_s": median_s, "p99_s": float(np.percentile(times, 99)),
-                        "bandwidth_bytes_per_s": n_bytes / median_s, "copy_fraction": n_bytes / median_s / speed,
-                    })
-                if shared is not None:
-                    window.node.release(shared)
+        for op, n_bytes in product(operations, sizes_bytes):
+            show(op, n_bytes)
+            n = max(group.size, n_bytes // dtype.itemsize)
+            # written, because pages that only were asked for are all one page of zeros
+            x, out = torch.empty(n, dtype=dtype).fill_(0), torch.empty(n + group.size, dtype=dtype).fill_(0)
+            bound, entries = [], []
+            for in_window in places:
+                tensor = window[:n] if in_window else x
+                entries += _own_entries(op, tensor, out, chosen, in_window, bound)
+                entries += [Entry("candidate", name, in_window, make_call(op, tensor, member, out))
+                            for name, member in members.get((op, in_window), {}).items()]
+            if dtype not in HALF_TYPES:
+                call = _library_call(op, group.comm, x.numpy(), out.numpy(), counts(n, group.size))
+                entries.append(Entry("mpi", LIBRARY, False, call))
+            times_s = time_calls(group.comm, {entry: entry.call for entry in entries}, budget_s)
+            if dist is not None and op in _GLOO:  # apart: its threads would disturb the next
+                entry = _gloo_entry(op, x, out, group.size, dist)
+                times_s |= time_calls(group.comm, {entry: entry.call}, budget_s)
+            for entry, times in times_s.items():
+                median_s = float(np.median(times))
+                rows.append({
+                    "op": op, "dtype": _name(dtype), "impl": entry.impl, "in_window": entry.in_window, "bytes": n_bytes,
+                    "ranks": group.size, "nodes": len(set(group.schedules.nodes)), "algorithm": entry.algorithm,
+                    "median_s": median_s, "p99_s": float(np.percentile(times, 99)),
+                    "bandwidth_bytes_per_s": n_bytes / median_s, "copy_fraction": n_bytes / median_s / speed,
+                })
+            for one in bound:
+                one.free()
+    if window is not None:
+        group.node.release(window)
     return rows
+
+
+class Entry(NamedTuple):
+    """What is measured: who carries an operation out, by which algorithm, and whether the tensor lies in a window."""
+
+    impl: str
+    algorithm: str
+    in_window: bool
+    call: Callable
 
 
 def far_from_best(rows):
@@ -113,34 +137,37 @@ def far_from_best(rows):
     Returns
     -------
     list of (dict, dict)
-        Row of the choice and row of the best, where the first took more than 10 % and more than 10 us longer.
+        Row of the choice and row of the best for tensors in the same place, where the first reached less than
+        :data:`CLEARLY` of the other's speed.
     """
     found = []
-    for choice in rows:
-        if choice["impl"] == "mpillm-copy":
-            others = [row for row in rows if (row["impl"], row["op"], row["bytes"]) == (
-                "candidate", choice["op"], choice["bytes"])]
-            best = min(others, key=lambda row: row["median_s"])
-            if choice["median_s"] > max(1.1 * best["median_s"], best["median_s"] + 1e-5):
-                found.append((choice, best))
+    for choice in choices(rows):
+        others = [row for row in rows if (row["impl"], row["op"], row["bytes"], row["in_window"]) == (
+            "candidate", choice["op"], choice["bytes"], choice["in_window"])]
+        best = min(others, key=lambda row: row["median_s"])
+        if best["algorithm"] != choice["algorithm"] and best["median_s"] < CLEARLY * choice["median_s"]:
+            found.append((choice, best))
     return found
 
 
-def _calls(op, n, dtype, chosen, members, dist):
-    """Return the functions to time on ``n`` items of a rank's own, and the algorithm of each, by implementation."""
-    # written, because pages that only were asked for are all one page of zeros
-    x, out = torch.empty(n, dtype=dtype).fill_(0), torch.empty(n + chosen.size, dtype=dtype).fill_(0)
-    calls = {"mpillm-copy": make_call(op, x, chosen, out)}
-    algorithms = {"mpillm-copy": chosen.table.choose(op, chosen.name, _name(dtype), n * dtype.itemsize)}
-    if dtype not in HALF_TYPES:
-        calls["mpi"] = _library_call(op, chosen.comm, x.numpy(), out.numpy(), counts(n, chosen.size))
-        algorithms["mpi"] = LIBRARY
-    for name, member in members.items():
-        calls[f"candidate {name}"], algorithms[f"candidate {name}"] = make_call(op, x, member, out), name
-    if dist is not None and op in _GLOO:
-        whole, block = x[:n // chosen.size * chosen.size], out[:n // chosen.size]
-        calls["gloo"], algorithms["gloo"] = lambda: _GLOO[op](dist, whole, block), "gloo"
-    return calls, algorithms
+def choices(rows):
+    """Return the rows of what a table chose, carried out by ordinary calls. Local."""
+    return [row for row in rows if row["impl"] in ("mpillm", "mpillm-copy")]
+
+
+def _own_entries(op, x, out, chosen, in_window, bound):
+    """Return what the table chooses for ``x``, by an ordinary call and by a bound request, which is added to ``bound``."""
+    algorithm = chosen.table.choose(op, chosen.name, _name(x.dtype), x.nbytes, in_window)
+    mine = counts(len(x), chosen.size)[chosen.rank]
+    bound.append(chosen.bind(op, x, out[:chosen.size * mine] if op == "alltoall" else None))
+    called, requested = ("mpillm", "mpillm-bound-window") if in_window else ("mpillm-copy", "mpillm-bound")
+    return [Entry(called, algorithm, in_window, make_call(op, x, chosen, out)),
+            Entry(requested, algorithm, in_window, bound[-1].run)]
+
+
+def _gloo_entry(op, x, out, ranks, dist):
+    whole, block = x[:len(x) // ranks * ranks], out[:len(x) // ranks]
+    return Entry("gloo", "gloo", False, lambda: _GLOO[op](dist, whole, block))
 
 
 def _library_call(op, comm, x, out, sizes):

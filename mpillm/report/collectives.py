@@ -5,6 +5,7 @@ from mpillm.report.figures import LIGHT_GREY, STYLE
 # of Okabe and Ito (2008), which colour-blind people can tell apart
 LINES = {
     "mpillm": ("#0072B2", "o", "mpillm, in a window"), "mpillm-copy": ("#56B4E9", "s", "mpillm, elsewhere"),
+    "mpillm-bound-window": ("#009E73", "v", "in a window, bound"), "mpillm-bound": ("#CC79A7", "D", "elsewhere, bound"),
     "mpi": ("#D55E00", "^", "MPI library"), "gloo": ("#777777", "x", "PyTorch, gloo"),
 }
 _WIDTH_IN, _COLUMN_IN, _HEIGHT_IN = 0.8, 2.1, 3.6
