@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The test command: makes its own environments, then runs every test and builds the documentation.
 #   bash tests/run.sh [--quick] [--system-mpi] [DIR]
-# DIR is where the environments go (the repository if not given). --quick takes a few minutes: the plain tests that start
-# no jobs, and most of those on two ranks. With --system-mpi the mpiexec on PATH and its library take the place of the
+# DIR is where the environments go (the repository if not given). --quick takes three minutes: most of the plain tests that
+# start no jobs, and most of those on two ranks. With --system-mpi the mpiexec on PATH and its library take the place of the
 # MPICH wheel, and the pass under Open MPI is left out.
 # A part that fails does not stop the others. At the end stand the last lines of those that failed, and one line that sums up;
 # the exit code is that of the first failure.
@@ -72,7 +72,7 @@ environment $first $wheel
 own=${bin%/bin}
 part "style" "$bin/ruff" check -q .
 if [ -n "$quick" ]; then
-    part "plain tests without jobs" plain $first -m "not launches"
+    part "plain tests without jobs" plain $first -m "not launches and not slow"
     part "2 ranks under $first" ranks $first 2 -m "not slow"
     finish
 fi

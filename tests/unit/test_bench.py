@@ -164,6 +164,7 @@ def test_the_peer_is_the_model_of_the_serial_reference():
     assert (decoder(tokens) - logits).abs().max() < 1e-6 * logits.abs().max()
 
 
+@pytest.mark.slow
 def test_the_peer_trains_alike_in_every_mode(tmp_path):
     spec = tmp_path / "spec.json"
     work = {"vocab": 29, "hidden": 24, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 40, "seq": 8, "batch": 4,
@@ -202,6 +203,7 @@ def test_bench_train_writes_a_row_for_each_program(tiny, tmp_path):
     assert not list(tmp_path.glob("mpillm-bench-*"))
 
 
+@pytest.mark.slow
 def test_bench_train_ends_with_the_failure_of_its_job(tiny, tmp_path):
     training.write_random_tokens(tmp_path / "short.h5", 29, 5)
     job = run_mpi(0, ["-m", "mpillm", "bench", "train", tiny, "--layouts", "single", "--data.path", "short.h5"],

@@ -293,6 +293,7 @@ def test_prices_of_what_binds_are_differences():
         assert raised < plan.predicted["step_s"]
 
 
+@pytest.mark.slow
 def test_a_trillion_parameters_on_3072_ranks_are_planned():
     layers, hidden, heads, *_, batch, _, _ = MEGATRON[-1]
     config = LARGE.with_values({
@@ -304,6 +305,7 @@ def test_a_trillion_parameters_on_3072_ranks_are_planned():
     assert plan.predicted["lower_bound_s"] < plan.predicted["step_s"]
 
 
+@pytest.mark.slow
 def test_175_billion_parameters_are_planned_with_every_preset(tmp_path):
     for name in PRESETS:
         plan = make_plan(LARGE, Machine.load(name), 1024)
@@ -465,6 +467,7 @@ def test_layers_are_mixed_where_memory_binds(fixed):
             assert other.memory_bytes > limit or other.step_s >= mixed.step_s * (1 - 1e-9)
 
 
+@pytest.mark.slow
 def test_the_price_of_memory_is_what_one_per_cent_more_saves():
     """At most limits it buys nothing; where another layout, or a layer more as it is, just does not fit, it does."""
     pricer = Pricer(SMALL, MACHINE, 4)
