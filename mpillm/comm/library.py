@@ -11,7 +11,7 @@ import torch
 from mpillm.comm.buffers import HALF_TYPES, as_numbers, as_words, is_within, layout
 from mpillm.comm.progress import finish, under_way
 from mpillm.comm.sums import combine_tree
-from mpillm.comm.transport import DONE, Prepared
+from mpillm.comm.transport import DONE, KEPT_BYTES, Prepared
 from mpillm.schedules.blocks import all_bounds
 
 _POLLS = 20  # before a wait is left to the library: it comes back a microsecond later than from its test
@@ -72,7 +72,9 @@ class Library:
 
     def bind(self, op, *arguments):
         """Return the persistent form of an operation on these arguments; collective, as the operation itself."""
-        if op in ("allreduce", "reduce_scatter") and self._is_direct(arguments[0]):
+        x, out, *_ = arguments
+        is_sum, needs_memory = op in ("allreduce", "reduce_scatter"), op == "reduce_scatter" and is_within(out, x)
+        if is_sum and self._is_direct(x) or needs_memory and x.nbytes > KEPT_BYTES:
             return Prepared(partial(getattr(self, op), *arguments))
         name, call, result = getattr(self, f"_{op}")(*arguments)
         if self._may_block and op not in self._persistent:

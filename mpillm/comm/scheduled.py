@@ -8,11 +8,10 @@ import torch
 
 from mpillm.comm.buffers import is_within
 from mpillm.comm.executor import Executor
-from mpillm.comm.transport import Prepared
+from mpillm.comm.transport import KEPT_BYTES, Prepared
 from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.generators import make_collective
 
-KEPT_BYTES = 4 << 20  # of the largest tensor that executors stay bound to: with larger ones it is no gain
 _NUM_TAGS = 1 << 14  # of executors that run once; those that are kept have as many more
 
 

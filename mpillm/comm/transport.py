@@ -12,6 +12,9 @@ class Request(Protocol):
         """Let it go on; tell whether it is finished."""
 
 
+KEPT_BYTES = 4 << 20  # of the largest vector for which memory is kept from start to start: with larger ones it is no gain
+
+
 class _Done:
     def Test(self):
         return True
