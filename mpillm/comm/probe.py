@@ -207,7 +207,9 @@ def _level(name, comm, colour, size, table, device, medians_s):
     with largest_window(member, _LEVEL_BYTES if device.type == "cpu" else (), torch.float32) as window:
         room_bytes = min(comm.allgather(0 if window is None else window.nbytes))
         for n_bytes in _LEVEL_BYTES:
-            tensors = [torch.zeros(n_bytes // 4, device=device)] + [window[:n_bytes // 4]] * (n_bytes <= room_bytes)
+            tensors = [torch.zeros(n_bytes // 4, device=device)]
+            if n_bytes <= room_bytes:
+                tensors.append(window[:n_bytes // 4])
             calls = {(op, in_window): make_call(op, x, member)
                      for in_window, x in enumerate(tensors) for op in _LEVEL_OPERATIONS}
             names = {key: f"{name} {key[0]} {n_bytes}{' in a window' * key[1]}" for key in calls}

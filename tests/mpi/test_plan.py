@@ -24,7 +24,7 @@ from tiny import (
 
 from mpillm import comm as mpi
 from mpillm.cli import plan as cli_plan
-from mpillm.comm import probe
+from mpillm.comm import probe, shared
 from mpillm.comm.group import Group, as_group
 from mpillm.comm.probe import measure_machine
 from mpillm.comm.scheduled import Scheduled, Schedules
@@ -156,6 +156,18 @@ def test_a_machine_is_measured_planned_for_and_obeyed(comm, tmp_path):
     found = [loss for loss, _ in train(engine, 2)]
     engine.free()
     assert_all(torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-10, atol=0), found, comm)
+
+
+def test_a_machine_without_windows_is_measured(comm, monkeypatch):
+    monkeypatch.setenv(shared.SWITCH, "0")
+    monkeypatch.setattr(probe, "WIDTHS", (64,))
+    monkeypatch.setattr(probe, "_LEVEL_BYTES", (64, 4096))
+    group = Group(as_group(comm).comm.Clone())
+    machine = measure_machine(group, DEFAULT_TABLE)
+    group.free()
+    measured = [measured for level in machine.levels for measured in level.collectives]
+    assert_all(not machine.shares_memory and not any(m.in_window for m in measured) and bool(measured) == (comm.size > 1),
+               machine, comm)
 
 
 def test_a_schedule_that_the_plan_holds_is_run_and_agrees(comm):
