@@ -16,7 +16,7 @@ _PACKAGE = str(Path(__file__).parent)
 class Recorder:
     """What this rank sent since :meth:`reset`, by ``(axis, operation)``, and its last calls.
 
-    ``bytes`` counts what an operation must send at least, per rank: allreduce ``2 (p-1)/p n``, reduce_scatter and
+    ``sent_bytes`` counts what an operation must send at least, per rank: allreduce ``2 (p-1)/p n``, reduce_scatter and
     alltoall ``n`` less the own block, allgather ``(p-1)`` times the own block, a message its length, bcast ``n`` on the
     root.
 
@@ -59,8 +59,8 @@ class Recorder:
         return Counter(self._calls)
 
     @property
-    def bytes(self):
-        """What each sent: a Counter."""
+    def sent_bytes(self):
+        """What each sent, in bytes: a Counter."""
         self._take_in()
         return Counter(self._bytes)
 

@@ -74,7 +74,7 @@ class Trace:
         self.recorder.end_step()
         self._write_spans(self.step)
         if self._file is not None:
-            self._write({"step": self.step, "sent": [[*key, n_bytes] for key, n_bytes in self.recorder.bytes.items()]})
+            self._write({"step": self.step, "sent": [[*key, n_bytes] for key, n_bytes in self.recorder.sent_bytes.items()]})
             self._file.flush()
 
     def close(self):

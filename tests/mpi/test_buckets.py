@@ -128,7 +128,7 @@ def test_cuts_changed_by_hand_change_calls_and_bytes(comm, algorithm):
         padded = [align(sum(align(n, 16) for n in sizes), 16 * comm.size) for sizes in buckets.values()]
         wanted = 2 * len(buckets), 2 * 8 * sum(n - n // comm.size for n in padded)
         key = "data", "reduce_scatter"
-        found = recorder.calls[key], recorder.bytes[key]
+        found = recorder.calls[key], recorder.sent_bytes[key]
         equal = all(torch.equal(values, engines[1].weight_ranges()[name][i][1])
                     for name, ranges in engines[0].weight_ranges().items() for i, (_, values) in enumerate(ranges))
         for engine in engines:

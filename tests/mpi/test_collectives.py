@@ -334,7 +334,7 @@ def test_recorded_bytes(comm):
               "bcast": n if comm.rank == p - 1 else 0, "allgather": (p - 1) * own, "gather": n if comm.rank else 0,
               "scatter": n - counts(9, p)[0] * 8 if comm.rank == 0 else 0}
     wanted = {("axis", name): size for name, size in wanted.items()} if p > 1 else {}
-    assert_all(dict(group.recorder.bytes) == wanted, dict(group.recorder.bytes), comm)
+    assert_all(dict(group.recorder.sent_bytes) == wanted, dict(group.recorder.sent_bytes), comm)
     assert set(group.recorder.calls.values()) <= {1}
 
 

@@ -258,7 +258,7 @@ def test_what_a_rank_holds_and_sends(comm, model, numerics, windows, monkeypatch
                     for name, ranges in engine.weight_ranges().items() for i, (_, values) in enumerate(ranges))
         whole = shapes.seen & formula.whole_shapes()
         twice = {key: 2 * n for key, n in formula.bytes().items()}
-        sent = {key: n for key, n in engine.mesh.recorder.bytes.items() if n}
+        sent = {key: n for key, n in engine.mesh.recorder.sent_bytes.items() if n}
         for one in (engine, again):
             one.free()
         ok = bits and held == formula.elements() and not whole and sent == twice

@@ -99,7 +99,7 @@ def test_one_recorder_counts_for_all_axes(comm):
         found = set(mesh.recorder.calls)
         assert found == ({("data", "allreduce"), ("world", "allreduce")} if comm.size > 1 else set())
         mesh.recorder.reset()
-        assert not mesh.recorder.calls and not mesh.recorder.bytes
+        assert not mesh.recorder.calls and not mesh.recorder.sent_bytes
 
 
 def test_the_stand_in_is_a_mesh_of_one():

@@ -300,7 +300,7 @@ def test_a_plan_changed_by_hand_changes_messages_and_keeps_their_bytes(comm):
         engine = Engine(replace(plan, layout=layout).applied_to(free).resolve(comm.size), comm)
         train(engine, 1)
         recorder = engine.mesh.recorder
-        counted.append((recorder.calls["pipeline", "send"], recorder.bytes["pipeline", "send"]))
+        counted.append((recorder.calls["pipeline", "send"], recorder.sent_bytes["pipeline", "send"]))
         engine.free()
     ends = (comm.rank > 0) + (comm.rank < comm.size - 1)  # neighbours, each sent a message a microbatch
     whole = 9 * 12 * 40 * 8  # sequences, tokens, width, float64
@@ -341,7 +341,7 @@ def test_planned_volume_is_what_is_sent(comm, changes):
         engine = Engine(layout, comm)
         is_one_copy = layout.layout.zero == 1 and engine.mesh.group("data").node is not None
         train(engine, 1)
-        counted = sum(comm.allgather(engine.mesh.recorder.bytes), Counter())
+        counted = sum(comm.allgather(engine.mesh.recorder.sent_bytes), Counter())
         engine.free()
         rows = compare_volume(step_volume(layout, is_one_copy), counted)
         wrong = [row for row in rows if row["planned_bytes"] != row["counted_bytes"]]
