@@ -7,7 +7,7 @@ from mpillm.comm import collectives
 from mpillm.comm.buffers import flat
 from mpillm.comm.progress import finish
 from mpillm.comm.transport import DONE, bind
-from mpillm.errors import ShapeError
+from mpillm.errors import ConfigError, ShapeError
 from mpillm.schedules.blocks import all_bounds, counts
 
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall")
@@ -26,6 +26,8 @@ class Bound:
     """
 
     def __init__(self, group, op, x, out, root):
+        if op not in OPERATIONS:
+            raise ConfigError(f"bind: {op}: what can be bound is {', '.join(OPERATIONS)}")
         self._group, self._op, self._starts, self._kept, self._request = group, op, {}, {}, None
         self._is_staged, self._enter = x.is_cuda or not x.is_contiguous(), _nothing
         if self._is_staged:

@@ -150,8 +150,8 @@ class Group:
 
         Raises
         ------
-        ShapeError
-            On this rank, before any message, if ``out`` does not fit.
+        ConfigError, ShapeError
+            On this rank, before any message, if ``op`` is another, or ``out`` does not fit.
 
         Notes
         -----

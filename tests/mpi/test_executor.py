@@ -15,6 +15,7 @@ from mpillm.comm.executor import Executor
 from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import Scheduled, checked
 from mpillm.comm.tables import only
+from mpillm.errors import ConfigError, ShapeError
 from mpillm.planner.routes import Topology
 from mpillm.planner.trees import pack_trees
 from mpillm.schedules.algorithm import LIBRARY, WINDOW
@@ -215,6 +216,13 @@ def test_bound_requests_give_what_calls_give(comm, dtype):
     assert_all(not wrong, wrong, comm)
     if comm.size > 1:
         usual.node.release(room)
+
+
+def test_what_cannot_be_bound_is_refused(comm):
+    with pytest.raises(ConfigError, match="bind: scatter: what can be bound is allreduce"):
+        as_group(comm).bind("scatter", torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ShapeError, match="bind: allreduce needs .* with 4 items"):
+        as_group(comm).bind("allreduce", torch.zeros(4), torch.zeros(3))
 
 
 def test_nothing_is_left_of_bound_requests(comm):
