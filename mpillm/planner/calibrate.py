@@ -5,8 +5,10 @@ a sum of *features*, each in seconds at a nominal rate, times coefficients that 
 rows are many and repeat well:
 
 ==================  =================================================================================================
-layer               one layer's products times the slots of the pipeline; a coefficient for every degree of tensor,
-                    rows and hidden size: a table of efficiencies, interpolated in the logarithm of the latter two
+layer               one layer's products, attention's too, times the slots of the pipeline; a coefficient for every degree
+                    of tensor, rows and hidden size: a table of efficiencies, interpolated in the logarithm of the latter
+                    two
+launch              a constant for every layer and slot, without which a table from small layers would have large ones slow
 head                the products of the output head
 optimiser           bytes of parameters that a rank updates
 message             bytes and calls between pipeline stages
@@ -18,7 +20,7 @@ stage, step         constants of every stage, of every step
 Across nodes, where rows are few and runs of one kind differ by a fifth and more:
 
 ==================  =================================================================================================
-products            one layer's products in whole waves of tiles, times the slots of the pipeline
+products            one layer's products in whole waves of tiles, and attention's, times the slots of the pipeline
 activations         bytes of whole activations, which every tensor rank normalises, adds and exchanges
 launch              a constant for every layer and slot
 head                the products of the output head, in whole waves
@@ -46,6 +48,7 @@ GPUS_PER_NODE = 8
 # of a 100 GB/s node that one of eight GPUs has.
 FLOPS, MEMORY, LINK, NETWORK = 312e12, 2.0e12, 300e9, 12.5e9
 CALL_S = 1e-3
+FORWARDS = 4  # whose worth of products a microbatch takes: forward, again, and a backward of two (Narayanan et al. 2021)
 # Its multiprocessors, and the tiles that its products are cut into; all multiprocessors work through a wave of tiles
 # together (NVIDIA, Matrix Multiplication Background User's Guide, 2023).
 MULTIPROCESSORS, TILES = 108, ((128, 256), (256, 128))
@@ -128,13 +131,13 @@ def calibrate(rows):
     """
     grids, coefficients = {}, {}
     for across, chosen in _regimes(rows):
-        own = _take(rows, chosen)
+        kind = _take(rows, chosen)
         grids[across] = {} if across else {
-            "tensor": sorted(set(own["tensor"])), "rows": _doublings(own["micro_batch"] * own["seq"]),
-            "hidden": _doublings(own["hidden"])}
-        features = _features(own, across, grids[across])
+            "tensor": sorted(set(kind["tensor"])), "rows": _doublings(kind["micro_batch"] * kind["seq"]),
+            "hidden": _doublings(kind["hidden"])}
+        features = _features(kind, across, grids[across])
         least = [float(name == "tensor across") for name in features]  # no wire is faster than its nominal rate
-        values = fit_rates(np.stack(list(features.values()), 1), own[MEASURED] / 1e3, least)
+        values = fit_rates(np.stack(list(features.values()), 1), kind[MEASURED] / 1e3, least)
         coefficients[across] = dict(zip(features, values.tolist()))
     return Calibration(grids, coefficients)
 
@@ -209,12 +212,13 @@ def _features(rows, across, grid):
     h, t, d, p, tokens = (rows[name] for name in ("hidden", "tensor", "data", "pipeline", "seq"))
     tokens = tokens * rows["micro_batch"]
     microbatches = np.maximum(1, np.ceil(rows["global_batch"] / (d * rows["micro_batch"])))
-    own = rows["layers"] / p
-    slots = (microbatches + p - 1) * own
+    layers = rows["layers"] / p
+    slots = (microbatches + p - 1) * layers
+    attention = FORWARDS * 4 * tokens * rows["seq"] * h / t  # of all positions: no kernel left out those that nobody sees
     parameters = 12 * rows["layers"] * h * h / (t * p) + VOCAB_SIZE * h / t
     reduced = 2 * (d - 1) / d * parameters * 2
     if across:
-        products, nodes = slots * _layer_flops(h, t, tokens) / FLOPS, rows["gpus"] / GPUS_PER_NODE
+        products = slots * (_layer_flops(h, t, tokens) + attention) / FLOPS
         return {
             "products": products,
             "activations": slots * tokens * h * 2 / MEMORY,
@@ -223,10 +227,9 @@ def _features(rows, across, grid):
             "tensor across": (t > GPUS_PER_NODE) * slots * 6 * 2 * tokens * h * 2 * (t - 1) / t
             / (NETWORK * GPUS_PER_NODE),
             "gradients": reduced / NETWORK,
-            "shared node": (t > 1) * (t < GPUS_PER_NODE) * products * nodes,
+            "shared node": (t > 1) * (t < GPUS_PER_NODE) * products * rows["gpus"] / GPUS_PER_NODE,
         }
-    # Four forwards' worth of products: forward, recompute, and a backward of two (Narayanan et al. 2021).
-    products = slots * 4 * 24 * tokens * h * h / t / FLOPS
+    products = slots * (FORWARDS * 24 * tokens * h * h / t + attention) / FLOPS
     nearest = np.array([max((g for g in grid["tensor"] if g <= one), default=grid["tensor"][0]) for one in t])
     found = {}
     for degree in grid["tensor"]:
@@ -235,13 +238,14 @@ def _features(rows, across, grid):
                 cell = f"layer tensor={degree:g} rows={rows_node:g} hidden={hidden_node:g}"
                 found[cell] = products * (nearest == degree) * by_rows * by_hidden
     return found | {
+        "launch": slots * CALL_S,
         "head": microbatches * 3 * 2 * tokens * h * VOCAB_SIZE / t / FLOPS,
-        "message bytes": (p > 1) * slots / own * 4 * tokens * h / NETWORK,
-        "message calls": (p > 1) * slots / own * CALL_S,
+        "message bytes": (p > 1) * slots / layers * 4 * tokens * h / NETWORK,
+        "message calls": (p > 1) * slots / layers * CALL_S,
         "optimiser": parameters * 16 / MEMORY,
         "gradients bytes": reduced / LINK,
-        "gradients calls": (d > 1) * own * CALL_S,
-        "waiting": products / slots * own * (p - 1),
+        "gradients calls": (d > 1) * layers * CALL_S,
+        "waiting": products / slots * layers * (p - 1),
         "stage": (p > 1) * p * CALL_S,
         "step": np.full_like(h, CALL_S),
     }

@@ -46,17 +46,20 @@ def test_memory_separates_what_fitted_from_what_did_not():
     assert found[0] >= 16 and agrees.mean() > 0.97
 
 
-def predicted_across(path, fold_of):
-    """Return the rows of a file and what was predicted for each, in milliseconds, from the other four folds."""
-    if not path.exists():
-        pytest.skip(f"{path.name} is not part of the project")
-    rows = read_rows(path, is_measured=True)
-    fold = fold_of(len(rows["gpus"]))
-    predicted = np.zeros(len(fold))
-    for held in range(5):
-        own, others = ({key: values[chosen] for key, values in rows.items()} for chosen in (fold != held, fold == held))
-        predicted[fold == held] = calibrate(own).predict_s(others) * 1e3
-    return rows, predicted
+def published(name):
+    """Return the rows of a file that lies beside the project."""
+    if not (PUBLISHED / name).exists():
+        pytest.skip(f"{name} is not part of the project")
+    return read_rows(PUBLISHED / name, is_measured=True)
+
+
+def errors_across(rows, fold):
+    """Return how far each row is from what the rows of other folds predict, as shares; and those predictions, in seconds."""
+    predicted_s = np.zeros(len(fold))
+    for held in set(fold):
+        others, own = ({key: values[chosen] for key, values in rows.items()} for chosen in (fold != held, fold == held))
+        predicted_s[fold == held] = calibrate(others).predict_s(own)
+    return np.abs(predicted_s * 1e3 / rows["iteration_ms"] - 1), predicted_s
 
 
 def by_index(count):
@@ -66,18 +69,34 @@ def by_index(count):
 @pytest.mark.parametrize("fold_of", [by_index, *(lambda n, s=seed: np.random.default_rng(s).permutation(n) % 5
                                                  for seed in range(6))])
 def test_published_iterations_across_nodes_are_predicted_across_folds(fold_of):
-    rows, predicted = predicted_across(PUBLISHED / "vtrain_multi.csv", fold_of)
-    assert np.abs(predicted / rows["iteration_ms"] - 1).mean() < (0.05 if fold_of is by_index else 0.052)
+    rows = published("vtrain_multi.csv")
+    errors, _ = errors_across(rows, fold_of(len(rows["gpus"])))
+    assert errors.mean() < (0.05 if fold_of is by_index else 0.052)
 
 
 def test_published_iterations_in_a_node_are_predicted_and_ranked_across_folds():
-    rows, predicted = predicted_across(PUBLISHED / "vtrain_single.csv", by_index)
-    assert np.abs(predicted / rows["iteration_ms"] - 1).mean() < 0.02
+    rows = published("vtrain_single.csv")
+    errors, predicted_s = errors_across(rows, by_index(len(rows["gpus"])))
+    assert errors.mean() < 0.02
     same = list(zip(*(rows[name] for name in ("hidden", "heads", "layers", "seq", "gpus", "global_batch"))))
     groups = [np.array([i for i, one in enumerate(same) if one == kind]) for kind in set(same)]
-    regrets = [rows["iteration_ms"][group[np.argsort(predicted[group])[:5]]].min() / rows["iteration_ms"][group].min()
+    regrets = [rows["iteration_ms"][group[np.argsort(predicted_s[group])[:5]]].min() / rows["iteration_ms"][group].min()
                - 1 for group in groups if len(group) >= 6]
     assert len(regrets) > 40 and np.mean(regrets) < 0.003
+
+
+@pytest.mark.parametrize(("name", "column", "limits"), [
+    ("vtrain_single.csv", "hidden", {1024: 0.13, 2048: 0.3}),
+    ("vtrain_single.csv", "gpus", {2: 0.02, 4: 0.02, 8: 0.05}),
+    ("vtrain_multi.csv", "hidden", {6144: 0.035, 8192: 0.065}),
+])
+def test_published_iterations_of_a_size_that_was_not_measured_are_predicted(name, column, limits):
+    """Each size from the others alone; the limits are what is reached. Without a constant for every layer those of a node
+    were 58 and 185 % off in the hidden size, and 7 % on 8 GPUs."""
+    rows = published(name)
+    errors, _ = errors_across(rows, rows[column])
+    found = {size: errors[rows[column] == size].mean() for size in limits}
+    assert all(found[size] < limit for size, limit in limits.items()), found
 
 
 def test_the_last_wave_of_tiles_counts_as_a_whole_one():
