@@ -36,6 +36,10 @@ class LaunchError(MpillmError, RuntimeError):
     """A launch that is not what its environment says, such as N processes that each think they are alone."""
 
 
+class NodeError(LaunchError):
+    """A node of a launch on which MPI cannot start, whatever others can."""
+
+
 class ScheduleError(MpillmError, ValueError):
     """A schedule that the checker refuses."""
 

@@ -38,15 +38,13 @@ raise SystemExit(not torch.equal(x, y))
 def command(as_json):
     """Say what this launch is; exit 0 if it is sound, 1 with a remedy for each fault if not."""
     from mpillm.comm.single import SingleComm
-    from mpillm.comm.world import comm_world, is_first_launched, launch
+    from mpillm.comm.world import comm_world, launch, refuse
 
     try:
         comm = comm_world()
     except LaunchError as error:
-        if is_first_launched():
-            report([describe_rank(SingleComm())], [{"fault": "a launch that is refused", "remedy": str(error)}],
-                   as_json)
-        return error.exit_code
+        fault = {"fault": "a launch that is refused", "remedy": str(error)}
+        refuse(error, lambda: report([describe_rank(SingleComm())], [fault], as_json))
     launch(lambda: examine(comm, as_json), comm)
 
 
@@ -165,6 +163,8 @@ def cuda_aware(versions):
 
 def find_faults(ranks):
     """Return a list of ``{"fault", "remedy"}`` for what all ranks reported."""
+    from mpillm.comm.limits import SHM_REMEDY
+
     faults = []
     for node in dict.fromkeys(rank["node"] for rank in ranks):
         here = [rank for rank in ranks if rank["node"] == node]
@@ -189,9 +189,7 @@ def find_faults(ranks):
             faults.append({
                 "fault": f"node {node}: /dev/shm has {here[0]['shm_free_bytes'] / 2**20:.0f} MiB free for {len(here)} "
                          "ranks, whose gradients and weights it holds",
-                "remedy": "give it more (mount -o remount,size=..., docker run --shm-size=...), or clear what is left "
-                          "there, or ask for more memory, of which it is a part; mpillm goes over messages where it does "
-                          "not fit",
+                "remedy": f"{SHM_REMEDY}; mpillm goes over messages where it does not fit",
             })
     lost = [rank["rank"] for rank in ranks if rank["shares_folder"] is False]
     if lost or ranks[0]["shares_folder"] is None:

@@ -12,6 +12,8 @@ import resource
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+SHM_REMEDY = ("give it more (mount -o remount,size=..., docker run --shm-size=...), or clear what is left there, or ask for "
+              "more memory, of which it is a part")
 _NODE = "the node"
 UNLIMITED_BYTES = 1 << 60  # what version 1 of control groups writes in place of no limit, less what it rounds off
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")

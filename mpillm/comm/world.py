@@ -4,6 +4,7 @@ import atexit
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -13,14 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from mpillm.comm.limits import cores_of_rank
+from mpillm.comm.limits import SHM_REMEDY, cores_of_rank
 from mpillm.comm.single import SingleComm
-from mpillm.errors import FAILURE, OK, LaunchError, MpillmError
+from mpillm.errors import FAILURE, OK, LaunchError, MpillmError, NodeError
 
 # What a launcher says about the number of processes it started: those of MPI libraries, and where there is none of them
 # Slurm's. SLURM_NTASKS is not here: batch shells have it too.
 _LAUNCH_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"), ("SLURM_STEP_NUM_TASKS",)
 _LAUNCH_RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_SEGMENT_BYTES, _RANK_BYTES = 8 << 10, 1032 << 10  # of /dev/shm that MPICH 5.0 takes on a node, and for every rank there
+_STARTING_S = 60.0  # for which ranks of one start wait for each other
+_WHICH_LIBRARY = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _THREADS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")  # OpenMP takes a number for each level of nesting
 _REFUSAL_S, _FAILURE_S, _EXIT_S = 3.0, 1.0, 5.0  # for how long a rank that ends so looks whether all do
@@ -43,9 +47,23 @@ def launched_size(environ=os.environ):
     return None, 1
 
 
-def is_first_launched(environ=os.environ):
-    """Tell whether the launcher calls this process its first: of lonely ranks, the one to speak."""
-    return all(environ.get(name, "0") == "0" for name in _LAUNCH_RANK_VARIABLES)
+def refuse(error, say, environ=os.environ):
+    """Report a :class:`LaunchError` by ``say()``, on the first process by the launcher's count, and leave.
+
+    A :class:`NodeError` may not hold for all: the others would wait in ``MPI_Init`` for ever. MPICH's launcher, which tells
+    how many ranks a node has, is asked to end the job by the first process that comes here; they take turns, so that one
+    speaks.
+    """
+    is_alone = isinstance(error, NodeError) and {"PMI_FD", "MPI_LOCALRANKID"} <= environ.keys()
+    if is_alone:
+        time.sleep(_TURN_S * min(int(environ["MPI_LOCALRANKID"]), _TURNS))
+    if is_alone or all(environ.get(name, "0") == "0" for name in _LAUNCH_RANK_VARIABLES):
+        say()
+        sys.stderr.flush()
+    if is_alone:
+        time.sleep(_LAST_WORDS_S)
+        os.write(int(environ["PMI_FD"]), f"cmd=abort exitcode={error.exit_code}\n".encode())
+    raise SystemExit(error.exit_code) from None
 
 
 def comm_world():
@@ -57,8 +75,9 @@ def comm_world():
     ------
     LaunchError
         On every process of a launch whose N processes each think they are alone, or that has MPI finalized already or
-        started without threads.
+        started without threads. A :class:`NodeError` on those of a node that has no room for MPI.
     """
+    _see_room()
     try:
         from mpi4py import MPI, rc
 
@@ -79,6 +98,35 @@ def comm_world():
             f"left behind by one, unset {variable}"
         )
     return comm
+
+
+def _see_room(environ=os.environ):
+    """Refuse a node where ``MPI_Init`` would die of a bus error: MPICH does not ask whether ``/dev/shm`` has room for it.
+
+    Local. Only MPICH's own launcher says how many ranks a node has, elsewhere room for one is looked for. The library is
+    asked for its name by a process of its own, because importing it here may start it.
+    """
+    if "mpi4py.MPI" in sys.modules:
+        return
+    ranks = int(environ.get("MPI_LOCALNRANKS", "1"))
+    need_bytes = _SEGMENT_BYTES + ranks * _RANK_BYTES
+    try:
+        room = os.statvfs("/dev/shm")
+        free_bytes = room.f_bavail * room.f_frsize
+        if not room.f_blocks or free_bytes >= need_bytes:
+            return
+        found = [os.stat(entry) for entry in os.scandir("/dev/shm") if entry.name.startswith("mpich_shm_")]
+    except OSError:
+        return
+    # Ranks that came before may have taken their part.
+    free_bytes += sum(512 * segment.st_blocks for segment in found if segment.st_ctime > time.time() - _STARTING_S)
+    if free_bytes >= need_bytes:
+        return
+    asked = subprocess.run([sys.executable, "-c", _WHICH_LIBRARY], capture_output=True, text=True)
+    if "MPICH" in asked.stdout:
+        raise NodeError(
+            f"node {os.uname().nodename}: /dev/shm has {free_bytes >> 10} KiB free, and MPICH takes {need_bytes >> 10} KiB "
+            f"for the ranks of this node ({ranks}), or dies of a bus error: {SHM_REMEDY}")
 
 
 def _start(MPI, rc):
@@ -168,9 +216,7 @@ def launch(main, comm=None, patience_s=PATIENCE_S):
     try:
         comm = comm_world() if comm is None else comm
     except LaunchError as error:
-        if is_first_launched():
-            sys.stderr.write(f"mpillm: error: {error}\n")
-        raise SystemExit(error.exit_code) from None
+        refuse(error, lambda error=error: sys.stderr.write(f"mpillm: error: {error}\n"))
     exits = comm.Clone()  # nothing else talks on it
     ending = _run(main, patience_s)
     for stream in (sys.stdout, sys.stderr):

@@ -1,10 +1,12 @@
 """What ranks settle together at the start and at the end, whatever the environment and hardware of each."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import run_mpi
+from helpers import mpiexec, run_mpi
 
 from mpillm.comm.devices import pick_device
 from mpillm.comm.limits import cores_of_rank
@@ -114,6 +116,32 @@ mpillm.launch(main)
     job = run_mpi(2, ["script.py"], cwd=tmp_path, timeout=200)
     assert job.returncode == code and said in job.stdout + job.stderr, job.stdout + job.stderr
     assert job.stderr.count("mpillm: error") == code and "Traceback" not in job.stderr, job.stderr
+
+
+@pytest.mark.launches
+@pytest.mark.slow
+@pytest.mark.parametrize(("taken_late_kib", "free_kib"), [(0, 2064), (900, 1172)], ids=["for all", "for the second"])
+def test_memory_that_is_too_small_for_mpi_is_refused(tmp_path, taken_late_kib, free_kib):
+    """The second rank alone, too, where the first waits for it in ``MPI_Init``."""
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("it needs root and a mount namespace, to mount a file system")
+    if b"HYDRA" not in subprocess.run([mpiexec(), "--version"], capture_output=True).stdout:
+        pytest.skip("MPICH alone does not look for room")
+    (tmp_path / "script.py").write_text(f"""
+import os, time
+import mpillm
+if {taken_late_kib} and os.environ["PMI_RANK"] == "1":
+    while not os.listdir("/dev/shm"):
+        time.sleep(0.01)
+    open("/dev/shm/other", "wb").write(bytes({taken_late_kib} << 10))
+mpillm.launch(lambda: print("did work"))
+""")
+    script = f'mount -t tmpfs -o size={2072 if taken_late_kib else 2064}k tmpfs /dev/shm; "$@"'
+    words = [mpiexec(), "-n", "2", sys.executable, "script.py"]
+    job = subprocess.run(["unshare", "--mount", "bash", "-c", script, "bash", *words], cwd=tmp_path,
+                         env=os.environ | {"MPIEXEC_TIMEOUT": "60"}, capture_output=True, text=True)
+    assert job.returncode == 1 and job.stderr.count("mpillm: error") == 1 and not job.stdout, job.stdout + job.stderr
+    assert f"/dev/shm has {free_kib} KiB free, and MPICH takes 2072 KiB for the ranks of this node (2)" in job.stderr
 
 
 # What three ranks do, the code that the job leaves with, and what is said once, by whom.
