@@ -97,11 +97,14 @@ class DecisionTable:
 
 
 # Without a measured one: small messages by the library, others through shared memory where ranks share a node. The
-# limits are where shared memory began to win for two ranks under MPICH 5.0.2.
+# limits are where shared memory began to win for two ranks under MPICH 5.0.2, on tensors of a rank's own and in windows.
 OPERATIONS = ("allreduce", "reduce_scatter", "allgather", "bcast", "alltoall", "scatter", "gather")
-_BY_LIBRARY_BYTES = dict.fromkeys(OPERATIONS, 1 << 18) | dict.fromkeys(OPERATIONS[:3], 1 << 13)
+_BY_LIBRARY_BYTES = {"allreduce": 1 << 13, "reduce_scatter": 1 << 13, "allgather": 1 << 16, "bcast": 1 << 15,
+                     "alltoall": 1 << 17, "scatter": 1 << 18, "gather": 1 << 18}
+_IN_WINDOW_BYTES = {"allreduce": 1 << 13, "reduce_scatter": 0, "allgather": 1 << 13, "bcast": 1 << 12, "alltoall": 1 << 17}
 DEFAULT_TABLE = DecisionTable(tuple(
-    row for op in OPERATIONS for row in ((op, ANY, ANY, _BY_LIBRARY_BYTES[op], LIBRARY), (op, ANY, ANY, None, WINDOW))
+    row for limits, where in ((_BY_LIBRARY_BYTES, ()), (_IN_WINDOW_BYTES, (IN_WINDOW,))) for op, limit in limits.items()
+    for row in ((op, ANY, ANY, limit, LIBRARY, *where), (op, ANY, ANY, None, WINDOW, *where))
 ))
 
 
