@@ -36,11 +36,12 @@ class Bound:
                                  f"{', '.join(_IN_PLACE)} in place; pass a contiguous tensor on the CPU, and no out")
             self._x, self._result = x, x[_own(x, group)] if op == "reduce_scatter" else x
             return
-        self._arguments, self._result, sent_bytes = _bound(group, op, flat(x), out, root)
+        self._arguments, self._result, own_bytes = _bound(group, op, flat(x), out, root)
         self._x = self._arguments[1 if op == "allgather" else 0]  # the whole vector
         self._in_window = group.holds(self._x)
         if group.size > 1:
-            self._enter = group.entrance(op, sent_bytes, self._x, root=root if op == "bcast" else None,
+            sent = collectives.sent_bytes(op, group.size, self._x.nbytes, own_bytes, group.rank == root)
+            self._enter = group.entrance(op, sent, self._x, root=root if op == "bcast" else None,
                                          op="sum" if op == "allreduce" else None)
 
     def start(self, may_block=False):
@@ -150,27 +151,25 @@ class _Staged:
 
 
 def _bound(group, op, x, out, root):
-    """Return what the transport's operation takes, what holds the result, and what a rank sends."""
-    size, p = x.nbytes, group.size
+    """Return what the transport's operation takes, what holds the result, and how large this rank's block is."""
     if op == "allreduce":
         result = x if out is None else _checked(op, out, x, len(x))
-        return (x, result, "sum"), result, 2 * (size - size // p)
+        return (x, result, "sum"), result, 0
     if op == "bcast":
-        return (x, root), x, size if group.rank == root else 0
+        return (x, root), x, 0
     if op == "reduce_scatter":
-        cuts, own = all_bounds(len(x), p), _own(x, group)
+        own = _own(x, group)
         result = x[own] if out is None else _checked(op, out, x, own.stop - own.start)
-        return (x, result, cuts, "sum"), result, size - result.nbytes
+        return (x, result, all_bounds(len(x), group.size), "sum"), result, result.nbytes
     if op == "allgather":
         whole = x if out is None else flat(out)
         own = _own(whole, group)
         block = whole[own] if out is None else _checked(op, x, whole, own.stop - own.start)
-        return (block, whole, all_bounds(len(whole), p)), whole, (p - 1) * block.nbytes
-    sends = counts(len(x), p)
-    mine = sends[group.rank]
-    result = _checked(op, out, x, mine * p)
-    arrivals = [(rank * mine, (rank + 1) * mine) for rank in range(p)]
-    return (x, result, all_bounds(len(x), p), arrivals), result, size - mine * x.element_size()
+        return (block, whole, all_bounds(len(whole), group.size)), whole, block.nbytes
+    mine = counts(len(x), group.size)[group.rank]
+    result = _checked(op, out, x, mine * group.size)
+    arrivals = [(rank * mine, (rank + 1) * mine) for rank in range(group.size)]
+    return (x, result, all_bounds(len(x), group.size), arrivals), result, mine * x.element_size()
 
 
 def _own(x, group):

@@ -40,11 +40,11 @@ def as_words(x, cuts=None):
     buffer, word = from_address(x.data_ptr(), x.nbytes), words[x.element_size()]
     if cuts is None:
         return buffer, word
-    return buffer, layout(tuple(cuts)), word
+    return buffer, counts_and_places(tuple(cuts)), word
 
 
 @lru_cache(maxsize=1024)
-def layout(cuts):
+def counts_and_places(cuts):
     """Return sizes and places of blocks."""
     return [high - low for low, high in cuts], [low for low, _ in cuts]
 

@@ -79,7 +79,7 @@ def iallreduce(x, comm, op="sum", out=None, may_block=False):
     if group.size == 1:
         return Pending(x.detach().clone() if out is None else out.copy_(x.detach()))
     n_bytes = x.nbytes
-    group.enter("allreduce", 2 * (n_bytes - n_bytes // group.size), x, op=op)
+    group.enter("allreduce", sent_bytes("allreduce", group.size, n_bytes), x, op=op)
     source = staged(x)
     host = torch.empty_like(source, pin_memory=x.is_cuda) if out is None or out.is_cuda else out
     start = flat(source)
@@ -125,7 +125,7 @@ def ireduce_scatter(x, comm, dim=0, may_block=False):
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
-    group.enter("reduce_scatter", n_bytes - out.numel() * x.element_size(), x)
+    group.enter("reduce_scatter", sent_bytes("reduce_scatter", group.size, n_bytes, out.nbytes), x)
     transport = group.transport("reduce_scatter", x.dtype, n_bytes, may_block, group.holds(rows))
     request = transport.reduce_scatter(flat(rows), flat(out), cuts, "sum")
     return Pending(out, request, (rows,), lambda: moved(unstaged(out, x), 0, dim))
@@ -169,7 +169,8 @@ def iallgather(x, comm, dim=0, size=None, may_block=False):
     dim = check_dim("allgather", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    group.enter("allgather", (group.size - 1) * x.nbytes, x, (*x.shape[:dim], size, *x.shape[dim + 1:]))
+    sent = sent_bytes("allgather", group.size, own_bytes=x.nbytes)
+    group.enter("allgather", sent, x, (*x.shape[:dim], size, *x.shape[dim + 1:]))
     if size is None:
         lengths = group.comm.allgather(x.shape[dim])
     else:
@@ -203,7 +204,7 @@ def ireduce_scatter_blocks(x, comm, may_block=False):
     cuts, host = all_bounds(len(x), group.size), staged(x)
     own = slice(*cuts[group.rank])
     block = x[own]
-    group.enter("reduce_scatter", (len(x) - len(block)) * x.element_size(), x)
+    group.enter("reduce_scatter", sent_bytes("reduce_scatter", group.size, x.nbytes, block.nbytes), x)
     transport = group.transport("reduce_scatter", x.dtype, x.nbytes, may_block, group.holds(host))
     request = transport.reduce_scatter(host, host[own], cuts, "sum")
     return Pending(block, request, (host,), lambda: block if host is x else block.copy_(host[own]))
@@ -226,7 +227,7 @@ def iallgather_blocks(x, comm, may_block=False):
     cuts, is_apart = all_bounds(len(x), group.size), x.is_cuda or not x.is_contiguous()
     host, mine = host_empty(x.shape, x) if is_apart else x, slice(*cuts[group.rank])
     own = host[mine].copy_(x[mine]) if is_apart else host[mine]
-    group.enter("allgather", (group.size - 1) * own.nbytes, x)
+    group.enter("allgather", sent_bytes("allgather", group.size, own_bytes=own.nbytes), x)
     transport = group.transport("allgather", x.dtype, x.nbytes, may_block, group.holds(host))
     request = transport.allgather(own, host, cuts)
     return Pending(x, request, (host,), lambda: x.copy_(host) if is_apart else x)
@@ -252,7 +253,7 @@ def ibcast(x, comm, root=0, may_block=False):
         return Pending(x.detach().clone())
     out = staged(x).clone()
     n_bytes = x.nbytes
-    group.enter("bcast", n_bytes if group.rank == root else 0, x, root=root)
+    group.enter("bcast", sent_bytes("bcast", group.size, n_bytes, is_root=group.rank == root), x, root=root)
     request = group.transport("bcast", x.dtype, n_bytes, may_block).bcast(flat(out), root)
     return Pending(out, request, (), lambda: unstaged(out, x))
 
@@ -285,7 +286,7 @@ def ialltoall(x, comm, dim=0, may_block=False):
     low, high = bounds(rows.shape[0], group.size, group.rank)
     mine, n_bytes = high - low, rows.nbytes
     out = host_empty((group.size * mine, *rows.shape[1:]), x)
-    group.enter("alltoall", n_bytes - out.nbytes // group.size, x)
+    group.enter("alltoall", sent_bytes("alltoall", group.size, n_bytes, out.nbytes // group.size), x)
     transport = group.transport("alltoall", x.dtype, n_bytes, may_block, group.holds(rows))
     arrivals = row_blocks((mine,) * group.size, out)
     request = transport.alltoall(flat(rows), flat(out), even_blocks(rows, group.size), arrivals)
@@ -315,8 +316,7 @@ def iscatter(x, comm, dim=0, root=0, may_block=False):
     low, high = bounds(rows.shape[0], group.size, group.rank)
     out = host_empty((high - low, *rows.shape[1:]), x)
     n_bytes = rows.nbytes
-    sent = n_bytes - out.numel() * x.element_size() if group.rank == root else 0
-    group.enter("scatter", sent, x, root=root)
+    group.enter("scatter", sent_bytes("scatter", group.size, n_bytes, out.nbytes, group.rank == root), x, root=root)
     request = group.transport("scatter", x.dtype, n_bytes, may_block).scatter(
         flat(rows), flat(out), even_blocks(rows, group.size), root)
     return Pending(out, request, (rows,), lambda: moved(unstaged(out, x), 0, dim))
@@ -341,7 +341,8 @@ def igather(x, comm, dim=0, root=0, may_block=False):
     dim = check_dim("gather", x, dim)
     if group.size == 1:
         return Pending(x.detach().clone())
-    group.enter("gather", 0 if group.rank == root else x.nbytes, x, (*x.shape[:dim], *x.shape[dim + 1:]), root)
+    sent = sent_bytes("gather", group.size, own_bytes=x.nbytes, is_root=group.rank == root)
+    group.enter("gather", sent, x, (*x.shape[:dim], *x.shape[dim + 1:]), root)
     lengths = group.comm.allgather(x.shape[dim])
     rows = staged(moved(x, dim, 0))
     out = host_empty((sum(lengths) if group.rank == root else 0, *rows.shape[1:]), x)
@@ -369,6 +370,19 @@ class Pending:
             self._result, self._finish = self._finish(), None
         self._keep = ()
         return self._result
+
+
+def sent_bytes(op, ranks, n_bytes=0, own_bytes=0, is_root=False):
+    """Return what a rank sends: of a whole of ``n_bytes``, with a block of ``own_bytes`` that is its own. Local."""
+    if op == "allreduce":
+        return 2 * (n_bytes - n_bytes // ranks)
+    if op == "allgather":
+        return (ranks - 1) * own_bytes
+    if op == "bcast":
+        return n_bytes if is_root else 0
+    if op == "gather":
+        return 0 if is_root else own_bytes
+    return n_bytes - own_bytes if op != "scatter" or is_root else 0  # that, reduce_scatter and alltoall
 
 
 def check_dim(operation, x, dim):

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from mpillm.comm.buffers import HALF_TYPES, as_numbers, as_words, is_within, layout
+from mpillm.comm.buffers import HALF_TYPES, as_numbers, as_words, counts_and_places, is_within
 from mpillm.comm.progress import finish, under_way
 from mpillm.comm.sums import combine_tree
 from mpillm.comm.transport import DONE, KEPT_BYTES, Prepared
@@ -93,7 +93,8 @@ class Library:
         # MPI leaves the result of a call in place at the beginning, where it would destroy what others may still read.
         is_in_place = is_within(out, x)
         part = torch.empty_like(out) if is_in_place else out
-        call = as_numbers(x), as_numbers(part), layout(tuple(cuts))[0], self._ops[op]
+        sizes, _ = counts_and_places(tuple(cuts))
+        call = as_numbers(x), as_numbers(part), sizes, self._ops[op]
         return "Reduce_scatter", call, (part.numpy(), out.numpy()) if is_in_place else None
 
     def _allgather(self, x, out, cuts):
