@@ -3,7 +3,7 @@
 Every function takes an mpi4py communicator or a :class:`~mpillm.comm.group.Group`, any contiguous or strided CPU or
 CUDA tensor (CUDA is staged through pinned host memory), of float64, float32, bfloat16, float16 or a signed integer
 type, and returns a new tensor; inputs are never changed. Half types travel as two bytes and are summed in float32,
-rounded once. Blocks of a dimension are those of :mod:`mpillm.schedules.blocks`: sizes need not divide, and may be zero.
+rounded once. Blocks of a dimension are those of :mod:`mpillm.schedules.blocks`: any sizes, zero too.
 
 Here tensors become flat host memory and back; what carries them, a :class:`~mpillm.comm.transport.Transport`, the group's
 decision table says: the MPI library (:mod:`mpillm.comm.library`), memory that the ranks share
