@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mpillm.nn.linear import ColumnParallelLinear, RowParallelLinear, products
+from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear, project
 
 
 @dataclass
@@ -70,37 +70,39 @@ class Attention(nn.Module):
             for part in ("key", "value")
         )
         self.output = RowParallelLinear(f"{name}.output.weight", split, width, units, unit, std)
-        self.blocks = split.owned_blocks(units)
+        self._blocks = [self._block(block) for block in split.owned_blocks(units)]
 
     def forward(self, parts, batch):
         """Map each block's input ``[T, D]`` to its partial output ``[T, D]``."""
-        return [self._block(i, x_TD, batch) for i, x_TD in enumerate(parts)]
+        return [self._attend_block(i, x_TD, batch) for i, x_TD in enumerate(parts)]
 
-    def _block(self, index, x_TD, batch):
-        units = self.blocks[index]
+    def _block(self, units):
+        """Return the projections into a block of heads and out of it, and the key/value head that serves each query head, or
+        None where each serves equally many in turn."""
         kv_heads = units if self.is_grouped else (units[0] // self.group_size, -(-units[1] // self.group_size))
-        q, k, v = products(x_TD, self.split, (self.query, self.query.rows(units)),
-                           (self.key, self.key.rows(kv_heads)), (self.value, self.value.rows(kv_heads)))
+        heads = Projection(self.split, (self.query, self.query.rows(units)), (self.key, self.key.rows(kv_heads)),
+                           (self.value, self.value.rows(kv_heads)))
         served = None if self.is_grouped else [h // self.group_size - kv_heads[0] for h in range(*units)]
-        core = self._core
-        if self.recompute and torch.is_grad_enabled():
-            o_TD = checkpoint(core, q, k, v, batch, served, index, use_reentrant=False, preserve_rng_state=False)
-        else:
-            o_TD = core(q, k, v, batch, served, index)
-        return products(o_TD, self.split, (self.output, self.output.rows(units)))[0]
+        return heads, Projection(self.split, (self.output, self.output.rows(units))), served
 
-    def _core(self, q, k, v, batch, served, index):
-        """Attend: ``[T, H*N]``, ``[T, K*N]`` twice → ``[T, H*N]``."""
-        q, k, v = (x.view(batch.sequences, batch.positions, -1, self.head_dim) for x in (q, k, v))
-        q, k = (_Rotary.apply(x, batch.cos_SN, batch.sin_SN) for x in (q, k))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    def _attend_block(self, index, x_TD, batch):
+        heads, output, served = self._blocks[index]
+        q, k, v = _Heads.apply(x_TD, heads.weight, heads, self.head_dim, batch)
+        if self.recompute and torch.is_grad_enabled():
+            o_BHSN = checkpoint(self._attend, q, k, v, batch, served, index, use_reentrant=False,
+                                preserve_rng_state=False)
+        else:
+            o_BHSN = self._attend(q, k, v, batch, served, index)
+        return project(o_BHSN.transpose(1, 2).reshape(batch.tokens, -1), output)
+
+    def _attend(self, q, k, v, batch, served, index):
+        """Attend: ``[B, H, S, N]``, ``[B, K, S, N]`` twice → ``[B, H, S, N]``."""
         if q.shape[1] == 0:
-            return q.reshape(batch.tokens, 0)
+            return q
         if batch.cache is not None:
             k, v = batch.cache.extend((self, index), k, v)
         k, v = self._serve(k, served), self._serve(v, served)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, is_causal=batch.mask is None)
-        return o.transpose(1, 2).reshape(batch.tokens, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, is_causal=batch.mask is None)
 
     def _serve(self, x_BKSN, served):
         """Repeat key/value heads so that each query head finds its own."""
@@ -116,25 +118,40 @@ def rotary_tables(head_dim, positions, theta, dtype, device="cpu"):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class _Rotary(torch.autograd.Function):
-    """Turn the pairs ``(i, i + N/2)`` of each head by the position's angles; backward turns them back."""
+class _Heads(torch.autograd.Function):
+    """Queries, keys and values of a block of heads, ``[B, H, S, N]``, the first two turned by their positions."""
 
     @staticmethod
-    def forward(ctx, x_BSHN, cos_SN, sin_SN):
-        ctx.save_for_backward(cos_SN, sin_SN)
-        return _turn(x_BSHN, cos_SN, sin_SN)
+    def forward(ctx, x_TD, weight, projection, head_dim, batch):
+        ctx.save_for_backward(x_TD)
+        ctx.projection, ctx.head_dim, ctx.batch = projection, head_dim, batch
+        q, k, v = _by_head(projection, projection.forward(x_TD), head_dim, batch)
+        for x in (q, k):
+            _turn(x, batch, 1)
+        return q, k, v
 
     @staticmethod
-    def backward(ctx, dy):
-        cos_SN, sin_SN = ctx.saved_tensors
-        return _turn(dy, cos_SN, -sin_SN), None, None
+    def backward(ctx, *grads_BHSN):
+        (x_TD,), projection = ctx.saved_tensors, ctx.projection
+        grads = projection.empty(x_TD)
+        q, k, v = parts = _by_head(projection, grads, ctx.head_dim, ctx.batch)
+        for part, grad in zip(parts, grads_BHSN):
+            part.copy_(grad)
+        for x in (q, k):
+            _turn(x, ctx.batch, -1)
+        return projection.backward(x_TD, grads, ctx.needs_input_grad[0]), None, None, None, None
 
 
-def _turn(x_BSHN, cos_SN, sin_SN):
-    half = x_BSHN.shape[-1] // 2
-    cos, sin = cos_SN[:, None], sin_SN[:, None]
-    a, b = x_BSHN[..., :half], x_BSHN[..., half:]
-    out = torch.empty(x_BSHN.shape, dtype=x_BSHN.dtype, device=x_BSHN.device)
-    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
-    return out
+def _by_head(projection, outputs, head_dim, batch):
+    """Return views ``[B, H, S, N]`` of queries, keys and values, of whose heads there may be none."""
+    return [part.view(batch.sequences, batch.positions, part.shape[1] // head_dim, head_dim).transpose(1, 2)
+            for part in projection.parts(outputs)]
+
+
+def _turn(x_BHSN, batch, sign):
+    """Turn the pairs ``(i, i + N/2)`` of each head by ``sign`` (1 or -1) times the position's angles, where they lie."""
+    half = x_BHSN.shape[-1] // 2
+    a, b = x_BHSN[..., :half], x_BHSN[..., half:]
+    a_before = a.clone()
+    a.mul_(batch.cos_SN).addcmul_(b, batch.sin_SN, value=-sign)
+    b.mul_(batch.cos_SN).addcmul_(a_before, batch.sin_SN, value=sign)

@@ -10,11 +10,13 @@ row           ``w [D/p, F]``: inputs      ``y = x w``            ``dx = dy w^T``
 ============  ==========================  =====================  ==========================
 """
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
 from mpillm.nn.products import add_product
-from mpillm.nn.split import gradient_of, later
+from mpillm.nn.split import gradient_of, is_in_flat_storage, later
 
 
 class ColumnParallelLinear(nn.Module):
@@ -53,7 +55,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x_TD):
         """Return ``x w^T``: ``[T, D] -> [T, F/p]``."""
-        return products(x_TD, self.split, (self, (0, self.weight.shape[0])))[0]
+        return project(x_TD, Projection(self.split, (self, (0, self.weight.shape[0]))))
 
 
 class RowParallelLinear(ColumnParallelLinear):
@@ -77,42 +79,112 @@ class RowParallelLinear(ColumnParallelLinear):
         super().__init__(name, split, out_features, units, unit, std)
 
 
-def products(x_TD, split, *blocks):
-    """Multiply ``x`` with several blocks of weights, each ``(layer, local rows)``; return the products in order.
+class Projection:
+    """The product of one input with some rows of one weight or of several, without autograd: what the layers' autograd
+    nodes are made of.
 
-    Local. Backward sums the input gradients in one buffer and hands the weight gradients to
-    ``split.weight_gradients``.
+    Local. In flat storage the weights of a layer lie one behind the other; those of one input are then one matrix, and one
+    product takes the place of several, forward and backward. ``exact`` gives each weight a product of its own, whose bits do
+    not depend on what lies beside it.
+
+    Parameters
+    ----------
+    split : TensorSplit
+    parts : tuple of (ColumnParallelLinear, tuple of int)
+        Layers, each with its local rows ``(start, stop)``. A row-parallel one is the only part.
+
+    Attributes
+    ----------
+    weight : Parameter
+        The first one, for nodes to take as an input, so that their outputs have gradients whatever ``x`` has.
     """
-    return _Products.apply(x_TD, split, blocks, *[layer.weight for layer, _ in blocks])
 
+    def __init__(self, split, *parts):
+        self.split, self.is_transposed = split, parts[0][0].is_transposed
+        self._parts = [(layer.weight, rows) for layer, rows in parts]
+        self._widths = [stop - start for _, (start, stop) in parts]
+        self.weight = self._parts[0][0]
+        self._places, self._factors, self._gradients = None, [], None
 
-class _Products(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, split, blocks, *weights):
-        ctx.save_for_backward(x)
-        ctx.split, ctx.blocks = split, blocks
-        return tuple(split.multiply(x, _matrix(layer, rows)) for layer, rows in blocks)
+    def forward(self, x_TD):
+        """Return the outputs, one for each product: :meth:`parts` tells them apart."""
+        self._find()
+        return [self.split.multiply(x_TD, right) for right, _ in self._factors]
 
-    @staticmethod
-    def backward(ctx, *grads):
-        (x,), multiply = ctx.saved_tensors, ctx.split.multiply
-        ctx.split.weight_gradients.add(later(_accumulate, multiply, ctx.blocks, x.detach(), grads))
+    def backward(self, x_TD, grads, needs_dx=True):
+        """Return the gradient of the input, or None, and hand those of the weights to ``split.weight_gradients``.
+
+        ``grads`` are those of the outputs of :meth:`forward`, which may wait as they are until a ``W`` action. The input
+        gradients of several are summed in one buffer.
+        """
+        self.split.weight_gradients.add(later(_accumulate, self, x_TD.detach(), grads))
         dx = None
-        if ctx.needs_input_grad[0]:
-            for (layer, rows), dy in zip(ctx.blocks, grads):
-                matrix = _matrix(layer, rows).t()
-                dx = multiply(dy, matrix) if dx is None else add_product(dx, dy, matrix, multiply)
-        return dx, None, None, *[None] * len(grads)
+        if needs_dx:
+            multiply = self.split.multiply
+            for (_, left), dy in zip(self._factors, grads):
+                dx = multiply(dy, left) if dx is None else add_product(dx, dy, left, multiply)
+        return dx
+
+    def empty(self, x_TD):
+        """Return room for the gradients of the outputs."""
+        return [x_TD.new_empty(len(x_TD), right.shape[1]) for right, _ in self._factors]
+
+    def parts(self, outputs):
+        """Return views of the outputs, or of their gradients, one for each part."""
+        return outputs if len(outputs) == len(self._parts) else outputs[0].split(self._widths, 1)
+
+    def gradients(self):
+        """Return where the gradients of the weights are kept, one for each product."""
+        return self._gradients or [gradient_of(*part) for part in self._parts]
+
+    def _find(self):
+        """Find the matrices, each as the right factor of forward and that of backward; in flat storage only once, as long as
+        weights and gradients lie where they did."""
+        is_flat = all(is_in_flat_storage(weight) for weight, _ in self._parts)
+        places = is_flat and [x.data_ptr() for weight, _ in self._parts for x in (weight, weight.main_grad)]
+        if is_flat and places == self._places:
+            return
+        matrices, self._gradients = [weight.detach()[slice(*rows)] for weight, rows in self._parts], None
+        if is_flat:
+            gradients = [gradient_of(*part) for part in self._parts]
+            if not self.split.is_exact and lie_together(matrices) and lie_together(gradients):
+                matrices, gradients = [joined(matrices)], [joined(gradients)]
+            self._places, self._gradients = places, gradients
+        self._factors = [(m.t(), m) if self.is_transposed else (m, m.t()) for m in matrices]
 
 
-def _matrix(layer, rows):
-    """Return the block as the right factor of a product."""
-    block = layer.weight.detach()[slice(*rows)]
-    return block.t() if layer.is_transposed else block
+def project(x_TD, projection):
+    """Return the output of a projection of one part, with autograd. Local."""
+    return _Project.apply(x_TD, projection.weight, projection)
 
 
-def _accumulate(multiply, blocks, x, grads):
-    """Add the weight gradients of ``y = x @ matrix``."""
-    for (layer, rows), dy in zip(blocks, grads):
-        left, right = (dy, x) if layer.is_transposed else (x, dy)
-        add_product(gradient_of(layer.weight, rows), left.t(), right, multiply)
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, projection):
+        ctx.save_for_backward(x)
+        ctx.projection = projection
+        return projection.forward(x)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return ctx.projection.backward(x, [dy], ctx.needs_input_grad[0]), None, None
+
+
+def _accumulate(projection, x, grads):
+    """Add the weight gradients of a projection."""
+    for gradient, dy in zip(projection.gradients(), grads, strict=True):
+        left, right = (dy, x) if projection.is_transposed else (x, dy)
+        add_product(gradient, left.t(), right, projection.split.multiply)
+
+
+def lie_together(matrices):
+    """Tell whether contiguous matrices lie one behind the other in one storage. Local."""
+    storages = {m.untyped_storage().data_ptr() for m in matrices}
+    return len(storages) == 1 and all(m.data_ptr() + m.nbytes == following.data_ptr()
+                                      for m, following in pairwise(matrices))
+
+
+def joined(matrices):
+    """Return matrices of equal width that :func:`lie_together` as one. Local."""
+    return matrices[0].as_strided((sum(map(len, matrices)), matrices[0].shape[1]), matrices[0].stride())

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from mpillm.comm import collectives
-from mpillm.nn.linear import ColumnParallelLinear, products
+from mpillm.nn.linear import ColumnParallelLinear, Projection, project
 from mpillm.nn.products import add_product
-from mpillm.nn.split import gradient_of, later
+from mpillm.nn.split import gradient_of, is_in_flat_storage, later
 from mpillm.schedules.blocks import bounds, loss_chunks
 from mpillm.schedules.tree import tree_sum
 
@@ -46,11 +46,11 @@ class VocabularyHead(nn.Module):
     @property
     def adds_at_once(self):
         """Tell whether forward adds the weight's gradient to that of the other microbatches."""
-        return not self.split.is_exact and getattr(self.weight, "main_grad", None) is not None
+        return not self.split.is_exact and is_in_flat_storage(self.weight)
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
-        parts = [products(x_TD, self.split, (self.linear, self.linear.rows(block)))[0] for block in self.blocks]
+        parts = [project(x_TD, Projection(self.split, (self.linear, self.linear.rows(block)))) for block in self.blocks]
         return collectives.allgather(torch.cat(parts, 1), self.split.group, 1, self.vocab_size)
 
 

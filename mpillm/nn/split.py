@@ -119,10 +119,14 @@ class TensorSplit:
 
         Collective over the tensor axis, in one direction or both.
         """
+        if self.size == 1:
+            return x_TD
         return allgather_to(x_TD, self.group, 0, total) if self.sequence_parallel else copy_to(x_TD, self.group)
 
     def collect(self, x_TD):
         """Sum the ranks' partial ``x``, back to how activations lie between regions. The adjoint of :meth:`spread`."""
+        if self.size == 1:
+            return x_TD
         return reduce_scatter_from(x_TD, self.group) if self.sequence_parallel else reduce_from(x_TD, self.group)
 
     def enter(self, x_TD, total):
@@ -171,13 +175,19 @@ class _FanIn(torch.autograd.Function):
         return (grad,) * ctx.count
 
 
+def is_in_flat_storage(weight):
+    """Tell whether ``weight`` and its gradient lie in flat storage, which says so by a ``main_grad``."""
+    return getattr(weight, "main_grad", None) is not None
+
+
 def gradient_of(weight, rows=None):
     """Return where the gradient of ``weight`` is kept, or some rows ``(start, stop)`` of it.
 
     That is ``main_grad`` where flat storage has set one, else ``grad``, made of zeros if there is none yet.
     """
-    grad = getattr(weight, "main_grad", None)
-    if grad is None:
+    if is_in_flat_storage(weight):
+        grad = weight.main_grad
+    else:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         grad = weight.grad

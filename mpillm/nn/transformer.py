@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from mpillm.nn.attention import Attention
 from mpillm.nn.embedding import VocabularyEmbedding
 from mpillm.nn.init import INITIAL_STD
-from mpillm.nn.linear import ColumnParallelLinear, RowParallelLinear, products
+from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from mpillm.nn.loss import VocabularyHead
 from mpillm.nn.norm import RMSNorm
 
@@ -28,30 +29,39 @@ class FeedForward(nn.Module):
         self.gate, self.up = (ColumnParallelLinear(f"{name}.{part}.weight", split, model.hidden_size, size)
                               for part in ("gate", "up"))
         self.down = RowParallelLinear(f"{name}.down.weight", split, model.hidden_size, size, std=std)
-        self.blocks = split.owned_blocks(size)
+        self._blocks = [self._block(self.gate.rows(block)) for block in split.owned_blocks(size)]
 
     def forward(self, parts):
         """Map each block's input ``[T, D]`` to its partial output ``[T, D]``."""
-        return [self._block(block, x_TD) for block, x_TD in zip(self.blocks, parts)]
+        return [_SwiGLU.apply(x_TD, up.weight, up, down) for (up, down), x_TD in zip(self._blocks, parts)]
 
-    def _block(self, block, x_TD):
-        rows = self.gate.rows(block)
-        gate_TF, up_TF = products(x_TD, self.split, (self.gate, rows), (self.up, rows))
-        return products(_SwiGLU.apply(gate_TF, up_TF), self.split, (self.down, rows))[0]
+    def _block(self, rows):
+        """Return what a block is projected with, up and down."""
+        up = Projection(self.split, (self.gate, rows), (self.up, rows))
+        return up, Projection(self.split, (self.down, rows))
 
 
 class _SwiGLU(torch.autograd.Function):
-    """``silu(gate) * up``, keeping only its two inputs."""
+    """``down(silu(gate x) * up x)``, of which the outputs of gate and up are kept."""
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+    def forward(ctx, x_TD, weight, up_projection, down_projection):
+        outputs = up_projection.forward(x_TD)
+        gate_TF, up_TF = up_projection.parts(outputs)
+        ctx.up_projection, ctx.down_projection = up_projection, down_projection
+        ctx.save_for_backward(x_TD, *outputs)
+        return down_projection.forward(silu(gate_TF).mul_(up_TF))[0]
 
     @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), torch.nn.functional.silu(gate).mul_(dy)
+    def backward(ctx, dy_TD):
+        """Compute once more what lies between. The gradients of gate and up take their place, so this runs once."""
+        x_TD, *outputs = ctx.saved_tensors
+        gate_TF, up_TF = ctx.up_projection.parts(outputs)
+        silu_TF = silu(gate_TF)
+        slope_TF = ctx.down_projection.backward(silu_TF * up_TF, [dy_TD])
+        torch.ops.aten.silu_backward.grad_input(slope_TF * up_TF, gate_TF, grad_input=gate_TF)
+        torch.mul(silu_TF, slope_TF, out=up_TF)
+        return ctx.up_projection.backward(x_TD, outputs, ctx.needs_input_grad[0]), None, None, None
 
 
 class Layer(nn.Module):

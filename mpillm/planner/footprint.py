@@ -15,6 +15,7 @@ from mpillm.schedules.tree import split
 
 WINDOW_BYTES = 8 << 20  # through which ranks of a node that share memory pass tensors, for every axis
 TOKEN_BYTES = 16  # it and its target; who sees whom takes a byte a pair of positions
+INNER_KEPT = 2  # of the feed-forward part's inner vectors: gate and up; or, with "gpt", before and after the activation
 AHEAD = 2  # receives that a pipeline posts before it needs them
 MASTER_BYTES = 4  # of the least type in which gradients, optimiser state and norms are kept
 CHANGE = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}  # in microbatches before and after their input half
@@ -217,10 +218,12 @@ class Footprint:
             scores = SCORES_KEPT * tokens * self.config.train.seq_len * heads
         else:
             scores = sums
-        # Query heads that share a key have it each for itself.
-        core = {"none": 2 * queries + 2 * (queries if model.num_heads > model.num_kv_heads else keys) + scores,
+        # Query heads that share a key have it each for itself; the shared ones stay, since queries lie in one tensor with them.
+        is_shared = model.num_heads > model.num_kv_heads
+        served = 2 * queries * is_shared + 2 * keys * (not (is_shared and self.is_exact))
+        core = {"none": 2 * queries + served + scores,
                 "selective": 2 * queries + 2 * keys, "full": 0.0}
-        kept = {way: between + entered + norms + attention + (ups + 1) * inner for way, attention in core.items()}
+        kept = {way: between + entered + norms + attention + INNER_KEPT * inner for way, attention in core.items()}
         kept["full"] = whole / cut
         halves = 2 * entered + 2 * queries + 2 * keys + (ups + 1) * inner
         again = kept["none"] - kept["full"] if mode == "full" else 0.0
@@ -229,10 +232,10 @@ class Footprint:
         if self.is_exact:
             layout_blocks = max(1, self.config.train.exact_blocks // tensor)
             summed = whole * (layout_blocks + math.ceil(math.log2(layout_blocks)) + 1 if layout_blocks > 1 else 1)
-            backward = slope + max(ups * inner / layout_blocks, summed - (ups + 1) * inner)
-            inputs = slope + max(3 * inner / layout_blocks, summed)
+            backward = slope + max(3 * inner / layout_blocks, summed - INNER_KEPT * inner)
+            inputs = slope + max(4 * inner / layout_blocks, summed)
         else:
-            backward, inputs = slope + max(ups * inner, product), slope + 3 * inner
+            backward, inputs = slope + max(3 * inner, product), slope + 4 * inner
         return LayerBytes(kept[mode], halves, again + backward, again + inputs)
 
 

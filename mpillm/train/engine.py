@@ -175,9 +175,10 @@ class Engine:
         return _by_name((p.shard, p.detach().reshape(-1)) for p in parameters)
 
     def free(self):
-        """Release the memory of the model, the communicators and the trace's file. Once is enough."""
+        """Release the model with its memory, the communicators and the trace's file. Once is enough."""
         self.trace.close()
-        self.optimizer, self._reduced = None, {}  # views of the buffers, which go now
+        # What has views of the buffers, which go now: layers keep some from step to step.
+        self.stages, self.runner, self.optimizer, self._reduced = [], None, None, {}
         self.gradients.free()
         self.mesh.free()
 

@@ -140,7 +140,7 @@ class Bucket:
             return
         for bound in (self._reduction, self._gathering, self._gathering_grad):
             bound.free()
-        self.data = self.grad = self.master = None
+        self.data = self.grad = self.master = self.first_module = None
         for p in self.parameters:
             p.data, p.main_grad = p.data.new_empty(0), None
 

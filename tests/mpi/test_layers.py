@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_all
+from tiny import tiny, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpillm.comm import Group, allgather, allreduce
@@ -23,6 +24,7 @@ from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.init import initial_values, initialise
 from mpillm.nn.norm import RMSNorm
 from mpillm.schedules.blocks import CHUNK_BYTES, bounds
+from mpillm.train.engine import Engine
 from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -285,6 +287,35 @@ def stage_gradients(comm, model, sequence_parallel, recompute, keep=False, mask=
     grads = {(p.shard.name, p.shard.start): allreduce(p.grad, group) if p.shard.is_partial_grad else p.grad
              for p in stage.parameters()}
     return found.detach(), grads
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name in ("aten::mm", "aten::addmm_", "mkldnn::_linear_pointwise")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("numerics", "factors"), [("fast", 4), ("exact", 7)])
+def test_weights_that_lie_together_are_one_product(comm, numerics, factors):
+    """Forward, for the input's gradient and for the weights'; each block of ``exact`` has one for every weight."""
+    if numerics == "exact" and comm.size == 3:
+        pytest.skip("its blocks are a power of two")
+    counts = []
+    for layers in (1, 2):
+        config = tiny({"model.num_layers": layers, "model.ffn_size": 192, "layout.tensor": comm.size, "train.global_batch": 1,
+                       "train.microbatch": 1, "train.numerics": numerics}, comm.size)
+        engine = Engine(config, comm)
+        with Products() as products:
+            train(engine, 1)
+        engine.free()
+        counts.append(products.count)
+    blocks = config.train.exact_blocks // comm.size if numerics == "exact" else 1
+    found = counts[1] - counts[0]
+    assert_all(found == 3 * factors * blocks, f"{found} products a layer", comm)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "documents"), [(5, 1, True), (6, 3, False)])

@@ -252,8 +252,8 @@ def the_optimizer_forgets_its_state(patch, config):
 
 @fault(TENSOR, "gradient of layers.{last}.attention.key.weight")
 def rotary_positions_turn_the_wrong_way_back(patch, config):
-    patch.setattr(attention._Rotary, "backward", staticmethod(
-        lambda ctx, dy: (attention._turn(dy, *ctx.saved_tensors), None, None)))
+    right = attention._turn
+    patch.setattr(attention, "_turn", lambda x, batch, sign: right(x, batch, 1))
 
 
 @fault(TENSOR, "loss")
@@ -296,8 +296,32 @@ def recompute_sees_something_else(patch, config):
 @fault(TENSOR, "gradient of layers.{last}.ffn.gate.weight")
 def the_gradient_of_one_product_goes_to_two(patch, config):
     right = linear._accumulate
-    patch.setattr(linear, "_accumulate", lambda multiply, blocks, x, grads: right(
-        multiply, blocks, x, grads if len(blocks) != 2 else (grads[1], grads[1])))
+
+    def wrong(projection, x, grads):
+        if "gate" in projection.weight.shard.name:
+            grads = [grad.clone() for grad in grads]
+            gate, up = projection.parts(grads)
+            gate.copy_(up)
+        right(projection, x, grads)
+
+    patch.setattr(linear, "_accumulate", wrong)
+
+
+@fault(WHOLE, "gradient of layers.{last}.ffn.up.weight")
+def a_joined_gradient_is_split_one_row_too_late(patch, config):
+    right = linear._accumulate
+
+    def wrong(projection, x, grads):
+        is_joined = len(grads) < len(projection.parts(grads))
+        right(projection, x, [grad.roll(1, 1) for grad in grads] if is_joined else grads)
+
+    patch.setattr(linear, "_accumulate", wrong)
+
+
+@fault(WHOLE, "gradient of layers.{last}.ffn.up.weight")
+def a_joined_gradient_is_a_copy(patch, config):
+    right = linear.joined
+    patch.setattr(linear, "joined", lambda matrices: torch.cat(matrices) if len(matrices) > 1 else right(matrices))
 
 
 @fault(SEQUENCE, "gradient of norm.weight")

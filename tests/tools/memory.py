@@ -28,6 +28,7 @@ MODEL = {"vocab_size": 2048, "hidden_size": 192, "ffn_size": 512, "num_layers": 
 TRAIN = {"seq_len": 128, "microbatch": 2, "dtype": "float32", "device": "cpu", "eval_every": 0, "checkpoint_every": 0}
 CLOSE, FEW_BYTES = 0.05, 1e6
 STEPS, STEPS_SPAN = 2, "steps"
+MEMORY_EVENT = "[memory]"  # as the profiler calls what PyTorch takes or gives back
 
 
 class Windows:
@@ -63,14 +64,15 @@ def peak_bytes(events):
     """
     began_ns = next(e.start_ns() for e in events if e.name() == STEPS_SPAN)
     most = now = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted((e for e in events if e.name() == MEMORY_EVENT), key=lambda e: e.start_ns()):
         now += event.nbytes()
         most = max(most, now if event.start_ns() >= began_ns else 0)
     return most
 
 
 def measured_bytes(config, comm):
-    """Return what a few steps took on this rank at most. Collective."""
+    """Return what a few steps took on this rank at most, what of PyTorch's memory is left when the engine is freed, and the
+    pipeline rank. Collective."""
     gc.collect()  # what is let go of later must not count as given back
     windows = Windows()
     with windows.counted(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -79,9 +81,11 @@ def measured_bytes(config, comm):
             for batch in batches(config, STEPS):
                 engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],  # noqa: B023
                                   config.train.lr)
-    coordinate = engine.mesh.coord("pipeline")
-    engine.free()
-    return peak_bytes(recorded.profiler.kineto_results.events()) + windows.n_bytes, coordinate
+        coordinate = engine.mesh.coord("pipeline")
+        engine.free()
+    events = recorded.profiler.kineto_results.events()
+    left = sum(event.nbytes() for event in events if event.name() == MEMORY_EVENT)
+    return peak_bytes(events) + windows.n_bytes, left, coordinate
 
 
 def machine_of(comm):
@@ -140,7 +144,7 @@ def config_of(overrides, comm):
 
 def compare(config, machine, comm):
     """Return ``[(pipeline rank, predicted, measured)]``, each of the fullest of its data and tensor ranks. Collective."""
-    measured, stage = measured_bytes(config, comm)
+    measured, _, stage = measured_bytes(config, comm)
     layout = config.layout
     asked = Candidate(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.schedule, config.train.microbatch,
                    layout.zero, layout.sequence_parallel, layout.recompute, layout.order)
