@@ -29,7 +29,8 @@ class Trace:
         self.recorder, self._spans, self._file = mesh.recorder, [], None
         if folder is None:
             return
-        with half_made(mesh.world.comm) as made, agreed(mesh.world.comm, "trace"):
+        writing = f"train.trace: {folder} cannot be written, choose another train.run_dir or set train.trace = false"
+        with half_made(mesh.world.comm) as made, agreed(mesh.world.comm, writing):
             made.callback(self.close)
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / f"rank-{mesh.world.rank:05d}.jsonl", "a", encoding="utf-8")

@@ -186,7 +186,7 @@ def test_a_trace_that_one_rank_cannot_write(comm, data_path):
     if comm.rank == 0:
         (data_path / "run" / "trace" / "rank-00000.jsonl").mkdir(parents=True)
     comm.Barrier()
-    with pytest.raises(MpillmError, match=r"trace: .*rank-00000\.jsonl"):
+    with pytest.raises(MpillmError, match=r"set train\.trace = false: .*rank-00000\.jsonl"):
         start(comm, data_path, train__trace=True)
 
 
