@@ -34,7 +34,7 @@ def is_open(config):
 
 
 def choose_plan(config, comm, probe_top=1):
-    """Return the plan for a configuration on this launch, and in a line where it comes from.
+    """Return the plan for a configuration on this launch, and in a line where it comes from, and why not from the run.
 
     Collective over ``comm``. The plan that the run directory already has is kept if it is for this launch; so a run
     goes on as it began.
@@ -61,12 +61,12 @@ def choose_plan(config, comm, probe_top=1):
     with agreed(comm, "data"):
         config = with_vocabulary(config)
     num_nodes = len(set(nodes_of(comm)))
-    kept = on_rank_0(comm, "plan", _kept_plan, config, comm.size, num_nodes)
+    kept, instead = on_rank_0(comm, "plan", _kept_plan, config, comm.size, num_nodes)
     if kept:
         return kept, f"plan of {config.train.run_dir}"
     machine, origin = known_machine(comm, pick_device(config.train.device, comm), getattr(torch, config.train.dtype))
     plans = on_rank_0(comm, "plan", _best_plans, config, machine, comm.size, probe_top)  # once: all obey the same
-    return (plans[0] if len(plans) == 1 else _fastest(plans, config, comm)), origin
+    return (plans[0] if len(plans) == 1 else _fastest(plans, config, comm)), origin + instead
 
 
 def known_machine(comm, device, dtype):
@@ -104,14 +104,17 @@ def known_machine(comm, device, dtype):
 
 
 def _kept_plan(config, num_ranks, num_nodes):
-    """Return the plan of the run directory if this run could obey it."""
+    """Return the plan of the run directory if this run could obey it; else None, and why not where there is one."""
+    path = Path(config.train.run_dir) / "plan.json"
+    if not path.exists():
+        return None, ""
     try:
-        plan = Plan.load(Path(config.train.run_dir) / "plan.json")
+        plan = Plan.load(path)
         plan.check(num_ranks, num_nodes)
         plan.applied_to(config)
-    except MpillmError:
-        return None
-    return plan if plan.layout else None
+    except MpillmError as error:
+        return None, f"; instead of {path}: {error}"
+    return plan if plan.layout else None, ""
 
 
 def _best_plans(config, machine, num_ranks, count):

@@ -267,8 +267,8 @@ def test_an_open_layout_is_measured_once_planned_tried_and_kept(comm, comm_path,
     run.free()
     kept, origin = choose.choose_plan(config, comm)
     assert_all(kept == plan and str(comm_path / "run") in origin, origin, comm)
-    other, _ = choose.choose_plan(config.with_values({"model.num_layers": 5}), comm)
-    assert_all(other.model["num_layers"] == 5, other, comm)
+    other, origin = choose.choose_plan(config.with_values({"model.num_layers": 5}), comm)
+    assert_all(other.model["num_layers"] == 5 and "model.num_layers = 5 (the plan: 4)" in origin, origin, comm)
     with pytest.raises(ConfigError, match="fits"):
         monkeypatch.setattr(choose, "known_machine", lambda *_: (replace(MACHINE, memory_bytes=1e3), ""))
         choose.choose_plan(config.with_values({"model.num_layers": 6}), comm)
