@@ -15,7 +15,7 @@ _PUBLIC = {
     "Run": "mpillm.train.run",
     "check_adjoint": "mpillm.autograd.adjoint",
     "launch": "mpillm.comm.world",
-    "make_plan": "mpillm.planner.layout",
+    "make_plan": "mpillm.planner.search",
 }
 
 __all__ = ["__version__", *_PUBLIC]

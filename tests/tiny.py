@@ -15,7 +15,7 @@ from mpillm.comm.single import SingleComm
 from mpillm.config import Config
 from mpillm.schedules.pipeline import SCHEDULES, make_schedule
 from mpillm.train.engine import Engine
-from mpillm.train.optimizers import learning_rate
+from mpillm.train.learning_rate import learning_rate
 from mpillm.verify import compare
 
 MODEL = {"hidden_size": 40, "num_layers": 7, "num_heads": 5, "ffn_size": 54, "vocab_size": 257}

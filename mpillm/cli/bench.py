@@ -112,7 +112,7 @@ def bench_collectives(peers, output, figure, ops, sizes, dtype, machine, with_ca
         if output:
             _write_report(output, rows)
         if figure:
-            from mpillm.report.collectives import draw_collectives
+            from mpillm.bench.pictures import draw_collectives
             from mpillm.report.figures import save_figure
 
             save_figure(draw_collectives(rows), figure)

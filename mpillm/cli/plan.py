@@ -28,14 +28,14 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
     """Choose the layout for CONFIG on a machine; needs no MPI, and no data if the vocabulary's size is given."""
     from mpillm.errors import ConfigError
     from mpillm.machine import Machine
-    from mpillm.planner import layout
+    from mpillm.planner import search
 
     machine = Machine.load(name)
     if config.model.vocab_size is None and Path(config.data.path).exists():
         from mpillm.data.tokens import with_vocabulary
 
         config = with_vocabulary(config)
-    made = layout.price_layout(config, machine, ranks) if price else layout.make_plan(config, machine, ranks, top)
+    made = search.price_layout(config, machine, ranks) if price else search.make_plan(config, machine, ranks, top)
     if tolerate and not output:
         raise ConfigError("--tolerate: the plans are written beside -o FILE, which is not given")
     if output:
@@ -46,7 +46,7 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
             except ConfigError as error:
                 click.echo(f"mpillm plan: no plan for {fewer} ranks: {error}", err=True)
     predicted = made.predicted
-    click.echo(f"{layout.describe(made.layout)}: {predicted['step_s']:.4g} s a step, "
+    click.echo(f"{search.describe(made.layout)}: {predicted['step_s']:.4g} s a step, "
                f"{predicted['memory_bytes_per_rank'] / 1e9:.3g} GB a rank, bubble {predicted['bubble_fraction']:.1%}; "
                f"at least {predicted['lower_bound_s']:.4g} s on any layout "
                f"(gap {predicted['step_s'] / predicted['lower_bound_s'] - 1:.0%})")
@@ -55,19 +55,19 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
     if figure:
         from mpillm.report.planned import draw_predicted
 
-        draw_predicted(layout.predicted_timeline(made), predicted, figure)
+        draw_predicted(search.predicted_timeline(made), predicted, figure)
 
 
 def plan_for_fewer(config, machine, ranks, top):
     """Return the plan for fewer ranks than a machine was measured with: what is left of it, taken as it was."""
-    from mpillm.planner.layout import make_plan
+    from mpillm.planner.search import make_plan
 
     return make_plan(config, replace(machine, num_ranks=0, num_nodes=0, speeds=()), ranks, top)
 
 
 def explanation(plan):
     """Return in words and tables what was chosen, what limits it, and what the alternatives cost."""
-    from mpillm.planner.layout import describe
+    from mpillm.planner.search import describe
 
     predicted, lines = plan.predicted, ["", "where the step goes:"]
     for part, name in (("pipeline_s", "forward and backward"), ("gradients_s", "gradients"),
@@ -107,7 +107,7 @@ def _choices(table):
 
 def _longest_way(plan):
     """Return in words what decides how long pipeline and gradients under way take, and of what that consists."""
-    from mpillm.planner.layout import predicted_timeline
+    from mpillm.planner.search import predicted_timeline
 
     timeline = predicted_timeline(plan)
     ranks = list(dict.fromkeys(step.rank for step in timeline.critical_path()))

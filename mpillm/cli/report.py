@@ -56,7 +56,7 @@ def command(run, output, step):
     click.echo(f"{output / 'trace'}.json, for https://ui.perfetto.dev")
     planned = ()
     if plan and "stages" in plan.predicted:
-        from mpillm.planner.layout import predicted_timeline
+        from mpillm.planner.search import predicted_timeline
 
         planned = planned_spans(predicted_timeline(plan), plan.predicted, launch.coords)
         both = {"planned": planned, "measured": launch.steps[number]}

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from mpillm.config import AXES
-from mpillm.planner.pricing import RECOMPUTE
+from mpillm.planner.layout_costs import RECOMPUTE
 from mpillm.schedules.formats import label
 
 

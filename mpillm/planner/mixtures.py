@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from mpillm.errors import ConfigError
+from mpillm.planner.layout_costs import RECOMPUTE
 from mpillm.planner.memory import choose_modes
-from mpillm.planner.pricing import RECOMPUTE
 
 MIXED = 20  # so many of the most promising layouts are tried with layers that recompute each in its own way
 

@@ -21,7 +21,7 @@ from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import MpillmError, agreed, on_rank_0
 from mpillm.machine import Level, Machine
 from mpillm.plan import Plan
-from mpillm.planner.layout import make_plan, price_layout
+from mpillm.planner.search import make_plan, price_layout
 from mpillm.train.engine import Engine
 
 TRIED_STEPS = 5

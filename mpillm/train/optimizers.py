@@ -1,6 +1,4 @@
-"""Optimisers: PyTorch's own, on this rank's pieces of the flat storage, and the learning rate over steps."""
-
-import math
+"""Optimisers: PyTorch's own, on this rank's pieces of the flat storage."""
 
 import torch
 from torch.optim.adagrad import adagrad
@@ -8,20 +6,6 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
-
-
-def learning_rate(train, step):
-    """Return the learning rate of step ``step`` (the first is 1): linear warm-up, then the schedule down to ``min_lr``.
-
-    Local; ``train`` is the ``[train]`` section.
-    """
-    if step <= train.warmup_steps:
-        return train.lr * step / train.warmup_steps
-    progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
-    if train.lr_schedule == "constant":
-        return train.lr
-    left = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[train.lr_schedule]
-    return train.min_lr + (train.lr - train.min_lr) * left
 
 
 def state_kinds(train):

@@ -23,8 +23,8 @@ from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
 from mpillm.plan import Plan
 from mpillm.train.engine import Engine
-from mpillm.train.metrics import Metrics
-from mpillm.train.optimizers import learning_rate
+from mpillm.train.learning_rate import learning_rate
+from mpillm.train.metrics_file import Metrics
 
 
 class Run:

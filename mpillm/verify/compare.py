@@ -14,7 +14,8 @@ from mpillm.data.tokens import TokenFile
 from mpillm.errors import ConfigError
 from mpillm.schedules.pipeline import SCHEDULES
 from mpillm.train.engine import Engine
-from mpillm.train.optimizers import decays, learning_rate
+from mpillm.train.learning_rate import learning_rate
+from mpillm.train.optimizers import decays
 from mpillm.verify.reference import Reference, make_optimizer
 
 TOLERANCE = 1e-10  # of max|a - b| / max|b|, per tensor

@@ -17,7 +17,7 @@ from mpillm.comm.executor import Executor
 from mpillm.comm.tables import only
 from mpillm.machine import Machine
 from mpillm.planner.keys import describe
-from mpillm.planner.layout import price_layout
+from mpillm.planner.search import price_layout
 from mpillm.schedules.blocks import align
 from mpillm.train.engine import Engine
 from mpillm.train.flat_buffers import Bucket

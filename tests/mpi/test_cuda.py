@@ -12,7 +12,7 @@ from mpillm.comm.p2p import irecv, isend
 from mpillm.comm.probe import as_of_now, measure_machine
 from mpillm.errors import ConfigError
 from mpillm.plan import DEFAULT_TABLE
-from mpillm.planner.layout import make_plan
+from mpillm.planner.search import make_plan
 from mpillm.train.engine import Engine
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]

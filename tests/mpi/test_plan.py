@@ -33,7 +33,7 @@ from mpillm.config import AXES
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.machine import Level, Machine
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
-from mpillm.planner.layout import make_plan, price_layout
+from mpillm.planner.search import make_plan, price_layout
 from mpillm.planner.volume import step_volume
 from mpillm.report.planned import compare_volume
 from mpillm.report.records import read_trace

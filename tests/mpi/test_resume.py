@@ -18,6 +18,7 @@ from mpillm.guard.stop import StopRequest
 from mpillm.inference.generator import Generator
 from mpillm.nn.attention import KeyValueCache
 from mpillm.train import optimizers
+from mpillm.train.learning_rate import learning_rate
 from mpillm.train.run import Run
 
 pytestmark = pytest.mark.mpi
@@ -109,8 +110,7 @@ class Forgetful:
 
     @staticmethod
     def rate_step(monkeypatch):
-        rate = optimizers.learning_rate
-        monkeypatch.setattr("mpillm.train.run.learning_rate", lambda train, step: rate(train, step - 3))
+        monkeypatch.setattr("mpillm.train.run.learning_rate", lambda train, step: learning_rate(train, step - 3))
 
     @staticmethod
     def cursor(monkeypatch):

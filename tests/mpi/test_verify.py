@@ -14,7 +14,7 @@ from mpillm.planner.keys import describe
 from mpillm.planner.synthesis import TEXTBOOK, synthesise
 from mpillm.schedules import make_schedule
 from mpillm.train.engine import Engine
-from mpillm.train.optimizers import learning_rate
+from mpillm.train.learning_rate import learning_rate
 from mpillm.verify import compare
 from mpillm.verify.compare import all_layouts, compare_layout
 

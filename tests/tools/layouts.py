@@ -22,8 +22,8 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.plan import Plan
 from mpillm.planner.keys import describe, to_config
-from mpillm.planner.layout import layouts, make_plan
-from mpillm.planner.pricing import Pricer
+from mpillm.planner.layout_costs import Pricer
+from mpillm.planner.search import layouts, make_plan
 from mpillm.train.choose import time_step
 from mpillm.train.engine import Engine
 

@@ -19,7 +19,7 @@ from mpillm.comm import handover, shared
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.machine import Level, Machine
-from mpillm.planner.pricing import Candidate, Pricer
+from mpillm.planner.layout_costs import Candidate, Pricer
 from mpillm.planner.synthesis import synthesise
 from mpillm.train.engine import Engine
 from mpillm.verify.compare import batches

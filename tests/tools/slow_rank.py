@@ -21,7 +21,7 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.plan import Plan
 from mpillm.planner.keys import describe
-from mpillm.planner.layout import make_plan, price_layout
+from mpillm.planner.search import make_plan, price_layout
 
 MODEL = {
     "model": {"vocab_size": 512, "hidden_size": 256, "ffn_size": 688, "num_layers": 12, "num_heads": 8},

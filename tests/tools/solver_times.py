@@ -13,8 +13,8 @@ from mpillm.config import Config
 from mpillm.machine import PRESETS
 from mpillm.planner.balance import balance
 from mpillm.planner.buckets import bucket_cuts
-from mpillm.planner.layout import layouts, make_plan
 from mpillm.planner.routes import Topology, bound
+from mpillm.planner.search import layouts, make_plan
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
 

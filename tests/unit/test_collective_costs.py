@@ -12,7 +12,7 @@ from mpillm.cli.plan import command
 from mpillm.errors import ConfigError
 from mpillm.machine import Level, Machine, Measured
 from mpillm.planner.collective_costs import FORMULAS, collective_s, ring_s, time_s
-from mpillm.planner.layout import price_layout
+from mpillm.planner.search import price_layout
 
 POINTS = ((1024.0, 1e-5), (4096.0, 4e-5), (65536.0, 1e-4))
 OWN, WINDOW = (Measured("allreduce", in_window, 4, tuple((n, factor * time_s) for n, time_s in POINTS))

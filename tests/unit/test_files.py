@@ -23,7 +23,7 @@ from mpillm.schedules.check_collective import check_collective
 from mpillm.schedules.collective import CollectiveSchedule
 from mpillm.schedules.formats import named_or_read
 from mpillm.schedules.generators import make_collective
-from mpillm.train.metrics import Metrics
+from mpillm.train.metrics_file import Metrics
 
 NETWORK = {"nodes": [{"name": 3}, {"name": "b", "compute": True}],
            "links": [{"from": 3, "to": "b", "bytes_per_s": 1e9}, {"from": "b", "to": 3, "bytes_per_s": 1e9}]}

@@ -10,7 +10,7 @@ import pytest
 
 import mpillm
 from mpillm.files import to_json
-from mpillm.train.metrics import Metrics
+from mpillm.train.metrics_file import Metrics
 
 PACKAGE = Path(mpillm.__file__).parent
 # Calls of json.dumps whose text goes into no file: messages, digests, comparisons, a line from process to process.

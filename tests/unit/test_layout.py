@@ -13,11 +13,11 @@ from mpillm.cli.plan import command
 from mpillm.errors import ConfigError
 from mpillm.machine import PRESETS, Level, Machine
 from mpillm.plan import Plan
-from mpillm.planner import mixtures, pricing
+from mpillm.planner import layout_costs, mixtures
 from mpillm.planner.balance import balance
 from mpillm.planner.keys import describe
-from mpillm.planner.layout import Candidate, Pricer, layouts, make_plan, predicted_timeline, price_layout
 from mpillm.planner.mixtures import mix
+from mpillm.planner.search import Candidate, Pricer, layouts, make_plan, predicted_timeline, price_layout
 from mpillm.planner.timeline import Transfer
 from mpillm.schedules.check import check
 from mpillm.schedules.formats import named_or_read
@@ -88,7 +88,7 @@ def test_a_slow_link_gets_a_schedule_of_its_own(tmp_path):
     made = named_or_read(plan.layout["schedule"], 2, 8)
     check(made, 6)
     assert describe(plan.layout) == "data=1 pipeline=2 tensor=1 microbatch=1 synthesised"
-    assert plan.predicted["step_s"] < pricing.CLEARLY * textbook.step_s
+    assert plan.predicted["step_s"] < layout_costs.CLEARLY * textbook.step_s
     assert predicted_timeline(plan).total_s == plan.predicted["pipeline_s"]
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
@@ -436,7 +436,7 @@ def test_the_bound_holds_for_ranks_that_are_faster_than_the_rate(monkeypatch):
     predicted = make_plan(config, machine, 2).predicted
     assert 0 < predicted["lower_bound_s"] <= predicted["step_s"] < 1.5 * predicted["lower_bound_s"]
     asked = []
-    monkeypatch.setattr(pricing, "balance", lambda *what, **more: asked.append(1) or balance(*what, **more))
+    monkeypatch.setattr(layout_costs, "balance", lambda *what, **more: asked.append(1) or balance(*what, **more))
     make_plan(config, machine, 2)
     assert len(asked) == 3  # one program for the ranks, however many layouts, and one for a faster one of each
 

@@ -11,7 +11,8 @@ from tiny import tiny
 from mpillm.config import Train
 from mpillm.schedules.blocks import align, bounds
 from mpillm.train.flat_buffers import ALIGNMENT, Piece
-from mpillm.train.optimizers import ShardedOptimizer, decays, learning_rate, state_kinds, update
+from mpillm.train.learning_rate import learning_rate
+from mpillm.train.optimizers import ShardedOptimizer, decays, state_kinds, update
 from mpillm.verify.reference import make_optimizer
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "adagrad"]

@@ -13,7 +13,7 @@ from mpillm.machine import PRESETS, Machine
 from mpillm.nn.attention import Batch, rotary_tables
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
-from mpillm.planner.layout import price_layout
+from mpillm.planner.search import price_layout
 from mpillm.planner.workload import layer_work
 
 BASE = {

@@ -12,7 +12,7 @@ from mpillm.config import Config
 from mpillm.machine import PRESETS, Machine
 from mpillm.plan import Plan
 from mpillm.planner.keys import to_config
-from mpillm.planner.pricing import Pricer
+from mpillm.planner.layout_costs import Pricer
 from mpillm.planner.routes import Topology
 
 

@@ -18,8 +18,8 @@ from mpillm.planner.balance import balance, price_speeds
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.collective_costs import FORMULAS
 from mpillm.planner.hierarchy import INSIDE, Hierarchy, decide
-from mpillm.planner.layout import make_plan
 from mpillm.planner.memory import UNITS, choose_modes
+from mpillm.planner.search import make_plan
 from mpillm.planner.stages import balanced_cuts
 from mpillm.schedules.algorithm import COMPOSED, PIECES, WHOLE, Algorithm
 from mpillm.schedules.repair import repair

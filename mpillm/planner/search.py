@@ -10,8 +10,8 @@ from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.balance import price_speeds
 from mpillm.planner.hierarchy import decide
 from mpillm.planner.keys import describe, to_config
+from mpillm.planner.layout_costs import RECOMPUTE, Candidate, Pricer
 from mpillm.planner.mixtures import mixtures
-from mpillm.planner.pricing import RECOMPUTE, Candidate, Pricer
 from mpillm.planner.timeline import BucketTimes, play
 from mpillm.planner.volume import step_volume
 from mpillm.schedules.formats import named_or_read, read_schedule
