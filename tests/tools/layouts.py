@@ -64,28 +64,17 @@ def candidates(pricer, config, ranks, machine, hopeless=math.inf):
     return [price for price in prices if price.step_s < hopeless * prices[0].step_s]
 
 
-def engine_of(config, keys, comm, table):
-    """Return an engine of a planned layout, and its configuration."""
-    resolved = Plan(comm.size, 0, layout=keys).applied_to(config).resolve(comm.size)
-    return Engine(resolved, comm, table=table), resolved
-
-
-def measure(config, keys, comm, table):
-    """Return the median seconds of a step in a planned layout; the first step makes windows and requests."""
-    engine, resolved = engine_of(config, keys, comm, table)
-    times = [time_step(engine, resolved, comm) for _ in range(1 + STEPS)]
-    engine.free()
-    return statistics.median(times[1:])
-
-
-def measure_in_turn(config, finalists, comm, table):
-    """Return the median seconds of a step in each of some layouts, run by turns so that all see the same weather."""
-    engines = [engine_of(config, keys, comm, table) for keys in finalists]
-    rounds = [[statistics.median(time_step(*each, comm) for _ in range(STEPS)) for each in engines]
-              for _ in range(1 + ROUNDS)]
+def measure(config, chosen, comm, table, rounds=1):
+    """Return the median seconds of a step in each of the planned layouts, run by turns so that all see the same weather."""
+    engines = []
+    for keys in chosen:
+        resolved = Plan(comm.size, 0, layout=keys).applied_to(config).resolve(comm.size)
+        engines.append((Engine(resolved, comm, table=table), resolved))
+        time_step(*engines[-1], comm)  # the first step makes windows and requests
+    times = [[statistics.median(time_step(*each, comm) for _ in range(STEPS)) for each in engines] for _ in range(rounds)]
     for engine, _ in engines:
         engine.free()
-    return [statistics.median(own) for own in zip(*rounds[1:])]
+    return list(map(statistics.median, zip(*times)))
 
 
 def main(name, path=None):
@@ -112,7 +101,7 @@ def main(name, path=None):
     say(f"{name}: {comm.size} ranks; {links}; {len(priced)} layouts, in the order of their predictions")
     rows = []
     for predicted_s, keys in priced:
-        rows.append((measure(config, keys, comm, plan.table), predicted_s, keys))
+        rows.append((*measure(config, [keys], comm, plan.table), predicted_s, keys))
         say(f"  measured {rows[-1][0] * 1e3:7.0f} ms, predicted {predicted_s * 1e3:7.0f} ms  {describe(keys)}")
     slowest_s, fastest_s = max(row[0] for row in rows), min(row[0] for row in rows)
     places = [np.argsort(np.argsort([row[i] for row in rows])) for i in (0, 1)]
@@ -120,7 +109,7 @@ def main(name, path=None):
         f"{np.corrcoef(places)[0, 1]:.2f}")
     first = [plan.layout, *[other["layout"] for other in plan.alternatives]]
     fastest = [keys for *_, keys in sorted(rows, key=lambda row: row[0]) if keys not in first][:FASTEST]
-    times = measure_in_turn(config, first + fastest, comm, plan.table)
+    times = measure(config, first + fastest, comm, plan.table, ROUNDS)
     best_s = min(times)
     say(f"  chosen {describe(plan.layout)}: {times[0] * 1e3:.0f} ms, predicted {plan.predicted['step_s'] * 1e3:.0f}; "
         f"{times[0] / best_s:.3f} of the best, {describe((first + fastest)[times.index(best_s)])}; the best of the "
