@@ -24,10 +24,12 @@ def command(output, device, dtype):
     from mpillm.comm.probe import measure_machine
     from mpillm.comm.world import comm_world, set_threads
     from mpillm.errors import on_rank_0
+    from mpillm.nn.products import WAYS, fast_way
 
-    comm = comm_world()
+    comm, dtype = comm_world(), getattr(torch, dtype)
     set_threads(comm)
-    machine = measure_machine(as_group(comm), device=pick_device(device, comm), dtype=getattr(torch, dtype))
+    device = pick_device(device, comm)
+    machine = measure_machine(as_group(comm), None, device, dtype, WAYS[fast_way(comm, device, dtype)])
     on_rank_0(comm, f"-o {output}", machine.save, output)
     if comm.rank == 0:
         for width, rate in machine.matmul:

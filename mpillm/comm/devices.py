@@ -47,8 +47,23 @@ def device_name(device):
     """Return the name of this rank's processor, or GPU. Local."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _processor("model name") or platform.processor()
+
+
+def leaves_instructions_unused(device, dtype):
+    """Tell whether products of PyTorch's own library do without the widest instructions of this processor. Local.
+
+    Intel's library does so on processors of other makers. oneDNN, which comes with PyTorch as well, does not.
+    """
+    return (device.type == "cpu" and dtype == torch.float32 and torch.backends.mkl.is_available()
+            and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+            and _processor("vendor_id") != "GenuineIntel")
+
+
+def _processor(field):
+    """Return what the system says of this processor, or ""."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

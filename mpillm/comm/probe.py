@@ -69,7 +69,7 @@ SIZES = {
 }
 
 
-def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.float32):
+def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.float32, multiply=torch.mm):
     """Measure what every rank can do while all others do the same.
 
     Collective over ``group``; all ranks return the same. Products of several widths, additions in memory, a gated
@@ -86,6 +86,8 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
         Of this rank, where it is going to train.
     dtype : torch.dtype
         Of weights and activations. Messages are of float32, as gradients are.
+    multiply : callable
+        The way of products (:data:`mpillm.nn.products.WAYS`).
 
     Returns
     -------
@@ -119,7 +121,7 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
         rows, inner, columns = sizes.product(width)
         count = max(2, _COLD_BYTES // (dtype.itemsize * (rows * inner + inner * columns + rows * columns)))
         pairs = [(torch.rand(rows, inner, **kind), torch.rand(inner, columns, **kind)) for _ in range(count)]
-        seconds = median_s(f"product {width}", lambda pairs=pairs: [a.mm(b) for a, b in pairs]) / count
+        seconds = median_s(f"product {width}", lambda pairs=pairs: [multiply(a, b) for a, b in pairs]) / count
         matmul.append((width, 2 * rows * inner * columns / seconds))
         if seconds > _LONG_S:
             break
@@ -150,16 +152,17 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
         shares_memory=device.type == "cpu" and group.size > 1 and group.node is not None, num_ranks=group.size,
         num_nodes=len(set(nodes)), table=table.rows, repeatability=spread, wave=_wave(device),
         hides_calls=device.type == "cuda",
-        speeds=_speeds(group.comm, _rising(matmul), device, dtype),
+        speeds=_speeds(group.comm, _rising(matmul), device, dtype, multiply),
     )
 
 
-def as_of_now(comm, machine, device, dtype):
+def as_of_now(comm, machine, device, dtype, multiply=torch.mm):
     """Return a machine with what changes from launch to launch measured again: the speeds of ranks, and free memory.
 
     Collective over ``comm``; all ranks return the same. Takes half a second.
     """
-    return replace(machine, memory_bytes=_free_bytes(comm, device), speeds=_speeds(comm, machine.matmul, device, dtype))
+    speeds = _speeds(comm, machine.matmul, device, dtype, multiply)
+    return replace(machine, memory_bytes=_free_bytes(comm, device), speeds=speeds)
 
 
 def _wave(device):
@@ -179,13 +182,13 @@ def _free_bytes(comm, device):
     return min(comm.allgather(limits.memory_of_rank(comm, bounds)[0]))
 
 
-def _speeds(comm, matmul, device, dtype):
+def _speeds(comm, matmul, device, dtype, multiply):
     """Return what each rank sustains as a multiple of the measured rate; nothing where all are about equal.
 
     A rank that shares its core with another program gets it in slices longer than one product.
     """
     width, flops_per_s = max(point for point in matmul if point[0] <= _SUSTAINED_WIDTH)
-    product, sizes, count = _product(device, dtype, width), SIZES[device.type], 0
+    product, sizes, count = _product(device, dtype, width, multiply), SIZES[device.type], 0
     comm.Barrier()
     start = time.perf_counter()
     while time.perf_counter() - start < _SUSTAINED_S:
@@ -281,11 +284,11 @@ def _busy_s_per_byte(comm, device):
     return max(0.0, both_s - alone_s) / (2 * x.nbytes)
 
 
-def _product(device, dtype=torch.float32, width=_SUSTAINED_WIDTH):
+def _product(device, dtype=torch.float32, width=_SUSTAINED_WIDTH, multiply=torch.mm):
     """Return a function that makes a product of this width."""
     rows, inner, columns = SIZES[device.type].product(width)
     a, b = (torch.rand(*shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
-    return lambda: a.mm(b)
+    return lambda: multiply(a, b)
 
 
 def _rising(matmul):

@@ -20,12 +20,13 @@ from mpillm.comm.world import set_threads
 from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import MpillmError, agreed, on_rank_0
 from mpillm.machine import Level, Machine
+from mpillm.nn.products import WAYS, fast_way
 from mpillm.plan import Plan
 from mpillm.planner.search import make_plan, price_layout
 from mpillm.train.engine import Engine
 
 TRIED_STEPS = 5
-MEASURED = 2  # counts what the figures of a remembered machine have come to mean
+MEASURED = 3  # counts what the figures of a remembered machine have come to mean
 
 
 def is_open(config):
@@ -77,7 +78,7 @@ def known_machine(comm, device, dtype):
     and libraries; not where ranks were unequal, because what slows one, and all figures with it, passes. Speeds of
     ranks and free memory are measured in every launch.
     """
-    threads = set_threads(comm)
+    threads, multiply = set_threads(comm), WAYS[fast_way(comm, device, dtype)]
     library = "none"
     if comm.size > 1:
         from mpi4py import MPI
@@ -90,8 +91,9 @@ def known_machine(comm, device, dtype):
     cache = _cache_folder() / f"machine-{digest}.json"
     machine = on_rank_0(comm, "machine", _remembered, cache)
     if machine:
-        return as_of_now(comm, machine, device, dtype), f"machine as measured before, {cache}; remove it to measure again"
-    machine = measure_machine(as_group(comm), device=device, dtype=dtype)
+        machine = as_of_now(comm, machine, device, dtype, multiply)
+        return machine, f"machine as measured before, {cache}; remove it to measure again"
+    machine = measure_machine(as_group(comm), None, device, dtype, multiply)
     if machine.speeds:
         return machine, "machine measured now, and not remembered: its ranks are unequal"
     if comm.rank == 0:

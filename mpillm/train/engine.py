@@ -11,7 +11,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import ConfigError, half_made
 from mpillm.guard.digests import Digests
 from mpillm.nn.attention import Batch, rotary_tables
-from mpillm.nn.products import WAYS
+from mpillm.nn.products import WAYS, fast_way
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.pipeline import Microbatch, PipelineRunner, Stage
@@ -68,7 +68,8 @@ class Engine:
             if is_exact and any(self.mesh.world.comm.allgather(self.device.type == "cuda")):
                 raise ConfigError("train.numerics = exact: kernels of GPUs add in an order that changes from run to run: "
                                   "set train.device = cpu, or train.numerics = fast")
-            self.way = check_exact(config, self.mesh.world.comm) if is_exact else "plain"
+            world, dtype = self.mesh.world.comm, getattr(torch, train.dtype)
+            self.way = check_exact(config, world) if is_exact else fast_way(world, self.device, dtype)
             self.trace = Trace(trace_folder, self.mesh)
             made.callback(self.trace.close)
             self.stages = make_stages(config, self.mesh, self.device, self.way)
