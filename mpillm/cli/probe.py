@@ -24,12 +24,12 @@ def command(output, device, dtype):
     from mpillm.comm.probe import measure_machine
     from mpillm.comm.world import comm_world, set_threads
     from mpillm.errors import on_rank_0
-    from mpillm.nn.products import WAYS, fast_way
+    from mpillm.nn.products import fast_product
 
     comm, dtype = comm_world(), getattr(torch, dtype)
     set_threads(comm)
     device = pick_device(device, comm)
-    machine = measure_machine(as_group(comm), None, device, dtype, WAYS[fast_way(comm, device, dtype)])
+    machine = measure_machine(as_group(comm), None, device, dtype, fast_product(comm, device, dtype))
     on_rank_0(comm, f"-o {output}", machine.save, output)
     if comm.rank == 0:
         for width, rate in machine.matmul:

@@ -87,7 +87,7 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
     dtype : torch.dtype
         Of weights and activations. Messages are of float32, as gradients are.
     multiply : callable
-        The way of products (:data:`mpillm.nn.products.WAYS`).
+        Two matrices, as training will (:func:`mpillm.nn.products.fast_product`).
 
     Returns
     -------

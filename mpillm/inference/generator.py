@@ -22,7 +22,7 @@ from mpillm.config import Config, Layout
 from mpillm.data.tokenizers import load_tokenizer, new_document
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made
 from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
-from mpillm.nn.products import WAYS, fast_way
+from mpillm.nn.products import WAYS, fast_product, plain
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.train.selftest import choose_way
@@ -71,9 +71,10 @@ class Generator:
             made.callback(self.mesh.free)
             device = pick_device(train.device, comm)
             dtype = getattr(torch, train.dtype)
-            way = choose_way(self.config, comm, rows=(1, train.seq_len)) if is_exact else fast_way(comm, device, dtype)
+            multiply = (WAYS[choose_way(self.config, comm, rows=(1, train.seq_len))] if is_exact
+                        else fast_product(comm, device, dtype))
             split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None, dtype=dtype,
-                                device=device, multiply=WAYS[way if device.type == "cpu" else "plain"])
+                                device=device, multiply=multiply if device.type == "cpu" else plain)
             place, cuts = self.mesh.coord("pipeline"), [0, *layout.stage_cuts, model.num_layers]
             self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
             if model.tie_embeddings and layout.pipeline == 1:

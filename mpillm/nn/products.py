@@ -1,8 +1,8 @@
-"""Products of two matrices, in the ways that can have the same bits wherever their operands lie.
+"""Products of two matrices: in the ways that can have the same bits wherever their operands lie, and in the fastest.
 
 ``numerics = "exact"`` needs that of products of equal shapes, also on different numbers of threads. Intel's library keeps it
 on its own processors; on others the alignment of its operands shows in the last bits. Which way holds is tried out at the
-start (:mod:`mpillm.train.selftest`); ``fast`` takes the faster way (:func:`fast_way`).
+start (:mod:`mpillm.train.selftest`); what ``fast`` takes the processors decide (:func:`fast_product`).
 """
 
 import torch
@@ -10,6 +10,11 @@ import torch
 from mpillm.comm.devices import leaves_instructions_unused
 
 MEMORY_ALIGNMENT = 64  # bytes on whose multiples PyTorch allocates
+# Where oneDNN gains, measured on an AMD Zen 5. It takes 10 us to begin; one row is bound by memory, and it would copy weights.
+_LEAST_WORK, _LEAST_ROWS = 1 << 20, 4  # multiplications a thread; rows of the left factor
+# A sum is added in a pass of its own, which needs more terms to be worth it, and one thread alone transposes the left factor.
+_LEAST_SUM_WORK, _LEAST_TERMS, _LEAST_COLUMNS = 1 << 22, 32, 128  # multiplications and columns a thread
+_SUM_BYTES = 4 << 20  # of a part that is added while it is in the cache; larger ones come from the system, page by page
 
 
 def plain(left, right):
@@ -29,22 +34,34 @@ def of_aligned(left, right):
     return plain(*(x if x.data_ptr() % MEMORY_ALIGNMENT == 0 else x.clone() for x in (left, right)))
 
 
-WAYS = {"plain": plain, "onednn": by_onednn, "aligned": of_aligned}  # in the order of preference
+WAYS = {"plain": plain, "onednn": by_onednn, "aligned": of_aligned}  # of exact, in the order of preference
 
 
-def fast_way(comm, device, dtype):
-    """Return the way of ``fast``, a name in :data:`WAYS`, the same on all ranks.
+def by_size(left, right):
+    """Multiply by oneDNN where that is faster, else as PyTorch does."""
+    (rows, inner), columns = left.shape, right.shape[1]
+    if rows < _LEAST_ROWS or rows * inner * columns < _LEAST_WORK * torch.get_num_threads():
+        return plain(left, right)
+    return by_onednn(left, right)
+
+
+def fast_product(comm, device, dtype):
+    """Return the product of ``fast``, :func:`plain` or :func:`by_size`, the same on all ranks.
 
     Collective over ``comm``. The processors decide, not a measurement, by which a run that goes on might get other bits.
     """
-    return "onednn" if all(comm.allgather(leaves_instructions_unused(device, dtype))) else "plain"
+    return by_size if all(comm.allgather(leaves_instructions_unused(device, dtype))) else plain
 
 
 def add_product(out, left, right, multiply=plain, is_new=False):
     """Add ``left @ right`` to ``out``, or set it to that if it ``is_new``; in one pass where the dtypes agree, and on
     GPUs, whose products of half types can end in float32."""
     beta = 0 if is_new else 1
-    if multiply is plain and out.dtype == left.dtype:
+    if multiply is by_size and _sum_gains(left, right):
+        rows = max(1, _SUM_BYTES // out[0].nbytes)
+        for part, factor in zip(out.split(rows), left.split(rows)):
+            add_product(part, factor, right, by_onednn, is_new)
+    elif multiply in (plain, by_size) and out.dtype == left.dtype:
         out.addmm_(left, right, beta=beta)
     elif out.is_cuda:
         torch.addmm(out, left, right, out.dtype, beta=beta, out=out)
@@ -53,3 +70,10 @@ def add_product(out, left, right, multiply=plain, is_new=False):
     else:
         out.add_(multiply(left, right))
     return out
+
+
+def _sum_gains(left, right):
+    """Tell whether oneDNN and a pass to add are faster than PyTorch's product that adds."""
+    (rows, inner), columns, threads = left.shape, right.shape[1], torch.get_num_threads()
+    return (inner >= _LEAST_TERMS and columns >= _LEAST_COLUMNS * threads
+            and rows * inner * columns >= _LEAST_SUM_WORK * threads)

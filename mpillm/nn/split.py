@@ -80,7 +80,7 @@ class TensorSplit:
     dtype, device
         Of the weights.
     multiply : callable
-        The way of products (:data:`mpillm.nn.products.WAYS`).
+        Two matrices, in one of the ways of :mod:`mpillm.nn.products`.
     """
 
     def __init__(self, group, sequence_parallel=False, blocks=None, dtype=torch.float32, device="cpu",

@@ -20,7 +20,7 @@ from mpillm.comm.world import set_threads
 from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import MpillmError, agreed, on_rank_0
 from mpillm.machine import Level, Machine
-from mpillm.nn.products import WAYS, fast_way
+from mpillm.nn.products import fast_product
 from mpillm.plan import Plan
 from mpillm.planner.search import make_plan, price_layout
 from mpillm.train.engine import Engine
@@ -78,7 +78,7 @@ def known_machine(comm, device, dtype):
     and libraries; not where ranks were unequal, because what slows one, and all figures with it, passes. Speeds of
     ranks and free memory are measured in every launch.
     """
-    threads, multiply = set_threads(comm), WAYS[fast_way(comm, device, dtype)]
+    threads, multiply = set_threads(comm), fast_product(comm, device, dtype)
     library = "none"
     if comm.size > 1:
         from mpi4py import MPI

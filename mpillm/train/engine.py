@@ -11,7 +11,7 @@ from mpillm.comm.mesh import Mesh
 from mpillm.errors import ConfigError, half_made
 from mpillm.guard.digests import Digests
 from mpillm.nn.attention import Batch, rotary_tables
-from mpillm.nn.products import WAYS, fast_way
+from mpillm.nn.products import WAYS, fast_product
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.pipeline import Microbatch, PipelineRunner, Stage
@@ -69,10 +69,11 @@ class Engine:
                 raise ConfigError("train.numerics = exact: kernels of GPUs add in an order that changes from run to run: "
                                   "set train.device = cpu, or train.numerics = fast")
             world, dtype = self.mesh.world.comm, getattr(torch, train.dtype)
-            self.way = check_exact(config, world) if is_exact else fast_way(world, self.device, dtype)
+            self.way = check_exact(config, world) if is_exact else None
+            multiply = WAYS[self.way] if is_exact else fast_product(world, self.device, dtype)
             self.trace = Trace(trace_folder, self.mesh)
             made.callback(self.trace.close)
-            self.stages = make_stages(config, self.mesh, self.device, self.way)
+            self.stages = make_stages(config, self.mesh, self.device, multiply)
             self.reads_tokens = any(stage.is_first or stage.is_last for stage in self.stages)
             self.gradients = GradientStore(config, self.mesh, self.stages, self.trace)
             made.callback(self.gradients.free)
@@ -228,7 +229,7 @@ class Engine:
         return float(collectives.allreduce(values, self.mesh.world).sum())
 
 
-def make_stages(config, mesh, device, way):
+def make_stages(config, mesh, device, multiply):
     """Return the stages of this rank, in order; their weights are not set yet.
 
     Local.
@@ -239,8 +240,8 @@ def make_stages(config, mesh, device, way):
         Resolved.
     mesh : Mesh
     device : torch.device
-    way : str
-        Of products, a name in :data:`mpillm.nn.products.WAYS`.
+    multiply : callable
+        Two matrices, in one of the ways of :mod:`mpillm.nn.products`.
 
     Returns
     -------
@@ -251,7 +252,7 @@ def make_stages(config, mesh, device, way):
     blocks, stages = train.exact_blocks if train.numerics == "exact" else None, []
     for index in range(mesh.coord("pipeline"), num_stages, layout.pipeline):
         split = TensorSplit(mesh.group("tensor"), layout.sequence_parallel, blocks, getattr(torch, train.dtype), device,
-                            WAYS[way])
+                            multiply)
         module = TransformerStage(model, split, cuts[index], cuts[index + 1], layout.recompute)
         stages.append(Stage(index, num_stages, module))
     return stages

@@ -20,7 +20,7 @@ from mpillm.comm.group import as_group
 from mpillm.comm.probe import measure_machine
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
-from mpillm.nn.products import WAYS, fast_way
+from mpillm.nn.products import fast_product
 from mpillm.plan import Plan
 from mpillm.planner.keys import describe, to_config
 from mpillm.planner.layout_costs import Pricer
@@ -84,7 +84,7 @@ def main(name, path=None):
     set_threads(comm)
     config, group = Config.from_dict(MODELS[name]), as_group(comm)
     device, dtype = pick_device(config.train.device, comm), getattr(torch, config.train.dtype)
-    machine = measure_machine(group, None, device, dtype, WAYS[fast_way(comm, device, dtype)])
+    machine = measure_machine(group, None, device, dtype, fast_product(comm, device, dtype))
     pricer = Pricer(config, machine, comm.size)
 
     def plan_and_price():
