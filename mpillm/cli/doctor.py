@@ -52,10 +52,23 @@ def examine(comm, as_json):
     """Report what all ranks see; return the exit code. Collective over ``comm``."""
     seen = sees_folder_of_rank_0(comm)
     ranks = comm.allgather({**describe_rank(comm), "shares_folder": seen})
-    faults, exact = find_faults(ranks), exact_ways(comm)
+    faults, fast, exact = find_faults(ranks), fast_ways(comm), exact_ways(comm)
     if comm.rank == 0:
-        report(ranks, faults, as_json, exact)
+        report(ranks, faults, as_json, fast, exact)
     return FAILURE if faults else OK
+
+
+def fast_ways(comm):
+    """Return by which library fast numerics multiply here on CPUs, by dtype. Collective over ``comm``."""
+    import torch
+
+    from mpillm.nn.products import fast_product, plain
+
+    found = {}
+    for dtype in ("float32", "float64"):
+        multiply = fast_product(comm, torch.device("cpu"), getattr(torch, dtype))
+        found[dtype] = "plain" if multiply is plain else "onednn where it gains"
+    return found
 
 
 def exact_ways(comm):
@@ -76,12 +89,12 @@ def exact_ways(comm):
     return found
 
 
-def report(ranks, faults, as_json, exact=None):
+def report(ranks, faults, as_json, fast=None, exact=None):
     """Print ranks and faults."""
     if as_json:
-        click.echo(to_json({"sound": not faults, "faults": faults, "exact": exact, "ranks": ranks}, indent=1))
+        click.echo(to_json({"sound": not faults, "faults": faults, "fast": fast, "exact": exact, "ranks": ranks}, indent=1))
     else:
-        click.echo(to_text(ranks, faults, exact))
+        click.echo(to_text(ranks, faults, fast, exact))
 
 
 def sees_folder_of_rank_0(comm):
@@ -226,7 +239,7 @@ def is_other_mpi(library, compiled_for, compiled_standard, standard):
     return known.get(compiled_for, False) or standard < compiled_standard
 
 
-def to_text(ranks, faults, exact=None):
+def to_text(ranks, faults, fast=None, exact=None):
     """Lay the report out for people."""
     first, nodes = ranks[0], Counter(rank["node"] for rank in ranks)
     lines = [
@@ -238,6 +251,8 @@ def to_text(ranks, faults, exact=None):
         f"memory     {first['memory_bytes'] / 2**30:.1f} GiB a rank, by {first['memory_limit']}",
         f"/dev/shm   {first['shm_free_bytes'] / 2**30:.1f} GiB free",
     ]
+    for dtype, way in (fast or {}).items():
+        lines.append(f"fast       {dtype}: products {way}")
     for dtype, found in (exact or {}).items():
         lines.append(f"exact      {dtype}: " + (f"products {found['way']}" if found["way"] else f"no: {found['refused']}"))
     for rank in ranks:

@@ -5,14 +5,17 @@ The everyday choice of layouts; ``tests/soak.sh`` compares them all.
 
 import numpy as np
 import pytest
+import torch
 from helpers import assert_all
 from pytorch_schedules import made_by_pytorch
 from tiny import GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
 
 from mpillm.comm.single import SingleComm
+from mpillm.nn import products
 from mpillm.planner.keys import describe
 from mpillm.planner.synthesis import TEXTBOOK, synthesise
 from mpillm.schedules import make_schedule
+from mpillm.train import engine
 from mpillm.train.engine import Engine
 from mpillm.train.learning_rate import learning_rate
 from mpillm.verify import compare
@@ -54,6 +57,21 @@ def test_straddling_groups_stage_cuts_mixed_recompute_another_order_and_batch(co
 def test_every_optimizer_sharded_and_not(comm, optimizer):
     config = tiny({"train.optimizer": optimizer, "model.num_layers": 2, "layout.data": comm.size})
     check([with_layout(config, zero=zero).resolve(comm.size) for zero in (0, 1)], comm, steps=3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_products_that_go_by_their_size(comm, monkeypatch):
+    """In float32, with oneDNN from such sizes on that this model has larger and smaller ones, and sums in several parts."""
+    for name, value in {"_LEAST_WORK": 5000, "_LEAST_SUM_WORK": 5000, "_LEAST_TERMS": 13, "_LEAST_COLUMNS": 16,
+                        "_SUM_BYTES": 5000}.items():
+        monkeypatch.setattr(products, name, value)
+    multiply, asked = products.by_onednn, set()
+    monkeypatch.setattr(products, "by_onednn", lambda left, right: asked.add(left.dtype) or multiply(left, right))
+    monkeypatch.setattr(engine, "fast_product", lambda *_: products.by_size)
+    monkeypatch.setattr(compare, "TOLERANCE", 1e-4)
+    config = tiny({"train.dtype": "float32", "train.optimizer": "sgd", "model.num_layers": 4})
+    check(one_for_every_degrees(config, comm.size), comm)
+    assert_all(asked == {torch.float32}, f"oneDNN was not asked: {asked}", comm)
 
 
 def test_uneven_shares(comm):

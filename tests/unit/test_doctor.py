@@ -94,6 +94,7 @@ def test_the_report_of_one_rank(monkeypatch, tmp_path):
     monkeypatch.setattr("mpillm.comm.world.comm_world", SingleComm)
     done = CliRunner().invoke(doctor.command, ["--json"])
     found = json.loads(done.output)
+    assert found["fast"].keys() == found["exact"].keys() and found["fast"]["float64"] == "plain"
     assert done.exit_code == (not found["sound"]) and len(found["ranks"]) == 1 and not list(tmp_path.iterdir())
 
 

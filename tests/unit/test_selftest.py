@@ -9,9 +9,11 @@ import torch
 from helpers import run_mpi
 from tiny import tiny
 
+from mpillm.comm import devices
 from mpillm.comm.single import SingleComm
 from mpillm.errors import USAGE, ConfigError
-from mpillm.nn.products import WAYS, add_product
+from mpillm.nn import products
+from mpillm.nn.products import WAYS, add_product, by_size, fast_product, plain
 from mpillm.train import selftest
 from mpillm.train.optimizers import update
 from mpillm.train.selftest import Report, check_exact, choose_way
@@ -188,3 +190,43 @@ def test_every_way_multiplies(way, dtype):
                        (add_product(start.clone().fill_(2), left, right, multiply), expected + 2)]
             for result, right_one in results:
                 assert result.dtype == dtype and torch.allclose(result.double(), right_one, rtol=0, atol=2e-5)
+
+
+INTEL, AMD, ARM = "GenuineIntel", "AuthenticAMD", ""  # which /proc/cpuinfo of Arm does not tell
+
+
+@pytest.mark.parametrize(("vendor", "capability", "has_mkl", "dtype", "way"), [
+    (INTEL, "AVX512", True, "float32", plain), (INTEL, "AVX2", True, "float32", plain),
+    (AMD, "AVX512", True, "float32", by_size), (AMD, "AVX2", True, "float32", plain),
+    (AMD, "AVX512", True, "float64", plain), (AMD, "AVX512", True, "bfloat16", plain),
+    (AMD, "AVX512", False, "float32", plain), (ARM, "SVE256", False, "float32", plain), ("", "AVX512", True, "float32", plain),
+])
+def test_what_fast_multiplies_by_is_the_processor_s_to_say(monkeypatch, vendor, capability, has_mkl, dtype, way):
+    monkeypatch.setattr(devices, "_processor", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    cpu, dtype = torch.device("cpu"), getattr(torch, dtype)
+    assert fast_product(SingleComm(), cpu, dtype) is way
+    assert fast_product(SingleComm(), torch.device("cuda"), dtype) is plain
+    monkeypatch.setattr(SingleComm, "allgather", lambda comm, value: [value, False])
+    assert fast_product(SingleComm(), cpu, dtype) is plain  # a rank elsewhere has another processor
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("parts_bytes", [1, 5_000, 1 << 22])
+def test_fast_products_add_in_parts(monkeypatch, parts_bytes):
+    """Small ones are PyTorch's to the bit, and larger ones right, whatever the number of parts."""
+    monkeypatch.setattr(products, "_SUM_BYTES", parts_bytes)
+    generator = torch.Generator().manual_seed(0)
+    for tokens, width, inner in ((24, 10, 40), (0, 10, 40), (3, 700, 513), (80, 130, 513), (80, 257, 513)):
+        x, weight, slope = (torch.randn(shape, generator=generator) for shape in (
+            (tokens, inner), (width, inner), (tokens, width)))
+        for left, right in ((x, weight.t()), (slope, weight), (slope.t(), x)):
+            start = torch.ones(left.shape[0], right.shape[1])
+            right_one, found = left.double() @ right.double(), by_size(left, right)
+            added, new = (add_product(start.clone(), left, right, by_size, is_new) for is_new in (False, True))
+            for result, wanted in ((found, right_one), (added, right_one + 1), (new, right_one)):
+                assert torch.allclose(result.double(), wanted, rtol=0, atol=2e-4)
+            if tokens * width * inner < 10_000:
+                assert torch.equal(found, left @ right) and torch.equal(added, start.addmm_(left, right))
