@@ -22,16 +22,18 @@ CHANGE = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}  # in microbatc
 PERIODS = 3  # of as many microbatches as ranks: after so many zb-h1 and zb-h2 repeat themselves
 _CHANGES = np.zeros((2, 256), int)  # CHANGE by the number of a kind's letter
 _CHANGES[:, [ord(kind) for kind in CHANGE]] = np.transpose(list(CHANGE.values()))
+_BEGINNING = [ord(kind) for kind in "BI"]
 
 
 class LayerBytes(NamedTuple):
     """Of a microbatch in a layer: kept from forward to backward; from input to weight half, where these are apart; and
-    what backward, or an input half, needs beside."""
+    what backward, or an input half, needs beside: in the last layer, where it begins, and in the first, where it ends."""
 
     kept: float
     split: float
     backward: float
     input: float
+    input_end: float
 
 
 class Footprint:
@@ -72,11 +74,13 @@ class Footprint:
         return held + gradients * self.wide + self._windows(layout) + self._passing(layout)
 
     def beside(self, layout, modes, is_split):
-        """Return what every pipeline rank needs beside what it keeps, at most, where layers recompute in these ways."""
+        """Return what every pipeline rank needs beside what it keeps, at most, where layers recompute in these ways: after
+        forward or an input half, and where backward or an input half begins; shape (ranks, 2)."""
         works = [self.layer(layout, mode) for mode in modes]
-        most = np.full(layout.pipeline, max(work.input if is_split else work.backward for work in works))
-        whole, between = self._activation(layout)
-        most[-1] = max(most[-1] - whole - between, self._head_forward(layout))  # it no longer has what the head kept
+        needs = [(work.input_end, work.input) if is_split else (work.backward, work.backward) for work in works]
+        most = np.tile(np.max(needs, 0), (layout.pipeline, 1))
+        most[-1, 1] -= sum(self._activation(layout))  # the last rank no longer has what the head kept
+        most[-1] = np.maximum(most[-1], self._head_forward(layout))
         return most
 
     def ends(self, layout):
@@ -96,8 +100,8 @@ class Footprint:
             kept[-1] = self.config.model.vocab_size * self.config.model.hidden_size / layout.tensor * self.wide
         return kept
 
-    def peak(self, layout, sizes, kept, split, beside, held, microbatches):
-        """Return the most that every pipeline rank holds at once.
+    def peaks(self, layout, sizes, kept, split, beside, held, microbatches):
+        """Return the most that every pipeline rank holds at each of its points; shape (ranks, points).
 
         Parameters
         ----------
@@ -116,13 +120,15 @@ class Footprint:
         done = np.arange(microbatches if self.is_exact else 1)
         counts = np.array([_partial_sums(microbatches, int(k)) for k in done])
         before = np.minimum(held[:, :, :1] / layout.chunks, microbatches - done)  # ranks, points, microbatches done
-        after = np.minimum(held[:, :, 1:] / layout.chunks, microbatches - done - before)
-        kept, split, beside, sums = (each[:, None, None] for each in (kept, split, beside, sums))
+        after = np.minimum(held[:, :, 1:2] / layout.chunks, microbatches - done - before)
+        beside = np.take_along_axis(beside, held[:, :, 2], 1)[:, :, None]
+        kept, split, sums = (each[:, None, None] for each in (kept, split, sums))
         one = before * kept + after * split
-        found = np.maximum(one + counts * sums + beside, one - kept + (counts + 1) * sums).max((1, 2))
+        most = np.maximum(one + counts * sums + beside, one - kept + (counts + 1) * sums).max(2)
         seq_len = self.config.train.seq_len
         batch = microbatches * self._tokens(layout) * (TOKEN_BYTES + seq_len * self.config.data.mask_documents)
-        return self.fixed(layout, sizes) + batch + np.maximum(found, self.update(layout, sizes))
+        always = np.broadcast_to(self.fixed(layout, sizes) + batch, layout.pipeline)
+        return always[:, None] + np.maximum(most, self.update(layout, sizes)[:, None])
 
     def update(self, layout, sizes):
         """Return what the optimiser needs beside, on every pipeline rank."""
@@ -236,20 +242,23 @@ class Footprint:
             inputs = slope + max(4 * inner / layout_blocks, summed)
         else:
             backward, inputs = slope + max(3 * inner, product), slope + 4 * inner
-        return LayerBytes(kept[mode], halves, again + backward, again + inputs)
+        # By the end of an input half all that it computed again has become what the weight half needs, but for this layer.
+        ending = max(kept[mode] + again - halves + inputs, slope)
+        return LayerBytes(kept[mode], halves, again + backward, again + inputs, ending)
 
 
 @lru_cache(maxsize=4096)
 def in_flight(name, ranks, microbatches, chunks):
-    """Return how many pairs of stage and microbatch are in flight: of every rank the points (before, after their input
-    half) that are the most it comes to, shape (ranks, points, 2). Local; ``name`` is a textbook's schedule."""
+    """Return how many pairs of stage and microbatch are in flight: of every rank the points that are the most it comes to,
+    each (before, after their input half; 1 where backward or an input half begins there), shape (ranks, points, 3).
+    Local; ``name`` is a textbook's schedule."""
     if name in ("zb-h1", "zb-h2"):  # of whose actions, thousands on many ranks, only the kinds matter
         return _most(zero_bubble_kinds(ranks, min(microbatches, PERIODS * ranks), name == "zb-h2"))
     pairs = microbatches * chunks
     if name == "gpipe":
-        return np.tile([pairs, 0], (ranks, 1, 1))
+        return np.tile([pairs, 0, 1], (ranks, 1, 1))
     warmups = groups(ranks, microbatches, chunks)[1]
-    return np.array([[[min(pairs, warmup + 1), 0]] for warmup in warmups])
+    return np.array([[[min(pairs, warmup + 1), 0, 1]] for warmup in warmups])
 
 
 def points(schedule):
@@ -261,10 +270,12 @@ def _most(rows):
     """Return the points of every rank from the kinds of its actions, a text each."""
     found = []
     for row in rows:
-        before, after = _CHANGES[:, np.frombuffer(row.encode(), np.uint8)].cumsum(1)
-        most = np.full(after.max(initial=0) + 1, -1)
-        np.maximum.at(most, after, before)
-        found.append([(n, held) for held, n in enumerate(most.tolist()) if n >= 0])
+        kinds = np.frombuffer(row.encode(), np.uint8)
+        before, after = _CHANGES[:, kinds].cumsum(1)
+        most = np.full((2, after.max(initial=0) + 1), -1)
+        begins = np.isin(kinds[1:], _BEGINNING, kind="table")
+        np.maximum.at(most, (np.r_[begins, False].astype(int), after), before)
+        found.append([(n, held, begin) for begin in (0, 1) for held, n in enumerate(most[begin].tolist()) if n >= 0])
     width = max(map(len, found))
     return np.array([own + own[:1] * (width - len(own)) for own in found])
 

@@ -276,7 +276,7 @@ class Pricer:
         the layout then holds as text; or the price as it is, if that is no faster. Local."""
         layout, p = price.layout, price.layout.pipeline
         kept, split, beside = self.kept(layout)
-        left = limit_bytes - self.footprint.fixed(layout, self.stage_sizes(layout)) - beside
+        left = limit_bytes - self.footprint.fixed(layout, self.stage_sizes(layout)) - beside.max(1)
         times, message_s, link_s = self.stage_times(layout)
         most = min(max(1, int((left / np.maximum(kept, split)).min() * layout.chunks)), DEEPEST * p)
         made = synthesise(p, self.num_microbatches(layout), *times, message_s, most, link_s=link_s)
@@ -333,8 +333,8 @@ class Pricer:
     def memory_bytes(self, layout):
         """Return the most memory of every pipeline rank. Local."""
         kept, split, beside = self.kept(layout)
-        return self.footprint.peak(layout, self.stage_sizes(layout), kept, split, beside, self.held(layout),
-                                   self.num_microbatches(layout))
+        return self.footprint.peaks(layout, self.stage_sizes(layout), kept, split, beside, self.held(layout),
+                                    self.num_microbatches(layout)).max(1)
 
     def kept(self, layout):
         """Return the bytes that a microbatch in flight keeps on every pipeline rank before its input half, and after it;

@@ -79,20 +79,34 @@ def _mix(pricer, layout, limit_bytes, ways):
     plain, footprint = replace(layout, recompute="none"), pricer.footprint
     p, sizes = layout.pipeline, pricer.stage_sizes(plain)
     works, each = [pricer.work(layout, mode)[0] for mode in ways], [footprint.layer(layout, mode) for mode in ways]
-    time_s = [[sum(work)] for work in works]
+    time_s = np.array([sum(work) for work in works])
     starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
     held = pricer.held(plain)
-    fixed = footprint.peak(plain, sizes, footprint.ends(plain), np.zeros(p),
-                           footprint.beside(plain, ways, pricer.is_split(plain)), held, pricer.num_microbatches(plain))
+    fixed = footprint.peaks(plain, sizes, footprint.ends(plain), np.zeros(p),
+                            footprint.beside(plain, ways, pricer.is_split(plain)), held, pricer.num_microbatches(plain))
+    kept = held[:, :, :2] @ np.transpose([(layer.kept, layer.split) for layer in each]) / layout.chunks
     for rank in range(p):
         # From a stage to the next, so that what is dealt out in turn is spread over them.
         own = sorted((place, starts[stage] + place) for stage in range(rank, len(sizes), p)
                      for place in range(sizes[stage]))
-        n_bytes = [[float((held[rank] @ [one.kept, one.split]).max()) / layout.chunks]
-                   for one in each]
-        key = len(own), limit_bytes - fixed[rank], tuple(map(tuple, n_bytes))
+        room = np.maximum(limit_bytes - fixed[rank], 1.0)
+        key = len(own), room.tobytes(), kept[rank].tobytes()
         if key not in choices:
-            choices[key] = choose_modes(np.tile(time_s, len(own)), np.tile(n_bytes, len(own)), key[1])
-        for mode, (_, layer) in zip(sorted(choices[key].modes), own):
+            choices[key] = _choose(len(own), time_s, kept[rank], room)
+        for mode, (_, layer) in zip(sorted(choices[key]), own):
             modes[layer] = ways[mode]
     return pricer.price(replace(layout, recompute=tuple(modes)))
+
+
+def _choose(layers, time_s, n_bytes, room_bytes):
+    """Return modes for so many layers that are alike, which keep ``n_bytes[point, mode]`` each, ``room_bytes`` together."""
+    # A layer weighs what it takes of the room at the point that it fills most: then all fit at every point.
+    least = room_bytes.min()
+    weights = (n_bytes * (least / room_bytes)[:, None]).max(0)
+    modes = list(choose_modes(np.tile(time_s[:, None], layers), np.tile(weights[:, None], layers), least).modes)
+    left = np.maximum(room_bytes - n_bytes[:, modes].sum(1), 0.0)
+    for layer, mode in enumerate(modes):  # layers that fill different points leave room for faster ones
+        fits = (n_bytes - n_bytes[:, [mode]] <= left[:, None]).all(0)
+        modes[layer] = int(np.where(fits, time_s, np.inf).argmin())
+        left -= n_bytes[:, modes[layer]] - n_bytes[:, mode]
+    return modes

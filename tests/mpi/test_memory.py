@@ -13,6 +13,7 @@ CASES = {
     "twice as many in flight": {"layout.schedule": "zb-h2", "train.global_batch": 10},
     "partial sums of microbatches": {"train.numerics": "exact", "train.global_batch": 8},
     "layers again": {"layout.recompute": "full", "layout.schedule": "1f1b", "train.global_batch": 4},
+    "layers again, in halves": {"layout.recompute": "full", "layout.schedule": "zb-h1", "train.global_batch": 8},
     "tokens apart": {"layout.sequence_parallel": True, "train.dtype": "bfloat16"},
     "one copy": {"model.tie_embeddings": True, "model.vocab_size": 8192},
 }

@@ -109,16 +109,18 @@ def synthesised(pipeline, microbatches):
 
 def cases(ranks):
     """Yield names and overrides."""
-    for schedule in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "synthesised"):
+    for schedule in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "synthesised") if ranks > 1 else ():
         for microbatches in (ranks, ranks + 1, ranks + 2, ranks + 4):
-            if ranks > 1:
-                yield f"{schedule} microbatches={microbatches}", {
+            for recompute in ("none", "full"):
+                yield f"{schedule} microbatches={microbatches} {recompute}", {
                     "layout.pipeline": ranks, "layout.schedule": schedule, "layout.chunks": 1 + (schedule == "interleaved"),
-                    "train.global_batch": 2 * microbatches}
+                    "layout.recompute": recompute, "train.global_batch": 2 * microbatches}
     splits = [{"layout.data": ranks}, {"layout.tensor": ranks}, {"layout.tensor": ranks, "layout.sequence_parallel": True},
               {"layout.pipeline": ranks}]
     if ranks == 4:
         splits += [{"layout.data": 2, "layout.pipeline": 2}, {"layout.data": 2, "layout.tensor": 2},
+                   {"layout.data": 2, "layout.tensor": 2, "layout.sequence_parallel": True},
+                   {"layout.pipeline": 2, "layout.tensor": 2},
                    {"layout.pipeline": 2, "layout.tensor": 2, "layout.sequence_parallel": True}]
     for split in splits if ranks > 1 else [{}]:
         shape = " ".join(f"{key.removeprefix('layout.')}={value}" for key, value in split.items())
