@@ -29,7 +29,7 @@ def command(output, device, dtype):
     comm, dtype = comm_world(), getattr(torch, dtype)
     set_threads(comm)
     device = pick_device(device, comm)
-    machine = measure_machine(as_group(comm), None, device, dtype, fast_product(comm, device, dtype))
+    machine = measure_machine(as_group(comm), device=device, dtype=dtype, multiply=fast_product(comm, device, dtype))
     on_rank_0(comm, f"-o {output}", machine.save, output)
     if comm.rank == 0:
         for width, rate in machine.matmul:

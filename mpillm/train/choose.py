@@ -93,7 +93,7 @@ def known_machine(comm, device, dtype):
     if machine:
         machine = as_of_now(comm, machine, device, dtype, multiply)
         return machine, f"machine as measured before, {cache}; remove it to measure again"
-    machine = measure_machine(as_group(comm), None, device, dtype, multiply)
+    machine = measure_machine(as_group(comm), device=device, dtype=dtype, multiply=multiply)
     if machine.speeds:
         return machine, "machine measured now, and not remembered: its ranks are unequal"
     if comm.rank == 0:

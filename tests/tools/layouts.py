@@ -84,7 +84,7 @@ def main(name, path=None):
     set_threads(comm)
     config, group = Config.from_dict(MODELS[name]), as_group(comm)
     device, dtype = pick_device(config.train.device, comm), getattr(torch, config.train.dtype)
-    machine = measure_machine(group, None, device, dtype, fast_product(comm, device, dtype))
+    machine = measure_machine(group, device=device, dtype=dtype, multiply=fast_product(comm, device, dtype))
     pricer = Pricer(config, machine, comm.size)
 
     def plan_and_price():

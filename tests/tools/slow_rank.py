@@ -13,12 +13,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import torch
 from layouts import measure_in_turn
 
 from mpillm.comm.group import as_group
 from mpillm.comm.probe import measure_machine
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
+from mpillm.nn.products import fast_product
 from mpillm.plan import Plan
 from mpillm.planner.keys import describe
 from mpillm.planner.search import make_plan, price_layout
@@ -42,7 +44,7 @@ def main():
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_slow else None
     try:
         group = as_group(comm)
-        machine = measure_machine(group)
+        machine = measure_machine(group, multiply=fast_product(comm, torch.device("cpu"), torch.float32))
         won = [compare(axis, machine, comm) for axis in ("data", "pipeline")]
     finally:
         if busy:
