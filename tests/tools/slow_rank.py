@@ -14,7 +14,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from layouts import measure_in_turn
+from layouts import ROUNDS, measure
 
 from mpillm.comm.group import as_group
 from mpillm.comm.probe import measure_machine
@@ -57,7 +57,7 @@ def compare(axis, machine, comm):
     config = Config.from_dict({**MODEL, "layout": {"data": 1, "pipeline": 1, "tensor": 1, axis: comm.size}})
     plans = comm.bcast(planned_and_equal(axis, config, machine, comm.size) if comm.rank == 0 else None)
     expected = [plan.predicted["step_s"] for plan in plans]
-    measured = measure_in_turn(config, [plan.layout for plan in plans], comm, plans[0].table)
+    measured = measure(config, [plan.layout for plan in plans], comm, plans[0].table, ROUNDS)
     gains = [1 - planned_s / equal_s for planned_s, equal_s in (expected, measured)]
     if comm.rank == 0:
         speeds = ", ".join(f"{speed:.2f}" for speed in machine.speeds)
