@@ -98,7 +98,7 @@ class Timeline:
     @property
     def reduced_s(self):
         """The time from the first start of any rank until the last bucket of any has arrived as well."""
-        return max([self.total_s, *(own[-1].end_s for own in self.transfers if own)])
+        return max([self.total_s, *(transfers[-1].end_s for transfers in self.transfers if transfers)])
 
     @property
     def bubble_fraction(self):
@@ -120,16 +120,17 @@ class Timeline:
         rank = int(np.argmax([ends[-1] for ends in self.ends_s]))
         last, transfers = len(self.ends_s[rank]) - 1, []
         if self.reduced_s > self.total_s:
-            rank = int(np.argmax([own[-1].end_s if own else 0.0 for own in self.transfers]))
-            own = self.transfers[rank]
-            first = len(own) - 1
-            while first > 0 and own[first - 1].end_s >= own[first].start_s:
+            rank = int(np.argmax([transfers[-1].end_s if transfers else 0.0 for transfers in self.transfers]))
+            transfers = self.transfers[rank]
+            first = len(transfers) - 1
+            while first > 0 and transfers[first - 1].end_s >= transfers[first].start_s:
                 first -= 1
-            last, transfers = _completing(self.schedule.actions[rank])[own[first].stage], own[first:]
+            last = _completing(self.schedule.actions[rank])[transfers[first].stage]
+            transfers = transfers[first:]
         path = self._path_to(rank, last)
         if transfers:  # they start before the action ends
             path[-1] = path[-1]._replace(end_s=min(path[-1].end_s, transfers[0].start_s))
-        return path + [PathPart(rank, one, one.start_s, one.end_s) for one in transfers]
+        return path + [PathPart(rank, transfer, transfer.start_s, transfer.end_s) for transfer in transfers]
 
     @property
     def critical_s(self):
@@ -234,7 +235,7 @@ def play(schedule, forward_s, input_s, weight_s, message_s=0.0, link_s=0.0, buck
     if stuck:
         raise ScheduleError(f"schedule {schedule.name}: ranks {stuck} would wait for ever: see mpillm.schedules.check")
     return Timeline(schedule, tuple(map(np.array, starts)), tuple(map(np.array, ends)),
-                    tuple(own.transfers for own in beside))
+                    tuple(rank.transfers for rank in beside))
 
 
 def unhindered_s(schedule, forward_s, input_s, weight_s):
@@ -273,22 +274,22 @@ class _Beside:
         """Return when a message would have left that leaves now, were the link its own: while a transfer is under way
         both get half of it."""
         both_s = min(link_s, max(0.0, self._free_s - now))
-        for one in self.transfers:
-            one.start_s += min(both_s, max(0.0, one.start_s - now))
-            one.end_s += min(both_s, max(0.0, one.end_s - now))
+        for transfer in self.transfers:
+            transfer.start_s += min(both_s, max(0.0, transfer.start_s - now))
+            transfer.end_s += min(both_s, max(0.0, transfer.end_s - now))
         self._free_s += both_s
         return now + both_s
 
     def _pass(self, now, work_s):
         """Return when so much work is done that begins now."""
-        for one in self.transfers:
-            if one.end_s <= now:
+        for transfer in self.transfers:
+            if transfer.end_s <= now:
                 continue
-            before_s = min(work_s, max(0.0, one.start_s - now))
+            before_s = min(work_s, max(0.0, transfer.start_s - now))
             now, work_s = now + before_s, work_s - before_s
-            if work_s <= (one.end_s - now) * (1 - one.share):
-                return now + (work_s / (1 - one.share) if work_s else 0.0)
-            now, work_s = one.end_s, work_s - (one.end_s - now) * (1 - one.share)
+            if work_s <= (transfer.end_s - now) * (1 - transfer.share):
+                return now + (work_s / (1 - transfer.share) if work_s else 0.0)
+            now, work_s = transfer.end_s, work_s - (transfer.end_s - now) * (1 - transfer.share)
         return now + work_s
 
 

@@ -24,7 +24,7 @@ def step_volume(config, is_one_copy):
         Whether the data ranks share one copy of the weights, which is then not sent.
     """
     layout, total, cuts = config.layout, Counter(), config.microbatch_bounds()
-    batches = Counter(tuple(Counter(high - low for low, high in own).items()) for own in cuts)
+    batches = Counter(tuple(Counter(high - low for low, high in bounds).items()) for bounds in cuts)
     for batch, ranks in batches.items():
         for pipeline in range(layout.pipeline):
             for tensor in range(layout.tensor):
@@ -69,8 +69,8 @@ class Volume:
         sent = Counter()
         for sequences, times in batch:
             for index in self.stages:
-                one = self._stage(index, sequences * self.config.train.seq_len)
-                sent.update({key: times * n_bytes for key, n_bytes in one.items()})
+                once = self._stage(index, sequences * self.config.train.seq_len)
+                sent.update({key: times * n_bytes for key, n_bytes in once.items()})
         sent.update(self._gradients(sum(times for _, times in batch)))
         ranks = self.layout.data * self.layout.pipeline * self.layout.tensor
         squares = self._rows() if self.is_exact else 1
@@ -83,10 +83,10 @@ class Volume:
     def _stage(self, index, tokens):
         """Return what a microbatch of ``tokens`` sends on its way through a stage and back."""
         sent, layout = Counter(), self.layout
-        own = self._mine(tokens) if self.is_sharded_by_tokens else tokens
+        held = self._mine(tokens) if self.is_sharded_by_tokens else tokens
         width = self.model.hidden_size * self.item
         if layout.pipeline > 1:
-            sent["pipeline", "send"] = ((index > 0) + (index < self.last)) * own * width
+            sent["pipeline", "send"] = ((index > 0) + (index < self.last)) * held * width
         layers = self.stages[index]
         is_whole = isinstance(layout.recompute, str)
         again = sum((layout.recompute if is_whole else layout.recompute[layer]) == "full" for layer in layers)
@@ -94,8 +94,8 @@ class Volume:
         # Recomputing a layer stops before its last sum, of which backward needs nothing.
         enter, leave = 2 * len(layers) + (index == self.last), 2 * len(layers) + (index == 0)
         if self.is_sharded_by_tokens:
-            sent["tensor", "allgather"] = (enter + leave + 2 * again) * (layout.tensor - 1) * own * width
-            sent["tensor", "reduce_scatter"] = (enter + leave + again) * (tokens - own) * width
+            sent["tensor", "allgather"] = (enter + leave + 2 * again) * (layout.tensor - 1) * held * width
+            sent["tensor", "reduce_scatter"] = (enter + leave + again) * (tokens - held) * width
         else:
             sent["tensor", "allreduce"] = (enter + leave + again) * _allreduce(tokens * width, layout.tensor)
         if index == self.last:
@@ -133,11 +133,11 @@ class Volume:
         cuts = self.layout.bucket_cuts
         for index, layers in self.stages.items():
             is_first, is_last = index == 0, index == self.last
-            own = [] if model.tie_embeddings else table
-            places = [(-1, own, [])] * is_first + [(layer, whole, partial) for layer in layers]
+            untied = [] if model.tie_embeddings else table
+            places = [(-1, untied, [])] * is_first + [(layer, whole, partial) for layer in layers]
             if is_last:
                 norm = [model.hidden_size]
-                places.append((model.num_layers, norm + own, norm * self.is_sharded_by_tokens))
+                places.append((model.num_layers, norm + untied, norm * self.is_sharded_by_tokens))
             for _, part in groupby(places, lambda place: bisect_right(cuts, place[0])):
                 _, sizes, parts = zip(*part)
                 yield sum(sizes, []), sum(parts, []), False, False
