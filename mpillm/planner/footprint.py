@@ -123,8 +123,8 @@ class Footprint:
         after = np.minimum(held[:, :, 1:2] / layout.chunks, microbatches - done - before)
         beside = np.take_along_axis(beside, held[:, :, 2], 1)[:, :, None]
         kept, split, sums = (each[:, None, None] for each in (kept, split, sums))
-        one = before * kept + after * split
-        most = np.maximum(one + counts * sums + beside, one - kept + (counts + 1) * sums).max(2)
+        activations = before * kept + after * split
+        most = np.maximum(activations + counts * sums + beside, activations - kept + (counts + 1) * sums).max(2)
         seq_len = self.config.train.seq_len
         batch = microbatches * self._tokens(layout) * (TOKEN_BYTES + seq_len * self.config.data.mask_documents)
         always = np.broadcast_to(self.fixed(layout, sizes) + batch, layout.pipeline)
@@ -268,16 +268,16 @@ def points(schedule):
 
 def _most(rows):
     """Return the points of every rank from the kinds of its actions, a text each."""
-    found = []
+    of_ranks = []
     for row in rows:
         kinds = np.frombuffer(row.encode(), np.uint8)
         before, after = _CHANGES[:, kinds].cumsum(1)
         most = np.full((2, after.max(initial=0) + 1), -1)
         begins = np.isin(kinds[1:], _BEGINNING, kind="table")
         np.maximum.at(most, (np.r_[begins, False].astype(int), after), before)
-        found.append([(n, held, begin) for begin in (0, 1) for held, n in enumerate(most[begin].tolist()) if n >= 0])
-    width = max(map(len, found))
-    return np.array([own + own[:1] * (width - len(own)) for own in found])
+        of_ranks.append([(n, held, begin) for begin in (0, 1) for held, n in enumerate(most[begin].tolist()) if n >= 0])
+    width = max(map(len, of_ranks))
+    return np.array([points + points[:1] * (width - len(points)) for points in of_ranks])
 
 
 @lru_cache(maxsize=4096)
