@@ -5,13 +5,24 @@ import json
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Annotated, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from mpillm.errors import ConfigError
 
 KNOWN_KEYS = ConfigDict(extra="forbid")  # the ``__pydantic_config__`` of a dataclass that refuses other keys
+config_section = dataclass(frozen=True, config=KNOWN_KEYS)  # of a configuration
+
+Positive = Annotated[int, Strict(), Field(gt=0)]
+Count = Annotated[int, Strict(), Field(ge=0)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=1 << 63)]
+PositiveReal = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Real = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
+FractionOfOne = Annotated[float, Strict(), Field(gt=0, le=1)]
+
 _SHOWN_CHARACTERS = 80  # of a value that is refused
 
 
@@ -79,6 +90,8 @@ def _suggest(kind, way):
     """Name the key that was meant, or all that there are, where ``way`` leads through dataclasses and rows of them."""
     for part in way[:-1]:
         kind = get_args(kind)[0] if isinstance(part, int) else get_type_hints(kind).get(part)
+        if type(None) in get_args(kind):  # of ``X | None``
+            kind = get_args(kind)[0]
     allowed = list(_adapter(kind).json_schema()["properties"]) if is_dataclass(kind) else []
     near = difflib.get_close_matches(str(way[-1]), allowed, n=1)
     return f", did you mean {near[0]}?" if near else f"; known: {', '.join(allowed)}"
