@@ -18,7 +18,7 @@ from mpillm.schedules.generators import ALGORITHMS, make_collective
 
 
 class ConfigSection(SphinxDirective):
-    """A table of the keys of a section of the configuration.
+    """A table of the keys of a section of the configuration, or of a table in one.
 
     Types, defaults and limits come from :mod:`mpillm.config`; the content has a line ``key: meaning`` for each
     key, in the same order.
@@ -28,7 +28,7 @@ class ConfigSection(SphinxDirective):
 
     def run(self):
         name = self.arguments[0]
-        keys = TypeAdapter(Config).json_schema()["$defs"][name.capitalize()]
+        keys = TypeAdapter(Config).json_schema()["$defs"][name.title().replace("_", "")]
         meanings = dict(line.split(": ", 1) for line in self.content if line)
         if list(meanings) != list(keys["properties"]):
             known, described = ", ".join(keys["properties"]), ", ".join(meanings)
@@ -125,6 +125,8 @@ def _default(value):
 
 def _allowed(schema):
     """Say in words what a JSON schema allows."""
+    if "$ref" in schema:
+        return "table"
     if "anyOf" in schema:
         return ", or ".join(_allowed(part) for part in schema["anyOf"] if part.get("type") != "null")
     if "enum" in schema or "const" in schema:

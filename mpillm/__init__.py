@@ -16,6 +16,7 @@ _PUBLIC = {
     "check_adjoint": "mpillm.autograd.adjoint",
     "launch": "mpillm.comm.world",
     "make_plan": "mpillm.planner.search",
+    "write_samples": "mpillm.data.labelled",
 }
 
 __all__ = ["__version__", *_PUBLIC]

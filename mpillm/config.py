@@ -7,15 +7,15 @@ Keys left out of ``[layout]`` (or ``"auto"``) are filled by :meth:`Config.resolv
 import sys
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Literal, Union
 
 import tomli_w
-from pydantic import Field, Strict, StrictBool
-from pydantic.dataclasses import dataclass
+from pydantic import StrictBool
 
 from mpillm.auto import default_microbatch, resolve
 from mpillm.errors import ConfigError, DataError
-from mpillm.plain import KNOWN_KEYS, checked
+from mpillm.model.description import SHAPES, Model
+from mpillm.plain import Count, Fraction, Positive, PositiveReal, Real, Seed, checked, config_section
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,66 +24,19 @@ else:
 
 AXES = ("data", "pipeline", "tensor")
 
-Positive = Annotated[int, Strict(), Field(gt=0)]
-Count = Annotated[int, Strict(), Field(ge=0)]
-Seed = Annotated[int, Strict(), Field(ge=0, lt=1 << 63)]
-PositiveReal = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
-Real = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)]
 Auto = Literal["auto"]
 Recompute = Literal["none", "selective", "full"]
 
-_section = dataclass(frozen=True, config=KNOWN_KEYS)
-
-
-@_section
-class Model:
-    """A Llama-shaped decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
-
-    ``kind = "gpt"``, with a feed-forward of two matrices, is for the planner: it can be priced, not trained.
-    """
-
-    hidden_size: Positive
-    num_layers: Positive
-    num_heads: Positive
-    ffn_size: Positive
-    vocab_size: Positive | None = None
-    num_kv_heads: Positive | None = None
-    head_dim: Positive | None = None
-    max_seq_len: Positive = 2048
-    rope_theta: PositiveReal = 10000.0
-    norm_eps: PositiveReal = 1e-5
-    tie_embeddings: StrictBool = False
-    kind: Literal["llama", "gpt"] = "llama"
-
-    def __post_init__(self):
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.head_dim is None:
-            if self.hidden_size % self.num_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
-                    "set model.head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs, make it even")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
-                "every key/value head serves the same number of query heads"
-            )
-
-
-@_section
+@config_section
 class Data:
-    """Where the tokens are."""
+    """Where the tokens, or samples, are."""
 
     path: str = "tokens.h5"
     mask_documents: StrictBool = False
+    mask_token: Union[Count, None] = None
 
 
-@_section
+@config_section
 class Train:
     """What is optimised, for how long, in which arithmetic, and what is kept."""
 
@@ -98,8 +51,9 @@ class Train:
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: PositiveReal = 1e-8
     momentum: Fraction = 0.9
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: Count = 0
+    decay_steps: Count = 0
     weight_decay: Real = 0.1
     grad_clip: Real = 1.0
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
@@ -123,6 +77,11 @@ class Train:
     def __post_init__(self):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not exceed lr {self.lr}")
+        if self.lr_schedule == "wsd" and not 0 < self.decay_steps <= self.steps - self.warmup_steps:
+            raise ValueError(f"decay_steps {self.decay_steps} with lr_schedule wsd: needs 1 to steps - warmup_steps = "
+                             f"{self.steps - self.warmup_steps} of them")
+        if self.decay_steps and self.lr_schedule != "wsd":
+            raise ValueError(f"decay_steps {self.decay_steps} is for lr_schedule wsd, not {self.lr_schedule}: leave it out")
         if self.exact_blocks & (self.exact_blocks - 1):
             raise ValueError(f"exact_blocks {self.exact_blocks} must be a power of two (1, 2, 4, 8, ...)")
         if self.numerics == "exact" and self.microbatch is None:
@@ -132,7 +91,7 @@ class Train:
             )
 
 
-@_section
+@config_section
 class Layout:
     """How the work is split over ranks; ``"auto"`` keys are filled for the rank count at hand."""
 
@@ -158,7 +117,7 @@ class Layout:
         return {axis: getattr(self, axis) for axis in AXES}
 
 
-@_section
+@config_section
 class Config:
     """Everything a run is told. Build it with :meth:`load` or by keyword; change it with :meth:`with_values`."""
 
@@ -187,6 +146,12 @@ class Config:
             if not name or not isinstance(values.setdefault(section, {}), dict):
                 raise ConfigError(f"--{key}: an override names a section and a key, as in --train.steps 50")
             values[section][name] = _parse_override(text, is_text=(section, name) in _TEXTS)
+        model = values.get("model")
+        if isinstance(model, dict) and "kind" in model:
+            if model["kind"] not in tuple(SHAPES):
+                raise ConfigError(f"{source}: model.kind = {model['kind']}: it stood for {' or '.join(SHAPES)} in mpillm 0.1: "
+                                  "leave it out, and say with the other keys what differs from a Llama")
+            values["model"] = {**SHAPES[model.pop("kind")], **model}
         return checked(cls, values, source)
 
     def to_dict(self):

@@ -141,6 +141,9 @@ class Machine:
         Overhead of one layer's forward: launching kernels, the interpreter.
     shares_memory : bool
         Whether ranks of a node share windows, so that replicas keep one copy of the weights.
+    keeps_scores : bool
+        Whether its programs keep attention scores as a matrix, and what an activation makes of its input: those of a time
+        before fused attention, by which the machine was calibrated.
     hides_calls : bool
         Whether ``call_s`` runs beside the kernels before, as on a GPU that was measured; else it comes on top of them.
     num_ranks, num_nodes : int
@@ -164,6 +167,7 @@ class Machine:
     elementwise_bytes_per_s: float = 0.0
     attention_flops_per_s: float = 0.0
     shares_memory: bool = False
+    keeps_scores: bool = False
     hides_calls: bool = False
     wave: tuple[StrictInt, ...] = ()
     num_ranks: StrictInt = 0
@@ -284,6 +288,7 @@ EVERYWHERE = 1 << 20  # the size of a preset's last level
 # Bekman). Elementwise kernels reach nine tenths of the memory's rate (Calculon, Isaev et al. 2023). Multiprocessors are
 # those of the data sheets, tiles those of NVIDIA's Matrix Multiplication Background User's Guide (2023).
 # Latencies: TACCL (Shah et al. 2023), and nccl-tests' 32 KiB over the 14 messages of a ring of eight.
+# What A100s took for whole iterations was published for programs that keep attention scores (Narayanan et al. 2021).
 # What a CPU sustains of its data sheet is an estimate: measure yours.
 _LAUNCH_S = 20 * 2.1e-6
 
@@ -296,7 +301,7 @@ def _narrower(flops_per_s):
 PRESETS = {machine.name: machine for machine in (
     Machine("dgx-a100", "NVIDIA A100 SXM 80 GB data sheet; DGX A100: 8 GPUs, 8 x 200 Gb/s",
             (Level("node", 8, 3e-6, 1 / 235e9), Level("network", EVERYWHERE, 5e-6, 1 / 25e9)),
-            _narrower(271.2e12), 80e9, 2.04e12, _LAUNCH_S, 0.9 * 2.04e12, wave=(108, 256, 128)),
+            _narrower(271.2e12), 80e9, 2.04e12, _LAUNCH_S, 0.9 * 2.04e12, keeps_scores=True, wave=(108, 256, 128)),
     Machine("dgx-h100", "NVIDIA H100 SXM 80 GB data sheet; DGX H100: 8 GPUs, 8 x 400 Gb/s",
             (Level("node", 8, 3e-6, 1 / 367e9), Level("network", EVERYWHERE, 5e-6, 1 / 50e9)),
             _narrower(794.5e12), 80e9, 3.35e12, _LAUNCH_S, 0.9 * 3.35e12, wave=(132, 256, 128)),

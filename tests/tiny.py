@@ -30,6 +30,46 @@ GROUPED = {
     "shared": {"model.num_kv_heads": 1},
     "straddling": {"model.num_heads": 6, "model.num_kv_heads": 3, "model.head_dim": 8},
 }
+LAYER_NORM = {"model.norm": "layer", "model.attention_bias": True, "model.output_bias": True, "model.ffn_bias": True}
+# A key or more off its default in each, by the families that people know; and what no family has, but the keys can say.
+FAMILIES = {
+    "llama3": {**GROUPED["straddling"], "model.rope_theta": 100.0, "model.attention_bias": True, "model.output_bias": True,
+               "model.rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 8, "low_freq_factor": 0.25,
+                                      "high_freq_factor": 1.0}},
+    "mistral": {**GROUPED["shared"], "model.window": 5},
+    "qwen2": {**GROUPED["straddling"], "model.attention_bias": True, "model.tie_embeddings": True},
+    "qwen3": {**GROUPED["straddling"], "model.qk_norm": "head"},
+    "gemma": {**GROUPED["shared"], "model.norm_offset": True, "model.ffn": "geglu", "model.embedding_scale": 6.3,
+              "model.tie_embeddings": True},
+    "olmo2": {**GROUPED["straddling"], "model.qk_norm": "whole", "model.norm_placement": "output"},
+    "phi3": {"model.window": 7, "model.rope_fraction": 0.75},
+    "gpt2": {**LAYER_NORM, "model.positions": "learned", "model.max_seq_len": 33, "model.ffn": "gelu_tanh",
+             "model.tie_embeddings": True},
+    "gpt_neox": {**LAYER_NORM, "model.head_dim": 16, "model.rope_fraction": 0.25, "model.ffn": "gelu",
+                 "model.residual": "parallel"},
+    "bert": {**LAYER_NORM, "model.norm_placement": "post", "model.positions": "learned", "model.max_seq_len": 21,
+             "model.attention": "bidirectional", "model.ffn": "gelu", "model.embedding_norm": True, "model.head": "masked",
+             "model.head_bias": True, "model.tie_embeddings": True},
+    "documents in a window that sees both ways": {
+        "data.mask_documents": True, "model.window": 4, "model.attention": "bidirectional", "model.head": "masked",
+        "model.ffn": "relu", "model.ffn_bias": True},
+    "norms behind, no positions, one norm of one key head": {
+        **GROUPED["shared"], "model.norm_placement": "post", "model.positions": "none", "model.qk_norm": "head",
+        "model.norm_offset": True},
+    "capped logits with a bias, norms of the width of one key head": {
+        **GROUPED["shared"], "model.logit_softcap": 0.3, "model.head_bias": True, "model.qk_norm": "whole"},
+    "classes": {"model.head": "classes", "model.num_labels": 5, "model.attention": "bidirectional", "model.head_bias": True},
+    "tags": {**GROUPED["shared"], "model.head": "tags", "model.num_labels": 7, "model.attention": "bidirectional"},
+    "values": {"model.head": "values", "model.num_labels": 3, "model.value_loss": "gaussian", "model.pooling": "last",
+               "model.head_bias": True},
+    "patches": {**LAYER_NORM, "model.inputs": "patches", "model.patch_size": 11, "model.class_position": True,
+                "model.positions": "learned", "model.max_seq_len": 12, "model.attention": "bidirectional",
+                "model.head": "classes", "model.num_labels": 4, "model.ffn": "gelu"},
+    "a series": {"model.inputs": "patches", "model.patch_size": 3, "model.head": "values"},
+    "yarn": {
+        "model.rope_theta": 100.0,
+        "model.rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16, "beta_fast": 2.0, "beta_slow": 0.5}},
+}
 
 
 def tiny(overrides=None, ranks=None):
@@ -49,8 +89,7 @@ def train(engine, steps, first=1):
     """Train an engine on the random batches ``first ...`` of its configuration; return losses and norms."""
     train, found = engine.config.train, []
     for step, batch in enumerate(compare.batches(engine.config, first + steps - 1)[first - 1:], first):
-        found.append(engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],  # noqa: B023
-                                       learning_rate(train, step)))
+        found.append(engine.train_step(batch.part, learning_rate(train, step), counted=compare.counted(batch.targets)))
     return found
 
 

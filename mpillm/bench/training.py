@@ -5,18 +5,19 @@ import math
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from mpillm.bench.launch import mpiexec, run_job
 from mpillm.config import AXES, Config
+from mpillm.data.sources import with_sizes
 from mpillm.data.tokenizers import token_dtype
-from mpillm.data.tokens import with_vocabulary
 from mpillm.errors import ConfigError
 from mpillm.files import to_json
 from mpillm.hdf5 import writing
+from mpillm.model.description import Model
 
 PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp"}
 # What a configuration may say of an axis is left out of layouts that do not split it.
@@ -111,6 +112,9 @@ def prepare(config, steps, folder):
     values = {"train.steps": steps, "train.eval_every": 0, "train.checkpoint_every": 0, "train.trace": False,
               "train.init_from": ""}
     if not Path(config.data.path).exists():
+        if config.model.head != "words":
+            raise ConfigError(f"data.path = {config.data.path}: no such file, and random tokens have no labels for head "
+                              f"{config.model.head}: name a file")
         if config.model.vocab_size is None:
             raise ConfigError(
                 f"data.path = {config.data.path}: no such file, and random tokens in its place need the vocabulary: "
@@ -119,7 +123,7 @@ def prepare(config, steps, folder):
         values["data.path"] = str(folder / "tokens.h5")
         write_random_tokens(values["data.path"], config.model.vocab_size, _RANDOM_SAMPLES * config.train.seq_len + 1)
     else:
-        config = with_vocabulary(config)
+        config = with_sizes(config)
     return config.with_values(values)
 
 
@@ -165,7 +169,7 @@ def peer_work(case):
         f"train.optimizer = {train.optimizer}: it has adamw": train.optimizer != "adamw",
         f"train.dtype = {train.dtype}: it has float32": train.dtype != "float32",
         f"train.device = {train.device}: it runs on cpu": train.device == "cuda",
-        "model.tie_embeddings": model.tie_embeddings,
+        **{f"model.{key}": True for key in beyond_llama(model)},
         "data.mask_documents": case.config.data.mask_documents,
         "layout.shares": len(set(case.config.layout.shares)) > 1,
         f"train.global_batch = {train.global_batch} on {ranks} data ranks: they get equal parts":
@@ -188,6 +192,14 @@ def peer_work(case):
         "micro": train.microbatch, "steps": train.steps, "lr": train.lr, "betas": train.betas, "eps": train.eps,
         "weight_decay": train.weight_decay, "grad_clip": train.grad_clip,
     }
+
+
+def beyond_llama(model):
+    """Return the keys of a model that are not those of a Llama, sizes aside. Local."""
+    llama = Model(model.hidden_size, model.num_layers, model.num_heads, model.ffn_size)
+    sizes = ("vocab_size", "num_kv_heads", "head_dim", "max_seq_len", "rope_theta", "norm_eps")
+    return [field.name for field in fields(Model) if field.name not in sizes
+            and getattr(model, field.name) != getattr(llama, field.name)]
 
 
 def measure(programs, pairs, report):

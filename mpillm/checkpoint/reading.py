@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from mpillm.config import Config
 from mpillm.errors import CheckpointError, DataError
 from mpillm.hdf5 import open_to_read, system_error
-from mpillm.nn.init import parameter_table
+from mpillm.model.parameters import parameters
 
 VERSION = 1
 MANIFEST_BYTES = 1 << 28  # at most; a shard takes about 300
@@ -183,6 +183,10 @@ class Checkpoint:
         """Return the whole shape of a tensor."""
         return tuple(self._entry(name, kind).shape)
 
+    def dtype(self, name, kind="weight"):
+        """Return the name of the dtype of a tensor."""
+        return self._entry(name, kind).dtype
+
     def model_section(self):
         """Return the ``[model]`` section of the run; keys that came later than the checkpoint have their defaults.
 
@@ -207,7 +211,7 @@ class Checkpoint:
         if model.num_layers > len(self.names()):  # before a table is made of them
             raise CheckpointError(f"checkpoint {self.path}: holds {len(self.names())} weights, fewer than "
                                   f"model.num_layers = {model.num_layers}")
-        shapes = {name: shape for name, (shape, _) in parameter_table(model).items()}
+        shapes = {name: parameter.shape for name, parameter in parameters(model).items()}
         for name, shape in shapes.items():
             if self.shape(name) != shape:
                 raise self._other_shape(name, "weight", shape)

@@ -1,4 +1,4 @@
-"""``mpillm convert``: Hugging Face Llama weights out of a run, or into a new one."""
+"""``mpillm convert``: Hugging Face weights out of a run, or into a new one."""
 
 import click
 
@@ -7,19 +7,22 @@ from mpillm.errors import ConfigError
 
 @click.command("convert")
 @click.argument("run", type=click.Path())
-@click.option("--to-hf", "target", metavar="DIR",
-              help="write the newest weights of RUN for LlamaForCausalLM of transformers")
+@click.option("--to-hf", "target", metavar="DIR", help="write the newest weights of RUN for transformers")
+@click.option("--family", metavar="NAME",
+              help="with --to-hf, whose names to write: llama, gpt2, ...; left out, the first that computes the same")
 @click.option("--from-hf", "source", metavar="DIR",
               help="make RUN from a folder with config.json and safetensors files")
-def command(run, target, source):
+def command(run, target, family, source):
     """Take weights out of RUN, or make RUN of weights from elsewhere."""
     if (target is None) == (source is None):
         raise ConfigError(f"convert {run}: give either --to-hf DIR or --from-hf DIR")
+    if family is not None and target is None:
+        raise ConfigError(f"convert {run}: --family {family}: a folder says its family itself: leave it out with --from-hf")
     from mpillm import hf
 
     if target is not None:
-        hf.to_hf(run, target)
-        click.echo(f"{target}: the newest weights of {run}, for transformers.LlamaForCausalLM")
+        used = hf.to_hf(run, target, family)
+        click.echo(f"{target}: the newest weights of {run}, for transformers.{used.architectures[0]}")
     else:
-        hf.from_hf(run, source)
-        click.echo(f"{run}: a run with the weights of {source}, for generate and train.init_from")
+        used = hf.from_hf(run, source)
+        click.echo(f"{run}: a run with the {used.model_type} weights of {source}, for generate and train.init_from")

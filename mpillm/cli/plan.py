@@ -31,10 +31,10 @@ def command(config, name, ranks, output, top, price, explain, figure, tolerate):
     from mpillm.planner import search
 
     machine = Machine.load(name)
-    if config.model.vocab_size is None and Path(config.data.path).exists():
-        from mpillm.data.tokens import with_vocabulary
+    if config.model.missing and Path(config.data.path).exists():
+        from mpillm.data.sources import with_sizes
 
-        config = with_vocabulary(config)
+        config = with_sizes(config)
     made = search.price_layout(config, machine, ranks) if price else search.make_plan(config, machine, ranks, top)
     if tolerate and not output:
         raise ConfigError("--tolerate: the plans are written beside -o FILE, which is not given")

@@ -9,7 +9,7 @@ import torch
 from mpillm.cli.options import CONTEXT, with_config
 from mpillm.errors import OK, VALIDATION, agreed
 
-RANDOM_VOCAB_SIZE = 257  # of the tokens that take the place of a missing file, where the model names none
+RANDOM_SIZES = {"vocab_size": 257, "num_labels": 5}  # where neither the configuration nor data say them
 
 
 @click.command("verify", context_settings=CONTEXT)
@@ -25,7 +25,7 @@ def command(config, steps, all_layouts):
     comm = comm_world()
     torch.set_num_threads(1)
     with agreed(comm, "data"):
-        config = _with_vocabulary(config)
+        config = _with_sizes(config)
     config = replace(config, train=replace(config.train, dtype="float64", device="cpu"))
     layouts = list(compare.all_layouts(config, comm.size)) if all_layouts else [config.resolve(comm.size)]
     with agreed(comm, "data"):
@@ -43,10 +43,12 @@ def command(config, steps, all_layouts):
     return VALIDATION if differing else OK
 
 
-def _with_vocabulary(config):
-    """Return the configuration with the vocabulary of its data, or where they are missing, of the random tokens."""
-    from mpillm.data.tokens import with_vocabulary
+def _with_sizes(config):
+    """Return the configuration with the sizes of its data, or where they are missing, of the random ones."""
+    from mpillm.data.sources import with_sizes
 
     if Path(config.data.path).exists():
-        return with_vocabulary(config)
-    return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or RANDOM_VOCAB_SIZE))
+        return with_sizes(config)
+    while missing := config.model.missing:
+        config = config.with_values({f"model.{missing}": RANDOM_SIZES[missing]})
+    return config

@@ -199,18 +199,11 @@ class TokenFile:
         return first + np.searchsorted(begun, np.arange(start, stop), side="right")
 
 
-def has_tokens(path, split):
-    """Return whether a token file has anything in a split. Local."""
+def has_rows(path, split):
+    """Return whether a file of tokens or samples has anything in a split. Local."""
     with _open(path) as file:
-        return f"{split}/tokens" in file and file[split]["tokens"].size > 0
-
-
-def with_vocabulary(config):
-    """Return the configuration with the vocabulary of its data, unless it names one itself. Local."""
-    if config.model.vocab_size is not None:
-        return config
-    tokens = TokenFile(config.data.path, "train", config.train.seq_len)
-    return config.with_values({"model.vocab_size": tokens.vocab_size})
+        group = file.get(split, {})
+        return any(name in group and group[name].size > 0 for name in ("tokens", "inputs"))
 
 
 def fingerprint(path):

@@ -7,6 +7,10 @@ from mpillm.errors import ConfigError, DataError, MpillmError
 INDEX = "model.safetensors.index.json"
 
 
+class Refused(Exception):
+    """The value of a key of ``config.json`` cannot be used: key, value, why; of a function that knows no path."""
+
+
 def refuse_used(folder, what):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{what} {folder}: is in use already: name an empty directory or a new one")

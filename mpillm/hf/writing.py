@@ -1,25 +1,28 @@
 """Weights out of a run into a folder that ``transformers`` loads."""
 
+import json
 import math
 import shutil
-from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mpillm.checkpoint.reading import Checkpoint
 from mpillm.data.settings import GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Settings
 from mpillm.data.tokenizers import load_tokenizer
+from mpillm.errors import ConfigError
 from mpillm.files import write_json, write_text
+from mpillm.hf.families import FAMILIES
 from mpillm.hf.folder import INDEX, refuse_used, reporting, safetensors_library
-from mpillm.hf.llama import KEYS, hf_name, turned
-from mpillm.nn.init import parameter_table
+from mpillm.hf.tensors import tensors_of
 
-FILE_ELEMENTS = 1 << 28  # of the weights in one safetensors file
+FILE_BYTES = 5_000_000_000  # of the weights in one safetensors file
+DTYPES = {"float64": "F64", "float32": "F32"}  # of checkpoints, in such a file
 
 
-def to_hf(run, folder, file_elements=FILE_ELEMENTS):
-    """Write the newest weights of a run as a folder that ``transformers.LlamaForCausalLM`` loads.
+def to_hf(run, folder, family=None, file_bytes=FILE_BYTES):
+    """Write the newest weights of a run as a folder that ``transformers`` loads.
 
     Local. Weights keep the bits of the checkpoint. The tokenizer of the run goes along, unless its tokens are bytes,
     and what is known of special tokens and chats.
@@ -28,13 +31,21 @@ def to_hf(run, folder, file_elements=FILE_ELEMENTS):
     ----------
     run, folder : str or Path
         ``folder`` must be empty, or not there yet.
-    file_elements : int
-        Weights are spread over files of about this many; one file at a time is in memory.
+    family : str, optional
+        As ``model_type`` names it. Left out: the first of :data:`mpillm.hf.families.FAMILIES` that computes the same.
+    file_bytes : int
+        No file has more, unless for a single tensor; one tensor at a time is in memory.
+
+    Returns
+    -------
+    mpillm.hf.family.Family
+        Whose first class loads the folder.
 
     Raises
     ------
     ConfigError
-        If ``folder`` is in use, or the safetensors package is missing.
+        If no family, or not the one asked for, computes the same, ``folder`` is in use, or the safetensors package is
+        missing.
     DataError
         If something cannot be read or written.
     """
@@ -43,36 +54,83 @@ def to_hf(run, folder, file_elements=FILE_ELEMENTS):
         refuse_used(folder, "--to-hf")
         source = Checkpoint(run)
         model = source.model()
+        family = _family_of(model, family)
         tokenizer = load_tokenizer(run, model.vocab_size) if (run / TOKENIZER).is_file() else None
         files_beside = _beside(tokenizer, Settings.beside(run / TOKENIZER) or Settings(), model)
         folder.mkdir(parents=True, exist_ok=True)
-        table = parameter_table(model)
-        weight_files = _spread(table, file_elements)
-        for file, names in weight_files.items():
-            read = {name: source.read(name, shape=table[name][0]).reshape(table[name][0]) for name in names}
-            tensors = {hf_name(name): np.ascontiguousarray(turned(name, values)) for name, values in read.items()}
-            safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library leaves it to its owner alone
-        if len(weight_files) > 1:
-            places = {hf_name(name): file for file, names in weight_files.items() for name in names}
-            write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
-        dtype = next(iter(tensors.values())).dtype.name
+        dtype = source.dtype("embedding.weight")
+        tensors = tensors_of(family, model)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        shapes.update({name: (2, model.hidden_size) for name in family.added.values()})
+        files = _spread(shapes, np.dtype(dtype).itemsize, file_bytes)
+        for file, names in files.items():
+            _write_file(folder / file, {name: shapes[name] for name in names}, dtype,
+                        (_values(source, tensors.get(name), shapes[name], dtype) for name in names))
+        if len(files) > 1:
+            total = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values()))
+            write_json(folder / INDEX, {"metadata": {"total_size": total},
+                                        "weight_map": {name: file for file, names in files.items() for name in names}})
         if tokenizer is not None and tokenizer.kind != "bytes":
             shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
-        tokens = files_beside.pop(MODEL_CONFIG, {})
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **files_beside.pop(MODEL_CONFIG, {})}
         for name, content in files_beside.items():
             (write_json if name.endswith(".json") else write_text)(folder / name, content)
-        write_json(folder / MODEL_CONFIG, _hf_config(model, dtype, tokens))
+        write_json(folder / MODEL_CONFIG, {**family.config(model), "torch_dtype": dtype, "dtype": dtype, **tokens})
+    return family
 
 
-def _spread(table, file_elements):
-    """Spread parameters over files; return the names in each by file name."""
-    starts = accumulate((math.prod(shape) for shape, _ in table.values()), initial=0)
-    parts = groupby(zip(table, starts), key=lambda item: item[1] // file_elements)
-    groups = [[name for name, _ in part] for _, part in parts]
+def _family_of(model, name):
+    """Return the family that computes a model: the one named, or the first."""
+    if name is not None and name not in FAMILIES:
+        raise ConfigError(f"--family {name}: mpillm knows {', '.join(FAMILIES)}")
+    differing = {kind: family.differences(model) for kind, family in FAMILIES.items() if name in (None, kind)}
+    nearest = min(differing, key=lambda kind: len(differing[kind]))
+    if differing[nearest]:
+        values = {key: json.dumps(getattr(model, key), default=vars, allow_nan=False) for key in differing[nearest]}
+        keys = ", ".join(f"{key} = {value}" for key, value in values.items())
+        who = f"{name} models do not compute" if name else f"none of {', '.join(FAMILIES)} computes, nearest is {nearest}:"
+        raise ConfigError(f"--to-hf: {who} model.{keys}: share the run itself")
+    return FAMILIES[nearest]
+
+
+def _values(source, tensor, shape, dtype):
+    """Return the values of a tensor of the folder; there is none of what is added to another."""
+    if tensor is None:
+        return np.zeros(shape, dtype)
+    parts = [torch.from_numpy(source.read(part.name, shape=part.shape)).view(part.shape) for part in tensor.parts]
+    return tensor.joined(parts).numpy()
+
+
+def _spread(shapes, item_bytes, file_bytes):
+    """Spread tensors over files; return the names in each by file name."""
+    groups, held_bytes = [[]], 0
+    for name, shape in shapes.items():
+        size = item_bytes * math.prod(shape)
+        if groups[-1] and held_bytes + size > file_bytes:
+            groups.append([])
+            held_bytes = 0
+        groups[-1].append(name)
+        held_bytes += size
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _write_file(path, shapes, dtype, values):
+    """Write a safetensors file, a tensor at a time: the library wants all of them at once.
+
+    Its first eight bytes are the length of a JSON object, which says where each tensor lies in what follows.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + np.dtype(dtype).itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in values:
+            file.write(np.ascontiguousarray(part).data)
 
 
 def _beside(tokenizer, settings, model):
@@ -92,14 +150,3 @@ def _beside(tokenizer, settings, model):
         files[TOKENIZER_CONFIG] = {**default, **files.get(TOKENIZER_CONFIG, {}),
                                    "eos_token": tokenizer.name(tokenizer.end)}
     return files
-
-
-def _hf_config(model, dtype, tokens):
-    """Return ``config.json``, in the words of older and newer releases."""
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "torch_dtype": dtype, "dtype": dtype,
-        "bos_token_id": None, "eos_token_id": None, **tokens, "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        **{theirs: getattr(model, ours) for ours, theirs in KEYS.items()},
-    }

@@ -21,7 +21,8 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config, Layout
 from mpillm.data.tokenizers import load_tokenizer, new_document
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made
-from mpillm.nn.attention import Batch, KeyValueCache, rotary_tables
+from mpillm.nn.attention import KeyValueCache
+from mpillm.nn.positions import Batch, rotary_tables, visible
 from mpillm.nn.products import WAYS, fast_product, plain
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
@@ -78,7 +79,7 @@ class Generator:
             place, cuts = self.mesh.coord("pipeline"), [0, *layout.stage_cuts, model.num_layers]
             self.stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
             if model.tie_embeddings and layout.pipeline == 1:
-                self.stage.head.linear.weight = self.stage.embedding.weight
+                self.stage.head.linear.weight = self.stage.embedding.words.weight
             with agreed(comm, f"read {source.path}"):
                 load_weights(self.stage, source)
         chooses = self.stage.is_last and self.mesh.coord("tensor") == 0
@@ -131,9 +132,8 @@ class Generator:
         """
         stage, model, pipeline = self.stage, self.config.model, self.mesh.group("pipeline")
         weight, stop = next(stage.parameters()), start + len(tokens)
-        tables = rotary_tables(model.head_dim, range(start, stop), model.rope_theta, weight.dtype, weight.device)
-        seen = torch.ones(len(tokens), stop, dtype=torch.bool, device=weight.device).tril(start) if start else None
-        batch = Batch(1, len(tokens), *tables, mask=None if seen is None else seen[None, None], cache=cache)
+        tables = rotary_tables(model, range(start, stop), weight.dtype, weight.device)
+        batch = Batch(1, len(tokens), *tables, visible(model, start, stop, weight.device), cache, start)
         if stage.is_first:
             x = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(weight.device)
         else:
@@ -203,6 +203,9 @@ def _open(path, overrides, ranks):
     if unknown:
         raise ConfigError(f"--{unknown[0]}: generation takes only --{', --'.join(OVERRIDES)}")
     model = source.model()
+    if model.head != "words":
+        raise ConfigError(f"{path}: model.head = {model.head}: generation needs head words, which says the next token: name "
+                          "a run that has it")
     config = replace(Config.load(path / "config.toml"), model=model, layout=Layout(data=1))
     config = config.with_values({**overrides, "train.microbatch": 1})  # one row of tokens
     layout, train = config.layout, config.train

@@ -1,37 +1,19 @@
-"""Grouped-query attention with rotary positions, heads split over the tensor axis.
+"""Grouped-query attention, heads split over the tensor axis.
 
 Legend: B sequences, S positions, H query heads, K key/value heads, N head width, T = B*S tokens.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mpillm.model.parameters import in_groups
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear, project
-
-
-@dataclass
-class Batch:
-    """The shape of a microbatch and what attention needs of it.
-
-    ``cos_SN``, ``sin_SN`` are the rotary tables of the positions at hand, ``mask`` (B, 1, S, S') says who sees whom
-    (``None``: causal), ``cache`` keeps keys and values while sampling.
-    """
-
-    sequences: int
-    positions: int
-    cos_SN: torch.Tensor
-    sin_SN: torch.Tensor
-    mask: torch.Tensor | None = None
-    cache: "KeyValueCache | None" = None
-
-    @property
-    def tokens(self):
-        """Return the number of tokens."""
-        return self.sequences * self.positions
+from mpillm.nn.positions import turn
+from mpillm.nn.qk_norm import QK_NORMS
 
 
 class KeyValueCache:
@@ -48,61 +30,95 @@ class KeyValueCache:
         return k, v
 
 
+class HeadBlock(NamedTuple):
+    """A block of heads: what it is projected with, in and out; and which of its key/value heads each of its query heads asks,
+    ``None`` where as many in turn ask each."""
+
+    heads: Projection
+    output: Projection
+    served: list | None
+
+
 class Attention(nn.Module):
     """Self-attention of one layer; each block of heads maps the whole input to a partial sum of the output.
 
     With at least as many key/value heads as tensor ranks, a rank holds whole key/value groups. With fewer, query heads
     are split, every rank keeps the (small) key and value weights whole and computes the heads its queries need; but
     ``exact`` always splits by whole groups, so that its blocks are the same at any size: some ranks then have no heads.
+
+    Parameters
+    ----------
+    split : TensorSplit
+    model : mpillm.model.description.Model
+    table : dict of str to Parameter
+        Of the layer.
+    is_recomputed : bool
+        Whether backward computes once more what lies between the projections.
     """
 
-    def __init__(self, name, split, model, std, recompute=False):
+    def __init__(self, split, model, table, is_recomputed=False):
         super().__init__()
-        self.split, self.head_dim, self.recompute = split, model.head_dim, recompute
-        self.group_size = model.num_heads // model.num_kv_heads
-        self.is_grouped = split.is_exact or split.size <= model.num_kv_heads
-        units, group = (model.num_kv_heads, self.group_size) if self.is_grouped else (model.num_heads, 1)
-        width, unit = model.hidden_size, group * model.head_dim
-        self.query = ColumnParallelLinear(f"{name}.query.weight", split, width, units, unit)
-        self.key, self.value = (
-            ColumnParallelLinear(f"{name}.{part}.weight", split, width, model.num_kv_heads, model.head_dim,
-                                 is_whole=not self.is_grouped)
-            for part in ("key", "value")
-        )
-        self.output = RowParallelLinear(f"{name}.output.weight", split, width, units, unit, std)
-        self._blocks = [self._block(block) for block in split.owned_blocks(units)]
-
-    def forward(self, parts, batch):
-        """Map each block's input ``[T, D]`` to its partial output ``[T, D]``."""
-        return [self._attend_block(i, x_TD, batch) for i, x_TD in enumerate(parts)]
-
-    def _block(self, units):
-        """Return the projections into a block of heads and out of it, and the key/value head that serves each query head, or
-        None where each serves equally many in turn."""
-        kv_heads = units if self.is_grouped else (units[0] // self.group_size, -(-units[1] // self.group_size))
-        heads = Projection(self.split, (self.query, self.query.rows(units)), (self.key, self.key.rows(kv_heads)),
-                           (self.value, self.value.rows(kv_heads)))
-        served = None if self.is_grouped else [h // self.group_size - kv_heads[0] for h in range(*units)]
-        return heads, Projection(self.split, (self.output, self.output.rows(units))), served
-
-    def _attend_block(self, index, x_TD, batch):
-        heads, output, served = self._blocks[index]
-        q, k, v = _Heads.apply(x_TD, heads.weight, heads, self.head_dim, batch)
-        if self.recompute and torch.is_grad_enabled():
-            o_BHSN = checkpoint(self._attend, q, k, v, batch, served, index, use_reentrant=False,
-                                preserve_rng_state=False)
+        self.split, self.head_dim, self.is_recomputed = split, model.head_dim, is_recomputed
+        self.is_causal, self.group_size = model.attention == "causal", model.num_heads // model.num_kv_heads
+        self.query, self.key, self.value = (
+            ColumnParallelLinear(split, table[f"attention.{part}.weight"], table.get(f"attention.{part}.bias"))
+            for part in ("query", "key", "value"))
+        self.output = RowParallelLinear(split, table["attention.output.weight"], table.get("attention.output.bias"))
+        if in_groups(model.num_kv_heads, split.size, split.is_exact):
+            self._blocks = [self._groups(block) for block in split.owned_blocks(model.num_kv_heads)]
         else:
-            o_BHSN = self._attend(q, k, v, batch, served, index)
-        return project(o_BHSN.transpose(1, 2).reshape(batch.tokens, -1), output)
+            self._blocks = [self._single_heads(split.owned(model.num_heads), model)]
+        self.qk_norm = QK_NORMS[model.qk_norm](split, model, table) if model.qk_norm in QK_NORMS else None
 
-    def _attend(self, q, k, v, batch, served, index):
+    def _groups(self, groups):
+        """Return the block of some key/value heads with all query heads that ask them."""
+        return self._block(groups, self.group_size * self.head_dim, groups, None)
+
+    def _single_heads(self, heads, model):
+        """Return the block of some query heads with the key/value heads that they ask, which other ranks have, too."""
+        kv_heads = heads[0] // self.group_size, -(-heads[1] // self.group_size)
+        if model.qk_norm == "whole":  # over the width of all keys
+            kv_heads = 0, model.num_kv_heads
+        return self._block(heads, self.head_dim, kv_heads, [h // self.group_size - kv_heads[0] for h in range(*heads)])
+
+    def _block(self, queries, unit, kv_heads, served):
+        parts = (self.query.block(queries, unit), self.key.block(kv_heads, self.head_dim),
+                 self.value.block(kv_heads, self.head_dim))
+        return HeadBlock(Projection(self.split, *parts), Projection(self.split, self.output.block(queries, unit)), served)
+
+    def forward(self, x_TD, batch):
+        """Map activations as they lie between layers. Collective over the tensor axis."""
+        return self.output.leave(self.parts(x_TD, batch), batch.tokens)
+
+    def parts(self, x_TD, batch):
+        """Return each block's partial output ``[T, D]`` for all tokens, without the bias."""
+        inputs = self.split.enter(x_TD, batch.tokens)
+        turns = self.qk_norm is None
+        heads = [_Heads.apply(x, block.heads.weight, block.heads, self.head_dim, batch, turns)
+                 for x, block in zip(inputs, self._blocks)]
+        if self.qk_norm is not None:
+            queries, keys, values = zip(*heads)
+            heads = [(_Turn.apply(q, batch), _Turn.apply(k, batch), v)
+                     for q, k, v in zip(*self.qk_norm(queries, keys), values)]
+        return [self._attend_block(i, *own, batch) for i, own in enumerate(heads)]
+
+    def _attend_block(self, index, q, k, v, batch):
+        attend = self._attend
+        if self.is_recomputed and torch.is_grad_enabled():
+            o_BHSN = checkpoint(attend, index, q, k, v, batch, use_reentrant=False, preserve_rng_state=False)
+        else:
+            o_BHSN = attend(index, q, k, v, batch)
+        return project(o_BHSN.transpose(1, 2).reshape(batch.tokens, -1), self._blocks[index].output)
+
+    def _attend(self, index, q, k, v, batch):
         """Attend: ``[B, H, S, N]``, ``[B, K, S, N]`` twice → ``[B, H, S, N]``."""
         if q.shape[1] == 0:
             return q
         if batch.cache is not None:
             k, v = batch.cache.extend((self, index), k, v)
+        served = self._blocks[index].served
         k, v = self._serve(k, served), self._serve(v, served)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, is_causal=batch.mask is None)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, is_causal=self.is_causal and batch.mask is None)
 
     def _serve(self, x_BKSN, served):
         """Repeat key/value heads so that each query head finds its own."""
@@ -111,23 +127,17 @@ class Attention(nn.Module):
         return x_BKSN.repeat_interleave(self.group_size, dim=1) if self.group_size > 1 else x_BKSN
 
 
-def rotary_tables(head_dim, positions, theta, dtype, device="cpu"):
-    """Return cos and sin of the angles (Su et al. 2021), each ``[positions, N/2]``, computed in float64."""
-    rates = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angles = torch.as_tensor(positions, dtype=torch.float64, device=device)[:, None] * rates
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 class _Heads(torch.autograd.Function):
-    """Queries, keys and values of a block of heads, ``[B, H, S, N]``, the first two turned by their positions."""
+    """Queries, keys and values of a block of heads, ``[B, H, S, N]``, the first two turned by their positions, unless a norm
+    comes between."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight, projection, head_dim, batch):
+    def forward(ctx, x_TD, weight, projection, head_dim, batch, turns):
         ctx.save_for_backward(x_TD)
-        ctx.projection, ctx.head_dim, ctx.batch = projection, head_dim, batch
+        ctx.projection, ctx.head_dim, ctx.batch, ctx.turns = projection, head_dim, batch, turns
         q, k, v = _by_head(projection, projection.forward(x_TD), head_dim, batch)
-        for x in (q, k):
-            _turn(x, batch, 1)
+        for x in (q, k) if turns else ():
+            turn(x, batch, 1)
         return q, k, v
 
     @staticmethod
@@ -137,9 +147,9 @@ class _Heads(torch.autograd.Function):
         q, k, v = parts = _by_head(projection, grads, ctx.head_dim, ctx.batch)
         for part, grad in zip(parts, grads_BHSN):
             part.copy_(grad)
-        for x in (q, k):
-            _turn(x, ctx.batch, -1)
-        return projection.backward(x_TD, grads, ctx.needs_input_grad[0]), None, None, None, None
+        for x in (q, k) if ctx.turns else ():
+            turn(x, ctx.batch, -1)
+        return projection.backward(x_TD, grads, ctx.needs_input_grad[0]), None, None, None, None, None
 
 
 def _by_head(projection, outputs, head_dim, batch):
@@ -148,10 +158,18 @@ def _by_head(projection, outputs, head_dim, batch):
             for part in projection.parts(outputs)]
 
 
-def _turn(x_BHSN, batch, sign):
-    """Turn the pairs ``(i, i + N/2)`` of each head by ``sign`` (1 or -1) times the position's angles, where they lie."""
-    half = x_BHSN.shape[-1] // 2
-    a, b = x_BHSN[..., :half], x_BHSN[..., half:]
-    a_before = a.clone()
-    a.mul_(batch.cos_SN).addcmul_(b, batch.sin_SN, value=-sign)
-    b.mul_(batch.cos_SN).addcmul_(a_before, batch.sin_SN, value=sign)
+class _Turn(torch.autograd.Function):
+    """Queries or keys turned by their positions."""
+
+    @staticmethod
+    def forward(ctx, x_BHSN, batch):
+        ctx.batch = batch
+        x_BHSN = x_BHSN.clone()
+        turn(x_BHSN, batch, 1)
+        return x_BHSN
+
+    @staticmethod
+    def backward(ctx, dx_BHSN):
+        dx_BHSN = dx_BHSN.clone()
+        turn(dx_BHSN, ctx.batch, -1)
+        return dx_BHSN, None

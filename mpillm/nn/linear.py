@@ -1,13 +1,15 @@
-"""Column- and row-parallel linear layers, without bias.
+"""Column- and row-parallel linear layers.
 
 Legend: T tokens, D input width, F output width (both of the whole layer), p tensor ranks.
 
 ============  ==========================  =====================  ==========================
 layer         shard of the weight         forward                backward
 ============  ==========================  =====================  ==========================
-column        ``w [F/p, D]``: outputs     ``y = x w^T``          ``dx = dy w``, ``dw = dy^T x``
+column        ``w [F/p, D]``: outputs     ``y = x w^T + b``      ``dx = dy w``, ``dw = dy^T x``
 row           ``w [D/p, F]``: inputs      ``y = x w``            ``dx = dy w^T``, ``dw = x^T dy``
 ============  ==========================  =====================  ==========================
+
+A column's bias is split as its outputs are. A row's outputs are partial sums: its bias is added behind the sum, once.
 """
 
 from itertools import pairwise
@@ -16,67 +18,80 @@ import torch
 from torch import nn
 
 from mpillm.nn.products import add_product
-from mpillm.nn.split import gradient_of, is_in_flat_storage, later
+from mpillm.nn.split import add_over_blocks, gradient_of, is_in_flat_storage, later
 
 
 class ColumnParallelLinear(nn.Module):
     """A linear layer whose outputs are split over the tensor axis.
 
-    ``forward`` takes a whole input on every rank and returns this rank's outputs; pass it through
-    :meth:`TensorSplit.enter` first, so that gradients are summed.
+    It takes a whole input on every rank and returns this rank's outputs; pass the input through :meth:`TensorSplit.enter`
+    first, so that gradients are summed.
 
     Parameters
     ----------
-    name : str
-        Global name of the weight.
     split : TensorSplit
-    in_features : int
-        D.
-    units, unit : int
-        Outputs come in ``units`` indivisible groups of ``unit`` (heads, say); F = units * unit.
-    std : float
-        Of the initial weights.
-    is_whole : bool
-        Keep the whole weight on every rank, each computing the rows it needs: its gradient is partial.
+    weight, bias : Parameter
+        ``bias`` may be ``None``.
     """
 
     is_transposed = True
 
-    def __init__(self, name, split, in_features, units, unit=1, std=0.02, is_whole=False):
+    def __init__(self, split, weight, bias=None):
         super().__init__()
-        self.split, self.unit = split, unit
-        self.first = 0 if is_whole else split.owned(units)[0]
-        rows = None if is_whole else tuple(unit * i for i in split.owned(units))
-        self.weight = split.parameter(name, (units * unit, in_features), rows, std, is_partial_grad=is_whole)
+        self.split = split
+        self.weight, self.bias = split.parameter(weight), split.parameter(bias)
 
-    def rows(self, units):
-        """Return the local rows ``(start, stop)`` of global units ``(start, stop)``."""
-        return tuple(self.unit * (i - self.first) for i in units)
+    def block(self, units, unit=1):
+        """Return this layer with the local rows of global units ``(start, stop)`` of ``unit`` rows each, for
+        :class:`Projection`."""
+        first = self.weight.shard.start // self.weight.shape[1]
+        return self, tuple(unit * i - first for i in units)
 
     def forward(self, x_TD):
-        """Return ``x w^T``: ``[T, D] -> [T, F/p]``."""
-        return project(x_TD, Projection(self.split, (self, (0, self.weight.shape[0]))))
+        """Return ``x w^T + b``: ``[T, D] -> [T, F/p]``."""
+        return project(x_TD, Projection(self.split, (self, (0, len(self.weight)))))
 
 
 class RowParallelLinear(ColumnParallelLinear):
     """A linear layer whose inputs are split over the tensor axis; its weight is stored input-first.
 
-    ``forward`` takes this rank's inputs and returns a partial sum; pass it through :meth:`TensorSplit.leave`.
+    It takes this rank's inputs; what it returns is a partial sum, for :meth:`leave`.
 
     Parameters
     ----------
-    name, split, std
-        As in :class:`ColumnParallelLinear`.
-    out_features : int
-        F.
-    units, unit : int
-        Inputs come in ``units`` groups of ``unit``; D = units * unit.
+    split, weight, bias
+        As in :class:`ColumnParallelLinear`; the bias is whole on every rank.
     """
 
     is_transposed = False
 
-    def __init__(self, name, split, out_features, units, unit=1, std=0.02):
-        super().__init__(name, split, out_features, units, unit, std)
+    def leave(self, parts, total):
+        """Sum the partial results of all blocks of all ranks and add the bias to what this rank then holds of ``total``
+        tokens. Collective over the tensor axis, in one direction or both."""
+        return self.add_bias(self.split.leave(parts), total)
+
+    def add_bias(self, x_TD, total):
+        """Add the bias to sums, where there is one. Local."""
+        return x_TD if self.bias is None else _Bias.apply(x_TD, self.bias, self.split, total)
+
+
+class _Bias(torch.autograd.Function):
+    """A bias that is whole on every rank, for the tokens that lie there."""
+
+    @staticmethod
+    def forward(ctx, x, bias, split, total):
+        ctx.bias, ctx.split, ctx.total = bias, split, total
+        return x + bias
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.split.weight_gradients.add(later(_accumulate_tokens, ctx.bias, ctx.split, dy, ctx.total))
+        return dy, None, None, None
+
+
+def _accumulate_tokens(bias, split, dy, total):
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    add_over_blocks(bias, [block.sum(0, dtype=wide) if len(block) else None for block in split.token_blocks(dy, total)])
 
 
 class Projection:
@@ -91,7 +106,7 @@ class Projection:
     ----------
     split : TensorSplit
     parts : tuple of (ColumnParallelLinear, tuple of int)
-        Layers, each with its local rows ``(start, stop)``. A row-parallel one is the only part.
+        Layers, each with its local rows ``(start, stop)``. A row-parallel one is the only part, and without its bias.
 
     Attributes
     ----------
@@ -102,14 +117,18 @@ class Projection:
     def __init__(self, split, *parts):
         self.split, self.is_transposed = split, parts[0][0].is_transposed
         self._parts = [(layer.weight, rows) for layer, rows in parts]
+        self._biases = [(layer.bias, rows) for layer, rows in parts if self.is_transposed and layer.bias is not None]
         self._widths = [stop - start for _, (start, stop) in parts]
         self.weight = self._parts[0][0]
-        self._places, self._factors, self._gradients = None, [], None
+        self._places, self._factors, self._added, self._gradients = None, [], [], None
 
     def forward(self, x_TD):
         """Return the outputs, one for each product: :meth:`parts` tells them apart."""
         self._find()
-        return [self.split.multiply(x_TD, right) for right, _ in self._factors]
+        outputs = [self.split.multiply(x_TD, right) for right, _ in self._factors]
+        for output, bias in zip(outputs, self._added):
+            output.add_(bias)
+        return outputs
 
     def backward(self, x_TD, grads, needs_dx=True):
         """Return the gradient of the input, or None, and hand those of the weights to ``split.weight_gradients``.
@@ -134,22 +153,26 @@ class Projection:
         return outputs if len(outputs) == len(self._parts) else outputs[0].split(self._widths, 1)
 
     def gradients(self):
-        """Return where the gradients of the weights are kept, one for each product."""
-        return self._gradients or [gradient_of(*part) for part in self._parts]
+        """Return where the gradients of the weights are kept, one for each product, and of the biases, where there are some.
+        """
+        return self._gradients or [[gradient_of(*part) for part in own] for own in (self._parts, self._biases)]
 
     def _find(self):
-        """Find the matrices, each as the right factor of forward and that of backward; in flat storage only once, as long as
-        weights and gradients lie where they did."""
-        is_flat = all(is_in_flat_storage(weight) for weight, _ in self._parts)
-        places = is_flat and [x.data_ptr() for weight, _ in self._parts for x in (weight, weight.main_grad)]
+        """Find the factors of the products, right ones of forward and of backward, and what is added; in flat storage once,
+        since there they stay as long as weights and gradients lie where they did."""
+        parts = self._parts + self._biases
+        is_flat = all(is_in_flat_storage(weight) for weight, _ in parts)
+        places = is_flat and [x.data_ptr() for weight, _ in parts for x in (weight, weight.main_grad)]
         if is_flat and places == self._places:
             return
-        matrices, self._gradients = [weight.detach()[slice(*rows)] for weight, rows in self._parts], None
+        found = [[weight.detach()[slice(*rows)] for weight, rows in own] for own in (self._parts, self._biases)]
+        self._gradients = None
         if is_flat:
-            gradients = [gradient_of(*part) for part in self._parts]
-            if not self.split.is_exact and lie_together(matrices) and lie_together(gradients):
-                matrices, gradients = [joined(matrices)], [joined(gradients)]
-            self._places, self._gradients = places, gradients
+            found += self.gradients()
+            if not self.split.is_exact and all(map(lie_together, found)):
+                found = [[joined(own)] if own else own for own in found]
+            self._places, self._gradients = places, found[2:]
+        matrices, self._added = found[:2]
         self._factors = [(m.t(), m) if self.is_transposed else (m, m.t()) for m in matrices]
 
 
@@ -172,19 +195,22 @@ class _Project(torch.autograd.Function):
 
 
 def _accumulate(projection, x, grads):
-    """Add the weight gradients of a projection."""
-    for gradient, dy in zip(projection.gradients(), grads, strict=True):
+    """Add the gradients of a projection's weights and biases."""
+    of_weights, of_biases = projection.gradients()
+    for gradient, dy in zip(of_weights, grads, strict=True):
         left, right = (dy, x) if projection.is_transposed else (x, dy)
         add_product(gradient, left.t(), right, projection.split.multiply)
+    for gradient, dy in zip(of_biases, grads):
+        gradient.add_(dy.sum(0, dtype=gradient.dtype))
 
 
-def lie_together(matrices):
-    """Tell whether contiguous matrices lie one behind the other in one storage. Local."""
-    storages = {m.untyped_storage().data_ptr() for m in matrices}
-    return len(storages) == 1 and all(m.data_ptr() + m.nbytes == following.data_ptr()
-                                      for m, following in pairwise(matrices))
+def lie_together(tensors):
+    """Tell whether contiguous tensors lie one behind the other in one storage. Local."""
+    storages = {x.untyped_storage().data_ptr() for x in tensors}
+    return len(storages) <= 1 and all(x.data_ptr() + x.nbytes == following.data_ptr() for x, following in pairwise(tensors))
 
 
-def joined(matrices):
-    """Return matrices of equal width that :func:`lie_together` as one. Local."""
-    return matrices[0].as_strided((sum(map(len, matrices)), matrices[0].shape[1]), matrices[0].stride())
+def joined(tensors):
+    """Return matrices of equal width, or vectors, that :func:`lie_together` as one. Local."""
+    first = tensors[0]
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

@@ -1,4 +1,4 @@
-"""The output head and its loss, computed together over chunks of tokens and blocks of the vocabulary.
+"""The head that chooses a word or a label, and its loss, computed together over chunks of tokens and blocks of the vocabulary.
 
 The logits of a chunk are turned into their gradients where they lie and used at once for the gradients of input and
 weight, so that no rank ever holds the logits of more than one chunk of its own part of the vocabulary. In flat storage
@@ -17,22 +17,32 @@ from mpillm.schedules.blocks import bounds, loss_chunks
 from mpillm.schedules.tree import tree_sum
 
 
-class VocabularyHead(nn.Module):
-    """The matrix from hidden states to logits, rows split over the tensor axis, with the cross-entropy behind it."""
+class ChoiceHead(nn.Module):
+    """The matrix from hidden states to logits of the words of a vocabulary, or of labels, rows split over the tensor axis, with
+    the cross-entropy behind it.
 
-    def __init__(self, name, split, vocab_size, width, std=0.02):
+    Parameters
+    ----------
+    split : TensorSplit
+    model : mpillm.model.description.Model
+    table : dict of str to Parameter
+    """
+
+    def __init__(self, split, model, table):
         super().__init__()
-        self.split, self.vocab_size = split, vocab_size
-        self.linear = ColumnParallelLinear(name, split, width, vocab_size, std=std)
-        self.blocks = split.owned_blocks(vocab_size)
+        self.split, self.size, self.softcap = split, model.head_size, model.logit_softcap
+        matrix = "embedding.weight" if model.tie_embeddings else "head.weight"
+        self.linear = ColumnParallelLinear(split, table[matrix], table.get("head.bias"))
+        self.blocks = [self.linear.block(block) for block in split.owned_blocks(self.size)]
 
     @property
     def weight(self):
         """This rank's rows."""
         return self.linear.weight
 
-    def loss(self, x_TD, targets_T, scale):
-        """Return ``scale`` (a number) times the sum over tokens of the cross-entropy, in float32 at least.
+    def forward(self, x_TD, targets_T, scale):
+        """Return ``scale`` (a number) times the sum over tokens of the cross-entropy, in float32 at least; a target below
+        zero counts for nothing.
 
         Collective over the tensor axis. ``x`` is varying (behind :meth:`TensorSplit.enter`); the loss is replicated.
 
@@ -50,62 +60,73 @@ class VocabularyHead(nn.Module):
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
-        parts = [project(x_TD, Projection(self.split, (self.linear, self.linear.rows(block)))) for block in self.blocks]
-        return collectives.allgather(torch.cat(parts, 1), self.split.group, 1, self.vocab_size)
+        parts = [project(x_TD, Projection(self.split, block)) for block in self.blocks]
+        logits = collectives.allgather(torch.cat(parts, 1), self.split.group, 1, self.size)
+        return logits.div(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, head, targets, scale, is_recorded):
-        needs_grad = is_recorded and any(ctx.needs_input_grad[:2])
+        parameters = [parameter for parameter in (weight, head.linear.bias) if parameter is not None]
         wide = torch.promote_types(x.dtype, torch.float32)
-        dw = dx = own = None
-        if needs_grad:
+        dx, own, sums = None, [], None
+        if is_recorded and any(ctx.needs_input_grad[:2]):
             dx = torch.empty_like(x)
             if not head.adds_at_once:
-                own = torch.empty_like(weight, dtype=wide)  # chunks add up in float32 at least
-            dw = gradient_of(weight) if own is None else own
-        count = loss_chunks(len(x), head.vocab_size, x.device.type)
+                own = [torch.empty_like(parameter, dtype=wide) for parameter in parameters]  # chunks add up in float32 at least
+            sums = own or [gradient_of(parameter) for parameter in parameters]
+        count = loss_chunks(len(x), head.size, x.device.type)
         chunks = [bounds(len(x), count, i) for i in range(count)]
-        losses = [_chunk(head, weight, x[low:high], targets[low:high], scale, dx if dx is None else dx[low:high], dw,
-                         is_new=low == 0 and own is not None) for low, high in chunks]
-        ctx.head, ctx.gradients = head, (dx, own)
+        losses = [_chunk(head, x[low:high], targets[low:high], scale, dx if dx is None else dx[low:high], sums,
+                         is_new=low == 0 and bool(own)) for low, high in chunks]
+        ctx.split, ctx.gradients = head.split, (dx, list(zip(parameters, own)))
         return torch.stack(losses).sum() * scale
 
     @staticmethod
     def backward(ctx, grad):
         (dx, own), ctx.gradients = ctx.gradients, None
-        if own is not None:
-            ctx.head.split.weight_gradients.add(later(_accumulate, ctx.head.weight, own, grad))
+        if own:
+            ctx.split.weight_gradients.add(later(_accumulate, own, grad))
             dx = dx.mul_(grad)  # without asking whether it is one, which would have the host wait for a GPU
         elif grad.device.type == "cpu" and grad != 1:
             raise ValueError(f"backward from {float(grad):.4g} times the head's loss: forward has added the weight's "
-                             "gradient to main_grad already; give the factor to loss() as its scale")
+                             "gradient to main_grad already; give the head the factor as its scale")
         return dx, None, None, None, None, None
 
 
-def _chunk(head, weight, x, targets, scale, dx, dw, is_new):
-    """Return the summed loss of a chunk of tokens; set ``dx`` and add to ``dw``, or set it where it ``is_new``, unless
-    they are None. A call a chunk, so that none holds the logits of the one before."""
-    wide, multiply = torch.promote_types(x.dtype, torch.float32), head.split.multiply
-    logits = [multiply(x, _rows(weight, head, block).t()).to(wide) for block in head.blocks]
+def _chunk(head, x, targets, scale, dx, sums, is_new):
+    """Return the summed loss of a chunk of tokens; set ``dx`` and add to the ``sums`` of the parameters' gradients, or set
+    them where they are ``is_new``, unless these are None. A call a chunk, so that none holds the logits of the one before."""
+    wide, multiply, softcap = torch.promote_types(x.dtype, torch.float32), head.split.multiply, head.softcap
+    weight, bias = head.weight.detach(), head.linear.bias
+    rows = [slice(*block) for _, block in head.blocks]
+    logits = [multiply(x, weight[own].t()).to(wide) for own in rows]
+    if bias is not None:
+        logits = [part.add_(bias.detach()[own]) for part, own in zip(logits, rows)]
+    if softcap:
+        logits = [part.div_(softcap).tanh_() for part in logits]
+        capped, logits = logits, [part * softcap for part in logits]
     loss = _cross_entropy(logits, targets, head, scale)
     if dx is not None:
+        if softcap:
+            logits = [part.mul_(1 - tanh.square_()) for part, tanh in zip(logits, capped)]
         slopes = [part.to(x.dtype) for part in logits]
-        dx.copy_(tree_sum([multiply(slope, _rows(weight, head, block)) for slope, block in zip(slopes, head.blocks)],
-                          torch.add))
-        for slope, block in zip(slopes, head.blocks):
-            add_product(_rows(dw, head, block), slope.t(), x, multiply, is_new)
+        dx.copy_(tree_sum([multiply(slope, weight[own]) for slope, own in zip(slopes, rows)], torch.add))
+        for slope, own in zip(slopes, rows):
+            add_product(sums[0][own], slope.t(), x, multiply, is_new)
+            for total in sums[1:]:
+                torch.add(0 if is_new else total[own], slope.sum(0, dtype=wide), out=total[own])
     return loss
 
 
 def _cross_entropy(logits, targets_C, head, scale):
     """Return the summed loss of a chunk and turn ``logits`` into ``scale`` times their gradients in place."""
-    group = head.split.group
+    group, counts_C = head.split.group, (targets_C >= 0).to(logits[0].dtype)
     tallest = torch.stack([part.amax(1) if part.shape[1] else part.new_full((len(part),), -torch.inf)
                            for part in logits]).amax(0)
     tallest = collectives.allreduce(tallest, group, op="max")
-    places = [_place(targets_C, block) for block in head.blocks]
+    places = [_place(targets_C, block) for block in head.split.owned_blocks(head.size)]
     sums, picked = [], []
     for part, (is_here, place) in zip(logits, places):
         own = part.new_zeros(len(part))
@@ -114,10 +135,10 @@ def _cross_entropy(logits, targets_C, head, scale):
         sums.append(part.sum(1))
     total, own = collectives.allreduce(torch.stack([tree_sum(sums, torch.add), tree_sum(picked, torch.add)]), group)
     for part, (is_here, place) in zip(logits, places):
-        part.mul_((scale / total)[:, None])
+        part.mul_((scale / total * counts_C)[:, None])
         if part.shape[1]:
             part[place] -= is_here.to(part.dtype) * scale
-    return (total.log() - own).sum()
+    return ((total.log() - own) * counts_C).sum()
 
 
 def _place(targets_C, block):
@@ -131,10 +152,7 @@ def _place(targets_C, block):
     return is_here, (torch.arange(len(targets_C), device=targets_C.device), nearest)
 
 
-def _rows(tensor, head, block):
-    return tensor[slice(*head.linear.rows(block))]
-
-
-def _accumulate(weight, own, grad):
-    """Add ``grad`` (a scalar on the device) times the gradient of a microbatch to the weight's."""
-    gradient_of(weight).addcmul_(own, grad)
+def _accumulate(own, grad):
+    """Add ``grad`` (a scalar on the device) times the gradients of a microbatch to the parameters'."""
+    for parameter, gradient in own:
+        gradient_of(parameter).addcmul_(gradient, grad)

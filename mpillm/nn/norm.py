@@ -1,28 +1,51 @@
-"""RMSNorm (Zhang and Sennrich 2019), row by row, with its weight gradient summed over fixed blocks of tokens."""
+"""Norms, row by row: RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016), with the gradients of their weights
+summed over fixed blocks of tokens."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mpillm.comm.buffers import HALF_TYPES
-from mpillm.nn.split import gradient_of, later
-from mpillm.schedules.tree import tree_sum
+from mpillm.nn.split import add_over_blocks, later
 
 
-class RMSNorm(nn.Module):
-    """``y = x / sqrt(mean(x^2) + eps) * weight`` for each token.
+def make_norm(table, name, split, model):
+    """Return the norm of this name in a table of parameters, or ``None`` where it has none."""
+    weight, bias = table.get(f"{name}.weight"), table.get(f"{name}.bias")
+    return Norm(split, weight, bias, model.norm_eps, model.norm_offset) if weight else None
 
-    The weight is whole on every tensor rank; where activations are sharded by tokens its gradient is partial.
+
+class Norm(nn.Module):
+    """Each token over its size: over the root of its mean square, times the weight; with a bias, its mean taken off first
+    and the bias added last.
+
+    The weights are whole on every tensor rank; where activations are sharded by tokens their gradients are partial.
+
+    Parameters
+    ----------
+    split : TensorSplit
+    weight, bias : Parameter
+        ``bias`` may be ``None``.
+    eps : float
+        Added to the mean square.
+    is_offset : bool
+        Whether 1 is added to the weight.
     """
 
-    def __init__(self, name, split, width, eps):
+    def __init__(self, split, weight, bias, eps, is_offset):
         super().__init__()
-        self.split, self.eps = split, eps
-        self.weight = split.parameter(name, (width,), is_partial_grad=split.sequence_parallel)
+        self.split, self.eps, self.is_offset = split, eps, is_offset
+        self.weight, self.bias = split.parameter(weight), split.parameter(bias)
 
     def forward(self, x_TD, total):
         """Normalise the tokens this rank holds of ``total``."""
-        return _RMSNorm.apply(x_TD, self.weight, self, total)
+        function = _RMSNorm if self.bias is None else _LayerNorm
+        return function.apply(x_TD, self.weight, self, total)
+
+    def scale(self, dtype):
+        """Return what each number of a row is multiplied by."""
+        weight = self.weight.detach().to(dtype)
+        return weight + 1 if self.is_offset else weight
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -31,53 +54,86 @@ class _RMSNorm(torch.autograd.Function):
         ctx.norm, ctx.total = norm, total
         if x.is_cuda:
             ctx.save_for_backward(x)
-            return functional.rms_norm(x, weight.shape, weight, norm.eps)
+            return functional.rms_norm(x, weight.shape, norm.scale(weight.dtype), norm.eps)
         wide = x.float() if x.dtype in HALF_TYPES else x
-        lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = lengths.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+        inverse = inverse_rms(wide, norm.eps)
         ctx.save_for_backward(x, inverse)
-        return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
+        return (wide * inverse).mul_(norm.scale(wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, *inverse), split, weight = ctx.saved_tensors, ctx.norm.split, ctx.norm.weight.detach()
+        (x, *inverse), norm = ctx.saved_tensors, ctx.norm
+        split = norm.split
         if x.is_cuda:
-            dxs, dws = zip(_fused_gradients(dy, x, weight, ctx.norm.eps))
+            dxs, dws = zip(_fused_gradients(dy, x, norm.scale(x.dtype), norm.eps))
         else:
-            weight = weight.to(inverse[0].dtype)
+            scale = norm.scale(inverse[0].dtype)
             blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, *inverse)))
-            dxs, dws = zip(*(_gradients(*block, weight, split.is_exact) for block in blocks))
-        split.weight_gradients.add(later(_accumulate, ctx.norm.weight, dws))
+            dxs, dws = zip(*(rms_gradients(*block, scale, split.is_exact) for block in blocks))
+        split.weight_gradients.add(later(add_over_blocks, norm.weight, dws))
         return (dxs[0] if len(dxs) == 1 else torch.cat(dxs)), None, None, None
 
 
-def _fused_gradients(dy, x, weight, eps):
+def inverse_rms(x, eps):
+    """Return one over the root of the mean square of each row, ``[..., 1]``."""
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return lengths.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _fused_gradients(dy, x, scale, eps):
     """Return the gradients of input and weight by PyTorch's kernels for GPUs; they are reached by its autograd only,
     which wants the forward once more."""
     with torch.enable_grad():
-        x, weight = x.detach().requires_grad_(), weight.requires_grad_()
-        return torch.autograd.grad(functional.rms_norm(x, weight.shape, weight, eps), (x, weight), dy)
+        x, scale = x.detach().requires_grad_(), scale.detach().requires_grad_()
+        return torch.autograd.grad(functional.rms_norm(x, scale.shape, scale, eps), (x, scale), dy)
 
 
-def _gradients(dy, x, inverse, weight, is_exact):
+def rms_gradients(dy, x, inverse, scale, is_exact):
     """Return the gradients of input and weight; the weight's is None without tokens.
 
-    The kernel of LayerNorm, told that the mean is zero, reads all once. It takes off the mean of ``dy * weight`` as well,
+    The kernel of LayerNorm, told that the mean is zero, reads all once. It takes off the mean of ``dy * scale`` as well,
     which is put back. Its sum over tokens depends on the number of threads: not for ``is_exact``.
     """
     if not len(x):
         return torch.empty_like(x), None
-    dy_wide, x_wide = dy.to(weight.dtype), x.to(weight.dtype)
+    dy_wide, x_wide = dy.to(scale.dtype), x.to(scale.dtype)
     dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-        dy_wide, x_wide, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, not is_exact, False])
+        dy_wide, x_wide, scale.shape, torch.zeros_like(inverse), inverse, scale, None, [True, not is_exact, False])
     if is_exact:
         dw = (x_wide * inverse).mul_(dy_wide).sum(0)
-    dx += inverse * (dy_wide @ weight).div_(len(weight))[:, None]
+    dx += inverse * (dy_wide @ scale).div_(len(scale))[:, None]
     return dx.to(x.dtype), dw
 
 
-def _accumulate(weight, gradients):
-    """Add the gradients of all blocks of tokens to the weight's."""
-    grad = tree_sum(gradients, torch.add)
-    if grad is not None:
-        gradient_of(weight).add_(grad)
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, norm, total):
+        ctx.norm, ctx.total = norm, total
+        wide = x.float() if x.dtype in HALF_TYPES else x
+        y, mean, inverse = torch.native_layer_norm(wide, weight.shape, norm.scale(wide.dtype),
+                                                   norm.bias.detach().to(wide.dtype), norm.eps)
+        ctx.save_for_backward(x, mean, inverse)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, mean, inverse = ctx.saved_tensors
+        norm, split = ctx.norm, ctx.norm.split
+        scale = norm.scale(inverse.dtype)
+        blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, mean, inverse)))
+        dxs, dws, dbs = zip(*(_layer_gradients(*block, scale, split.is_exact) for block in blocks))
+        split.weight_gradients.add(later(add_over_blocks, norm.weight, dws))
+        split.weight_gradients.add(later(add_over_blocks, norm.bias, dbs))
+        return (dxs[0] if len(dxs) == 1 else torch.cat(dxs)), None, None, None
+
+
+def _layer_gradients(dy, x, mean, inverse, scale, is_exact):
+    """Return the gradients of input, weight and bias; the last two are None without tokens."""
+    if not len(x):
+        return torch.empty_like(x), None, None
+    dy_wide, x_wide, more = dy.to(scale.dtype), x.to(scale.dtype), not is_exact
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(  # which asks the bias for nothing but its shape
+        dy_wide, x_wide, scale.shape, mean, inverse, scale, scale, [True, more, more])
+    if is_exact:
+        dw, db = (x_wide - mean).mul_(inverse).mul_(dy_wide).sum(0), dy_wide.sum(0)
+    return dx.to(x.dtype), dw, db

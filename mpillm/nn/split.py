@@ -5,6 +5,7 @@ is one contiguous range of the whole. ``numerics = "exact"`` splits further: the
 ``exact_blocks`` fixed blocks of rows, of which each rank holds one branch, and added along a fixed tree.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,25 +14,34 @@ from torch import nn
 
 from mpillm.autograd.regions import allgather_to, copy_to, reduce_from, reduce_scatter_from
 from mpillm.comm.sums import combine_tree
+from mpillm.model.parameters import Parameter, held
 from mpillm.nn.products import plain
 from mpillm.schedules.blocks import bounds, counts
+from mpillm.schedules.tree import tree_sum
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of which parameter a tensor is: elements ``[start, stop)`` of the row-major order of ``shape``.
+    """Which part of which parameter a tensor is: elements ``[start, stop)`` of the row-major order of the ``whole``.
 
     ``is_replicated``: every tensor rank holds the whole. ``is_partial_grad``: and sees only a part of its gradient.
-    ``std``: initial standard deviation; ``None`` for ones.
     """
 
-    name: str
-    shape: tuple
+    whole: Parameter
     start: int
     stop: int
-    std: float | None = None
-    is_replicated: bool = False
-    is_partial_grad: bool = False
+    is_replicated: bool
+    is_partial_grad: bool
+
+    @property
+    def name(self):
+        """Of the parameter."""
+        return self.whole.name
+
+    @property
+    def shape(self):
+        """Of the whole parameter."""
+        return self.whole.shape
 
 
 class WeightGradients:
@@ -102,12 +112,14 @@ class TensorSplit:
         first = self.rank * self.local_blocks
         return [bounds(units, self.blocks, first + i) for i in range(self.local_blocks)]
 
-    def parameter(self, name, shape, rows=None, std=None, is_partial_grad=False):
-        """Create rows ``(start, stop)`` (all, unless given) of a parameter of the whole ``shape``."""
-        low, high = (0, shape[0]) if rows is None else rows
-        width = shape[1] if len(shape) > 1 else 1
-        weight = nn.Parameter(torch.empty((high - low, *shape[1:]), dtype=self.dtype, device=self.device))
-        weight.shard = Shard(name, tuple(shape), low * width, high * width, std, rows is None, is_partial_grad)
+    def parameter(self, whole):
+        """Create what this rank holds of a parameter; ``None`` of none."""
+        if whole is None:
+            return None
+        start, stop, *flags = held(whole, self.size, self.rank, self.is_exact, self.sequence_parallel)
+        weight = nn.Parameter(torch.empty((stop - start, *whole.shape[1:]), dtype=self.dtype, device=self.device))
+        row = math.prod(whole.shape[1:])
+        weight.shard = Shard(whole, start * row, stop * row, *flags)
         return weight
 
     def tokens(self, total):
@@ -131,12 +143,19 @@ class TensorSplit:
 
     def enter(self, x_TD, total):
         """:meth:`spread` ``x`` and hand it to every block of this rank."""
-        x_TD = self.spread(x_TD, total)
-        return _FanOut.apply(x_TD, self.local_blocks) if self.local_blocks > 1 else (x_TD,)
+        return self.hand_out(self.spread(x_TD, total))
+
+    def hand_out(self, x):
+        """Hand ``x`` to every block of this rank. Local."""
+        return _FanOut.apply(x, self.local_blocks) if self.local_blocks > 1 else (x,)
 
     def leave(self, parts):
-        """Add the partial results of this rank's blocks and :meth:`collect` them. The adjoint of :meth:`enter`."""
-        return self.collect(_FanIn.apply(*parts) if self.local_blocks > 1 else parts[0])
+        """:meth:`add` the partial results of this rank's blocks and :meth:`collect` them. The adjoint of :meth:`enter`."""
+        return self.collect(self.add(parts))
+
+    def add(self, parts):
+        """Add the partial results of this rank's blocks. Local; the adjoint of :meth:`hand_out`."""
+        return _FanIn.apply(*parts) if self.local_blocks > 1 else parts[0]
 
     def token_blocks(self, x_TD, total):
         """Cut rows that this rank holds of ``total`` tokens into the fixed blocks of a sum over tokens."""
@@ -192,6 +211,13 @@ def gradient_of(weight, rows=None):
             weight.grad = torch.zeros_like(weight)
         grad = weight.grad
     return grad if rows is None else grad[slice(*rows)]
+
+
+def add_over_blocks(weight, gradients):
+    """Add the gradients that blocks gave to the weight's, along the tree; ``None`` where a block had nothing to do."""
+    total = tree_sum(gradients, torch.add)
+    if total is not None:
+        gradient_of(weight).add_(total)
 
 
 def later(function, *arguments):

@@ -4,18 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from mpillm.nn.attention import Batch
+from mpillm.nn.positions import Batch
 
 
 @dataclass
 class Microbatch:
-    """Some sequences of a batch: their tokens, what attention needs, and the weight of each token in the loss.
+    """Some sequences of a batch: what goes in (tokens ``[T]`` or patches ``[B, S, P]``), what the head is to say, the weight of
+    each answer in the loss, and what layers need.
 
-    Ranks without a first or last stage have no tokens.
+    Ranks without a first or last stage have no inputs and targets.
     """
 
-    tokens_T: torch.Tensor | None
-    targets_T: torch.Tensor | None
+    inputs: torch.Tensor | None
+    targets: torch.Tensor | None
     scale: float
     batch: Batch
 
@@ -51,15 +52,15 @@ class Stage:
     def forward(self, number, x, microbatch):
         """Run the microbatch of this number through the stage; return its activations, or the last stage's loss.
 
-        ``x`` is what the previous stage sent; the first stage takes the tokens of ``microbatch``.
+        ``x`` is what the previous stage sent; the first stage takes the inputs of ``microbatch``.
         """
         if self.is_first:
-            x = microbatch.tokens_T
+            x = microbatch.inputs
         elif torch.is_grad_enabled():
             x = x.requires_grad_()
         y = self.module(x, microbatch.batch)
         if self.is_last:
-            y = self.module.loss(y, microbatch.batch, microbatch.targets_T, microbatch.scale)
+            y = self.module.loss(y, microbatch.batch, microbatch.targets, microbatch.scale)
         if torch.is_grad_enabled():
             self._in_flight[number] = (x, y)
         return y.detach()

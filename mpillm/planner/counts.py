@@ -1,12 +1,36 @@
-"""What a model holds and computes: parameters, FLOPs, the bytes of an item and of the optimiser's state.
+"""What a model holds and computes, summed from the table of its parameters: numbers, FLOPs, the bytes of an item and of the
+optimiser's state.
 
 Below the configuration, which cuts a pipeline by it where nobody says how.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
+from mpillm.model.parameters import first_parameters, held, in_groups, last_parameters, layer_parameters
+
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
-FFN_MATRICES = {"llama": 3, "gpt": 2}  # gate, up and down; up and down
 OF_MOMENTUM = {"sgd": 1, "rmsprop": 1}  # of which so many are there with momentum alone
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+class Sizes(NamedTuple):
+    """How many numbers there are of what stands before the first layer, of a layer, and of what stands behind the last; and of
+    the matrix that both ends share, which is in both."""
+
+    first: int
+    layer: int
+    last: int
+    shared: int
+
+
+class Crossings(NamedTuple):
+    """How often a layer enters what tensor ranks split, and leaves it; and how often it leaves once more where it is
+    recomputed, which ends with the last number that backward needs."""
+
+    enters: int
+    leaves: int
+    leaves_again: int
 
 
 def num_states(train):
@@ -14,31 +38,84 @@ def num_states(train):
     return STATES[train.optimizer] - (0 if train.momentum else OF_MOMENTUM.get(train.optimizer, 0))
 
 
-def layer_parameters(model):
-    """Return how many parameters a layer has, norms left aside.
+def ends(model):
+    """Return the parameters before the first layer and those behind the last, two lists; a matrix that the head shares with
+    the embedding is the last of the one and the first of the other. Local."""
+    first, last = list(first_parameters(model).values()), list(last_parameters(model).values())
+    return first, last + first[:1] * model.tie_embeddings
 
-    Local.
+
+def matrices(table):
+    """Return those of some parameters that are matrices. Local."""
+    return [parameter for parameter in table if len(parameter.shape) > 1]
+
+
+def held_size(parameter, own):
+    """Return how many numbers a rank has that holds :class:`mpillm.model.parameters.Held` of a parameter. Local."""
+    return (own.stop - own.start) * (parameter.size // parameter.shape[0])
+
+
+@lru_cache(maxsize=1024)
+def held_sizes(model, tensor=1, is_exact=False):
+    """Return the :class:`Sizes` of the fullest of so many tensor ranks, which the last one is. Local.
 
     Parameters
     ----------
-    model : mpillm.config.Model
-
-    Returns
-    -------
-    int
+    model : mpillm.model.description.Model
+        With ``vocab_size``.
+    tensor : int
+    is_exact : bool
+        Whether numerics are exact, which never part key/value groups.
     """
-    heads, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return model.hidden_size * (2 * heads + 2 * keys + FFN_MATRICES[model.kind] * model.ffn_size)
+    def size(table):
+        return sum(held_size(one, held(one, tensor, tensor - 1, is_exact, False)) for one in table)
+
+    first, last = ends(model)
+    return Sizes(size(first), size(layer_parameters(model).values()), size(last), size(first[:1] * model.tie_embeddings))
+
+
+@lru_cache(maxsize=1024)
+def layer_rows(model, tensor, is_exact):
+    """Return how many rows of every matrix of a layer a tensor rank multiplies with at most, by name: of keys and values
+    that it holds those of the heads that its queries ask, unless a norm goes over the width of all. Local."""
+    table = {name: one for name, one in layer_parameters(model).items() if len(one.shape) > 1}
+    rows = {}
+    for name, one in table.items():
+        last = held(one, tensor, tensor - 1, is_exact, False)
+        rows[name] = last.stop - last.start
+    if model.qk_norm != "whole":
+        query = table["attention.query.weight"]
+        group = query.unit * query.group  # rows of queries that share a key
+        own = [held(query, tensor, rank, is_exact, False) for rank in range(tensor)]
+        asked = max(-(-one.stop // group) - one.start // group for one in own)
+        rows |= {name: asked * one.unit for name, one in table.items() if one.split == "kv_heads"}
+    return rows
+
+
+def crossings(model):
+    """Return the :class:`Crossings` of a layer. Local.
+
+    A parallel one adds both halves before it leaves. Where norms come first, backward needs nothing of the last sum.
+    """
+    leaves = 1 if model.residual == "parallel" else 2
+    return Crossings(2, leaves, leaves - (model.norm_placement == "pre"))
+
+
+def divided_norms(model, tensor, is_exact):
+    """Return of how many norms of a layer tensor ranks hold parts of a token, whose squares they add up. Local."""
+    if model.qk_norm != "whole" or tensor == 1:
+        return 0
+    return 1 + in_groups(model.num_kv_heads, tensor, is_exact)  # of the keys, too, unless every rank has them all
 
 
 def layer_flops(model, seq_len):
-    """Return the forward FLOPs of a layer per token: products of weights, and attention over half of ``seq_len``.
+    """Return the forward FLOPs of a layer per token: products of weights, and attention to the positions that it sees.
 
-    Local.
+    Local. A position counts half of those up to itself as the mean over a sequence, in a window as many fewer.
 
     Parameters
     ----------
-    model : mpillm.config.Model
+    model : mpillm.model.description.Model
     seq_len : int
         Tokens of a sequence.
 
@@ -46,7 +123,15 @@ def layer_flops(model, seq_len):
     -------
     int
     """
-    return 2 * layer_parameters(model) + 2 * seq_len * model.num_heads * model.head_dim
+    table = layer_parameters(model)
+    width, window = table["attention.query.weight"].shape[0], min(seq_len, model.window or seq_len)
+    sides = 1 if model.attention == "causal" else 2
+    return _product_flops(table.values()) + 2 * sides * width * window * (2 * seq_len - window) // seq_len
+
+
+def num_answers(model, seq_len, tokens):
+    """Return for how many of so many tokens, or of their sequences, the head has an answer. Local."""
+    return tokens if model.pooling == "none" else tokens // seq_len
 
 
 def head_flops(model):
@@ -56,14 +141,19 @@ def head_flops(model):
 
     Parameters
     ----------
-    model : mpillm.config.Model
+    model : mpillm.model.description.Model
         With ``vocab_size``.
 
     Returns
     -------
     int
     """
-    return 2 * model.hidden_size * model.vocab_size
+    return _product_flops(ends(model)[1])
+
+
+def _product_flops(table):
+    """Return the FLOPs of multiplying a token with all matrices of a table."""
+    return 2 * sum(matrix.size for matrix in matrices(table))
 
 
 def step_flops(model, seq_len, tokens):
@@ -73,7 +163,7 @@ def step_flops(model, seq_len, tokens):
 
     Parameters
     ----------
-    model : mpillm.config.Model
+    model : mpillm.model.description.Model
         With ``vocab_size``.
     seq_len : int
         Tokens of a sequence.

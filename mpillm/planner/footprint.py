@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mpillm.config import AXES
-from mpillm.planner.counts import ITEM_BYTES, layer_parameters, num_states
+from mpillm.model.parameters import in_groups, layer_parameters
+from mpillm.planner.counts import ITEM_BYTES, ends, held_sizes, layer_rows, matrices, num_answers, num_states
 from mpillm.planner.workload import SCORES_KEPT
 from mpillm.schedules.blocks import loss_chunks
 from mpillm.schedules.pipeline import groups, zero_bubble_kinds
@@ -15,7 +16,6 @@ from mpillm.schedules.tree import split
 
 WINDOW_BYTES = 8 << 20  # through which ranks of a node that share memory pass tensors, for every axis
 TOKEN_BYTES = 16  # it and its target; who sees whom takes a byte a pair of positions
-INNER_KEPT = 2  # of the feed-forward part's inner vectors: gate and up; or, with "gpt", before and after the activation
 AHEAD = 2  # receives that a pipeline posts before it needs them
 MASTER_BYTES = 4  # of the least type in which gradients, optimiser state and norms are kept
 CHANGE = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}  # in microbatches before and after their input half
@@ -85,11 +85,16 @@ class Footprint:
 
     def ends(self, layout):
         """Return what a microbatch in flight on every pipeline rank keeps beside its layers, until its input half: what
-        was sent on, the mask of documents, as it is added to scores, and on the last rank what the head keeps."""
-        whole, between = self._activation(layout)
-        mask = self._tokens(layout) * self.config.train.seq_len * self.item * self.config.data.mask_documents
+        was sent on, the mask as it is added to scores, on the first and last rank what their norms keep, and on the last
+        what the head does."""
+        model, (whole, between) = self.config.model, self._activation(layout)
+        mask = self._masked(self._tokens(layout)) * self.item
         kept = np.full(layout.pipeline, float(between + mask) * layout.chunks)
-        kept[-1] += whole + self._tokens(layout) * self.wide
+        statistics = self._statistics(layout.microbatch, layout.tensor, layout.sequence_parallel)
+        kept[0] += (between + statistics) * model.embedding_norm
+        # Into a transform goes what a norm made; its activation and its norm each keep what goes into them.
+        transforms = len(matrices(ends(model)[1])) - 1
+        kept[-1] += whole + model.has_final_norm * statistics + transforms * (3 * between + statistics)
         return kept + self.waiting(layout)
 
     def waiting(self, layout):
@@ -97,7 +102,7 @@ class Footprint:
         exact, where microbatches are summed along a tree, the gradient of the head's weight. Local."""
         kept = np.zeros(layout.pipeline)
         if self.is_exact:
-            kept[-1] = self.config.model.vocab_size * self.config.model.hidden_size / layout.tensor * self.wide
+            kept[-1] = matrices(ends(self.config.model)[1])[-1].size / layout.tensor * self.wide
         return kept
 
     def peaks(self, layout, sizes, kept, split, beside, held, microbatches):
@@ -125,8 +130,8 @@ class Footprint:
         kept, split, sums = (each[:, None, None] for each in (kept, split, sums))
         activations = before * kept + after * split
         most = np.maximum(activations + counts * sums + beside, activations - kept + (counts + 1) * sums).max(2)
-        seq_len = self.config.train.seq_len
-        batch = microbatches * self._tokens(layout) * (TOKEN_BYTES + seq_len * self.config.data.mask_documents)
+        tokens = self._tokens(layout)
+        batch = microbatches * (tokens * TOKEN_BYTES + self._masked(tokens))
         always = np.broadcast_to(self.fixed(layout, sizes) + batch, layout.pipeline)
         return always[:, None] + np.maximum(most, self.update(layout, sizes)[:, None])
 
@@ -134,37 +139,33 @@ class Footprint:
         """Return what the optimiser needs beside, on every pipeline rank."""
         model, train = self.config.model, self.config.train
         if self.is_exact:  # squares of the rows of one matrix in float64, twice
-            return np.full(layout.pipeline, 16 * model.hidden_size * max(model.vocab_size, model.ffn_size) / layout.tensor)
+            largest = max(one.size for one in (*sum(ends(model), []), *layer_parameters(model).values()))
+            return np.full(layout.pipeline, 16 * largest / layout.tensor)
         passes = 2 if train.optimizer == "rmsprop" else 0
         return passes * self.wide * self._parameters(layout, sizes)[0] / (layout.data if layout.zero else 1)
 
     def _parameters(self, layout, sizes):
         """Return the parameters of every pipeline rank, and its gradients: those of a matrix that embedding and head
         share are apart until the end."""
-        model, p = self.config.model, layout.pipeline
-        layers = np.add.reduce(np.reshape(sizes, (-1, p)), 0)
-        table = model.vocab_size * model.hidden_size / layout.tensor
-        attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
-        heads, kv_heads = self._heads(layout.tensor)
-        if layout.tensor > model.num_kv_heads and not self.is_exact:  # every rank has all keys and values
-            kv_heads = model.num_kv_heads
-        each = ((layer_parameters(model) - attention) / layout.tensor + 2 * model.hidden_size
-                + 2 * model.hidden_size * model.head_dim * (heads + kv_heads))
-        gradients = layers * each
-        gradients[0] += table
-        gradients[-1] += table + model.hidden_size
+        each = held_sizes(self.config.model, layout.tensor, self.is_exact)
+        gradients = np.add.reduce(np.reshape(sizes, (-1, layout.pipeline)), 0) * each.layer
+        gradients[0] += each.first
+        gradients[-1] += each.last
         parameters = gradients.copy()
-        if model.tie_embeddings and p == 1:
-            parameters[0] -= table
+        if layout.pipeline == 1:
+            parameters[0] -= each.shared
         return parameters, gradients
 
-    def _heads(self, tensor):
-        """Return the query and key/value heads that the fullest of so many tensor ranks works with."""
-        model = self.config.model
-        if self.is_exact or tensor <= model.num_kv_heads:  # whole groups
-            groups = math.ceil(model.num_kv_heads / tensor)
-            return groups * (model.num_heads // model.num_kv_heads), groups
-        return math.ceil(model.num_heads / tensor), 1
+    def _masked(self, tokens):
+        """Return of how many pairs of positions the mask of a microbatch of so many tokens says whether they see each other:
+        of documents every sequence has its own, of a window all have one."""
+        seq_len = self.config.train.seq_len
+        return seq_len * (tokens if self.config.data.mask_documents else seq_len * self.config.model.has_band(seq_len))
+
+    def _statistics(self, microbatch, tensor, sequence_parallel):
+        """Return the bytes of what a norm keeps of a microbatch beside its input: one over each token's size; and its mean."""
+        tokens = microbatch * self.config.train.seq_len / (tensor if sequence_parallel else 1)
+        return tokens * self.wide * (2 if self.config.model.norm == "layer" else 1)
 
     def _tokens(self, layout):
         return layout.microbatch * self.config.train.seq_len
@@ -199,49 +200,56 @@ class Footprint:
 
     def _head_forward(self, layout):
         """Return what the head's forward needs beside what it keeps: its input, and the logits of a chunk, which in a
-        half type are there in both, as is the product that is added to the weight's gradient."""
-        model, tokens = self.config.model, self._tokens(layout)
-        rows, columns = math.ceil(tokens / loss_chunks(tokens, model.vocab_size)), model.vocab_size / layout.tensor
-        is_half = self.item < self.wide
-        logits = rows * columns * (self.wide + is_half * self.item)
+        half type are there in both, as is the product that is added to the weight's gradient. Logits that are capped are
+        there twice, and their slope once."""
+        model, size = self.config.model, self.config.model.head_size
+        answers = num_answers(model, self.config.train.seq_len, self._tokens(layout))
+        rows, columns = math.ceil(answers / loss_chunks(answers, size)), size / layout.tensor
+        is_half, is_capped, logits = self.item < self.wide, model.logit_softcap > 0, rows * columns * self.wide
         product = model.hidden_size * columns * (self.item + self.wide) if is_half else 0
         slopes = self._blocks(layout, rows * model.hidden_size * self.item)
-        return self._activation(layout)[0] + logits + max(slopes, product)
+        last = is_half * rows * columns * self.item + max(slopes, product)
+        return self._activation(layout)[0] + (1 + is_capped) * logits + max(is_capped * logits, last)
 
     def _make_layer(self, microbatch, tensor, sequence_parallel, mode):
         """Return the :class:`LayerBytes` of a layer."""
         model, item = self.config.model, self.item
         tokens = microbatch * self.config.train.seq_len
         cut = tensor if sequence_parallel else 1
-        whole, norms = tokens * model.hidden_size * item, 2 * tokens / cut * self.wide
-        heads, kv_heads = self._heads(tensor)
-        queries, keys = (tokens * count * model.head_dim * item for count in (heads, kv_heads))
-        ups = 1 if model.kind == "gpt" else 2
-        inner = tokens * model.ffn_size / tensor * item
-        between, entered = 2 * whole / cut, 2 * whole  # before and after what each half of a layer gathers
-        sums = tokens * heads * self.wide  # of the exponentials of every row of scores
-        if model.kind == "gpt":
-            scores = SCORES_KEPT * tokens * self.config.train.seq_len * heads
-        else:
-            scores = sums
-        # Query heads that share a key have it each for itself; the shared ones stay, since queries lie in one tensor with them.
-        is_shared = model.num_heads > model.num_kv_heads
-        served = 2 * queries * is_shared + 2 * keys * (not (is_shared and self.is_exact))
-        core = {"none": 2 * queries + served + scores,
-                "selective": 2 * queries + 2 * keys, "full": 0.0}
-        kept = {way: between + entered + norms + attention + INNER_KEPT * inner for way, attention in core.items()}
-        kept["full"] = whole / cut
-        halves = 2 * entered + 2 * queries + 2 * keys + (ups + 1) * inner
+        whole = tokens * model.hidden_size * item
+        rows, is_parallel = layer_rows(model, tensor, self.is_exact), model.residual == "parallel"
+        queries, keys, inner = (tokens * rows[f"{part}.weight"] * item for part in (
+            "attention.query", "attention.key", "ffn.up"))
+        heads, kv_heads = (rows[f"attention.{part}.weight"] // model.head_dim for part in ("query", "key"))
+        # What goes into a norm lies between the regions, what goes into a half of a layer is whole: first or last, a norm
+        # has the layer's input, its half's output or their sum to itself; those of a parallel layer have the same input.
+        between, entered = (1 if is_parallel else 2) * whole / cut, 2 * whole
+        norms = 2 * self._statistics(microbatch, tensor, sequence_parallel)
+        is_normed = model.qk_norm != "none"
+        if is_normed:
+            norms += queries + keys + tokens * self.wide * (heads + kv_heads if model.qk_norm == "head" else 2)
+        ups_kept = ups = (1 + model.is_gated) * inner
+        scores = tokens * heads * self.wide  # the sums of the exponentials of every row
+        if self.machine.keeps_scores:  # and what the activation makes
+            scores, ups_kept = SCORES_KEPT * tokens * self.config.train.seq_len * heads, 2 * inner
+        apart = 0.0
+        if model.num_heads > model.num_kv_heads:  # queries that share a key have it each for itself
+            is_one = not self.is_exact and in_groups(model.num_kv_heads, tensor, False)  # product of queries, keys and values
+            apart = 2 * queries - (keys * is_normed if is_one else 2 * keys)
+        plain = between + entered + norms + 2 * queries + 2 * keys + ups_kept
+        kept = {"none": plain + apart + scores, "selective": plain, "full": whole / cut}
+        # Of every product what goes in and the gradient of what comes out; of a parallel layer both halves' is one.
+        halves = tokens * item * sum(rows.values()) + entered + (1 if is_parallel else 2) * whole
         again = kept["none"] - kept["full"] if mode == "full" else 0.0
         slope = whole / cut + (whole if tensor > 1 else 0)
-        product = model.hidden_size * model.ffn_size / tensor * (item + self.wide) if item < self.wide else 0
+        product = model.hidden_size * rows["ffn.up.weight"] * (item + self.wide) if item < self.wide else 0
         if self.is_exact:
             layout_blocks = max(1, self.config.train.exact_blocks // tensor)
             summed = whole * (layout_blocks + math.ceil(math.log2(layout_blocks)) + 1 if layout_blocks > 1 else 1)
-            backward = slope + max(3 * inner / layout_blocks, summed - INNER_KEPT * inner)
-            inputs = slope + max(4 * inner / layout_blocks, summed)
+            backward = slope + max((ups + inner) / layout_blocks, summed - ups_kept)
+            inputs = slope + max(2 * ups / layout_blocks, summed)
         else:
-            backward, inputs = slope + max(3 * inner, product), slope + 4 * inner
+            backward, inputs = slope + max(ups + inner, product), slope + 2 * ups
         # By the end of an input half all that it computed again has become what the weight half needs, but for this layer.
         ending = max(kept[mode] + again - halves + inputs, slope)
         return LayerBytes(kept[mode], halves, again + backward, again + inputs, ending)

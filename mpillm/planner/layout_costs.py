@@ -8,13 +8,13 @@ import numpy as np
 
 from mpillm.config import AXES
 from mpillm.planner.balance import balance
-from mpillm.planner.counts import ITEM_BYTES, layer_parameters, num_states, step_flops
+from mpillm.planner.counts import ITEM_BYTES, held_sizes, num_states, step_flops
 from mpillm.planner.footprint import Footprint, in_flight, points
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
 from mpillm.planner.timeline import play, unhindered_s
-from mpillm.planner.workload import head_work, layer_work
+from mpillm.planner.workload import TensorRanks, head_work, layer_work
 from mpillm.schedules.formats import named_or_read
 from mpillm.schedules.pipeline import SCHEDULES
 
@@ -70,7 +70,7 @@ class Pricer:
 
     def __init__(self, config, machine, ranks):
         self.config, self.machine, self.ranks = config, machine, ranks
-        self.item = ITEM_BYTES[config.train.dtype]
+        self.item, self.is_exact = ITEM_BYTES[config.train.dtype], config.train.numerics == "exact"
         self.price, self.played = lru_cache(None)(self._price), lru_cache(None)(self._played)
         self.synthesised, self.timeline = lru_cache(None)(self._synthesised), lru_cache(None)(self._timeline)
         self._schedule = lru_cache(32)(self._make_schedule)
@@ -82,17 +82,17 @@ class Pricer:
 
     def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
-        level = machine.level_for(reach)
-        return (layer_work(model, machine, level, seq_len, tokens, tensor, self.item, recompute, sequence_parallel,
-                           self.config.data.mask_documents),
-                head_work(model, machine, level, tokens, tensor, self.item, sequence_parallel))
+        ranks = TensorRanks(tensor, machine.level_for(reach), sequence_parallel, self.is_exact)
+        is_masked = self.config.data.mask_documents or model.has_band(seq_len)
+        return (layer_work(model, machine, ranks, seq_len, tokens, self.item, recompute, is_masked),
+                head_work(model, machine, ranks, seq_len, tokens, self.item))
 
     def shares(self, layout):
         """Return the sequences of every data rank, ``None`` where all have as many. Local."""
         given = self.config.layout.shares
         if given != "auto":
             return given
-        if not self.machine.speeds or layout.data == 1 or self.config.train.numerics == "exact":
+        if not self.machine.speeds or layout.data == 1 or self.is_exact:
             return None
         return self._balance(tuple(self._speeds(layout)[0].tolist()))
 
@@ -305,11 +305,10 @@ class Pricer:
 
     def parameters(self, layout, layers):
         """Return the parameters of the fullest rank. Local."""
-        model, (first, last) = self.config.model, layers
-        table, each = model.vocab_size * model.hidden_size, layer_parameters(model)
+        sizes, (first, last) = held_sizes(self.config.model, layout.tensor, self.is_exact), layers
         if layout.pipeline == 1:
-            return (first * each + table * (1 if model.tie_embeddings else 2)) / layout.tensor
-        return (max(first, last) * each + table) / layout.tensor
+            return first * sizes.layer + sizes.first + sizes.last - sizes.shared
+        return max(first * sizes.layer + sizes.first, last * sizes.layer + sizes.last)
 
     def _clip_s(self, layout, parameters):
         """Return the seconds of the norm of the gradient, which reads it, and of scaling it down."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.collective_costs import collective_s
-from mpillm.planner.counts import ITEM_BYTES, layer_parameters
+from mpillm.planner.counts import ITEM_BYTES, held_sizes
 from mpillm.planner.timeline import BucketTimes
 
 
@@ -48,9 +48,9 @@ class Reduction:
         half_s = partial(self._half_s, "reduce_scatter", layout.data, layout.stride("data"))
         added_s = half_s(parameters * self._wide)
         if self.overlaps(layout) and self.config.layout.bucket_cuts != ():
-            model = self.config.model
-            count = most_layers if layout.pipeline == 1 and not model.tie_embeddings else most_layers - 1
-            last = (layer_parameters(model) + model.vocab_size * model.hidden_size) / layout.tensor * self._wide
+            sizes = self._sizes(layout)
+            count = most_layers if layout.pipeline == 1 and not sizes.shared else most_layers - 1
+            last = (sizes.layer + sizes.first) * self._wide
             modes = {layout.recompute} if isinstance(layout.recompute, str) else set(layout.recompute)
             hidden_s = count * min(_completes_s(self._work(layout, mode)[0], is_split) for mode in modes)
             added_s = max(added_s - hidden_s, half_s(last))
@@ -124,16 +124,19 @@ class Reduction:
     def _gradients(self, layout, start, stop, is_split):
         """Return for layers ``[start, stop)`` with their ends, in the order of backward: the layer that each gradient
         belongs to (-1 the embedding), what backward has still to do when it is complete, and its bytes."""
-        model, modes = self.config.model, layout.recompute
-        modes = (modes,) * model.num_layers if isinstance(modes, str) else modes
-        table, each = model.vocab_size * model.hidden_size, layer_parameters(model)
-        found = [(stop, self._work(layout, "none")[1], table)] * (stop == model.num_layers)
-        found += [(place, self._work(layout, modes[place])[0], each) for place in range(stop - 1, start - 1, -1)]
+        num_layers, modes, sizes = self.config.model.num_layers, layout.recompute, self._sizes(layout)
+        modes = (modes,) * num_layers if isinstance(modes, str) else modes
+        found = [(stop, self._work(layout, "none")[1], sizes.last)] * (stop == num_layers)
+        found += [(place, self._work(layout, modes[place])[0], sizes.layer) for place in range(stop - 1, start - 1, -1)]
         after = np.cumsum([_completes_s(work, is_split) for _, work, _ in found])
         if start == 0:
-            found, after = found + [(-1, None, table)], np.append(after, after[-1])
+            found, after = found + [(-1, None, sizes.first)], np.append(after, after[-1])
         places, _, counts = zip(*found)
-        return places, after[-1] - after, [count / layout.tensor * self._wide for count in counts]
+        return places, after[-1] - after, [count * self._wide for count in counts]
+
+    def _sizes(self, layout):
+        """Return what the fullest tensor rank has of the parameters."""
+        return held_sizes(self.config.model, layout.tensor, self.config.train.numerics == "exact")
 
 
 def _together(machine, count, stride):

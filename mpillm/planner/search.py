@@ -150,9 +150,9 @@ def make_plan(config, machine, ranks, top=5):
     ConfigError
         When no layout is left, or none fits.
     """
-    if config.model.vocab_size is None:
-        raise ConfigError("model.vocab_size is not given, and there is no data to take it from: set it "
-                          "(--model.vocab_size N)")
+    missing = config.model.missing
+    if missing:
+        raise ConfigError(f"model.{missing} is not given, and there is no data to take it from: set it (--model.{missing} N)")
     if machine.num_ranks not in (0, ranks):
         raise ConfigError(f"machine {machine.name} was measured with {machine.num_ranks} ranks, the plan is for "
                           f"{ranks}: run mpillm probe with {ranks} ranks")

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mpillm.planner.counts import ITEM_BYTES, head_flops, layer_flops, layer_parameters, num_states
+from mpillm.planner.counts import ITEM_BYTES, head_flops, held_sizes, layer_flops, num_states
 
 # What a core computes while it moves a byte: measured were 178 GFLOP/s in products and 14 to 38 GB/s in lookup and
 # update, in float32 on one core while the other had nothing to do.
@@ -100,10 +100,10 @@ def default_cuts(config):
     -------
     tuple of int
         The first layer of every stage after the first; ``"auto"`` while it is not known what the head weighs, because
-        ``model.vocab_size`` is not.
+        the sizes that the data say are not.
     """
     layout, stages = config.layout, config.layout.pipeline * config.layout.chunks
-    if layout.stage_cuts != "auto" or stages > 1 and config.model.vocab_size is None:
+    if layout.stage_cuts != "auto" or stages > 1 and config.model.missing:
         return layout.stage_cuts
     return balanced_cuts(step_costs(config), stages) if stages > 1 else ()
 
@@ -117,8 +117,8 @@ def step_costs(config):
     model, train = config.model, config.train
     tokens, item_bytes = train.global_batch * train.seq_len, ITEM_BYTES[train.dtype]
     update = FLOPS_PER_BYTE * (4 * (3 + 2 * num_states(train)) + 4 + item_bytes)  # of a parameter
-    table = update * model.vocab_size * model.hidden_size
-    costs = [3 * tokens * layer_flops(model, train.seq_len) + update * layer_parameters(model)] * model.num_layers
-    costs[0] += table + FLOPS_PER_BYTE * tokens * LOOKUP_ITEMS * model.hidden_size * item_bytes
-    costs[-1] += table + 3 * tokens * head_flops(model)
+    sizes = held_sizes(model)
+    costs = [3 * tokens * layer_flops(model, train.seq_len) + update * sizes.layer] * model.num_layers
+    costs[0] += update * sizes.first + FLOPS_PER_BYTE * tokens * LOOKUP_ITEMS * model.hidden_size * item_bytes
+    costs[-1] += update * sizes.last + 3 * tokens * head_flops(model)
     return costs

@@ -5,7 +5,8 @@ from collections import Counter
 from functools import lru_cache
 from itertools import groupby
 
-from mpillm.planner.counts import FFN_MATRICES, ITEM_BYTES
+from mpillm.model.parameters import held, layer_parameters, parameters
+from mpillm.planner.counts import ITEM_BYTES, crossings, divided_norms, ends, held_size, num_answers
 from mpillm.schedules.blocks import ALIGNMENT, align, counts, loss_chunks
 
 
@@ -73,7 +74,7 @@ class Volume:
                 sent.update({key: times * n_bytes for key, n_bytes in once.items()})
         sent.update(self._gradients(sum(times for _, times in batch)))
         ranks = self.layout.data * self.layout.pipeline * self.layout.tensor
-        squares = self._rows() if self.is_exact else 1
+        squares = sum(one.size // one.row_size for one in parameters(self.model).values()) if self.is_exact else 1
         sent["world", "allreduce"] = sum(_allreduce(8 * count, ranks) for count in (num_losses, squares))
         return Counter({key: n_bytes for key, n_bytes in sent.items() if n_bytes})
 
@@ -83,38 +84,45 @@ class Volume:
     def _stage(self, index, tokens):
         """Return what a microbatch of ``tokens`` sends on its way through a stage and back."""
         sent, layout = Counter(), self.layout
-        held = self._mine(tokens) if self.is_sharded_by_tokens else tokens
+        here = self._mine(tokens) if self.is_sharded_by_tokens else tokens
         width = self.model.hidden_size * self.item
         if layout.pipeline > 1:
-            sent["pipeline", "send"] = ((index > 0) + (index < self.last)) * held * width
+            sent["pipeline", "send"] = ((index > 0) + (index < self.last)) * here * width
         layers = self.stages[index]
         is_whole = isinstance(layout.recompute, str)
         again = sum((layout.recompute if is_whole else layout.recompute[layer]) == "full" for layer in layers)
-        # Into the split regions and out of them, two of each a layer; also out of the embedding and into the head.
-        # Recomputing a layer stops before its last sum, of which backward needs nothing.
-        enter, leave = 2 * len(layers) + (index == self.last), 2 * len(layers) + (index == 0)
+        # Into the split regions of layers and out of them; also out of the embedding and into the head.
+        layer = crossings(self.model)
+        both = len(layers) * (layer.enters + layer.leaves) + (index == self.last) + (index == 0)
+        sums = both + again * layer.leaves_again
         if self.is_sharded_by_tokens:
-            sent["tensor", "allgather"] = (enter + leave + 2 * again) * (layout.tensor - 1) * held * width
-            sent["tensor", "reduce_scatter"] = (enter + leave + again) * (tokens - held) * width
+            sent["tensor", "allgather"] = (both + again * layer.enters) * (layout.tensor - 1) * here * width
+            sent["tensor", "reduce_scatter"] = sums * (tokens - here) * width
         else:
-            sent["tensor", "allreduce"] = (enter + leave + again) * _allreduce(tokens * width, layout.tensor)
+            sent["tensor", "allreduce"] = sums * _allreduce(tokens * width, layout.tensor)
+        squares = tokens * divided_norms(self.model, layout.tensor, self.is_exact) * max(4, self.item)
+        sent["tensor", "allreduce"] += (2 * len(layers) + again) * _allreduce(squares, layout.tensor)
         if index == self.last:
             sent["tensor", "allreduce"] += self._loss(tokens)
         return sent
 
     def _loss(self, tokens):
         """Return what the loss sends: the largest logit; the sum of exponentials and the target's logit. A GPU has fewer
-        chunks, and the same bytes but for what is rounded."""
-        chunks, item = loss_chunks(tokens, self.model.vocab_size), max(4, self.item)
-        return sum(_allreduce(n * size * item, self.layout.tensor) for size in counts(tokens, chunks) for n in (1, 2))
+        chunks, and the same bytes but for what is rounded. Of values it is the loss alone."""
+        model, item, ranks = self.model, max(4, self.item), self.layout.tensor
+        if model.head == "values":
+            return _allreduce(item, ranks)
+        rows = num_answers(model, self.config.train.seq_len, tokens)
+        sizes = counts(rows, loss_chunks(rows, model.head_size))
+        return sum(_allreduce(n * size * item, ranks) for size in sizes for n in (1, 2))
 
     def _gradients(self, microbatches):
         """Return what reducing the gradients of all buckets sends, and giving the weights back."""
         sent, layout, wide = Counter(), self.layout, max(4, self.item)
-        for sizes, partial, is_tied, is_copy in self._buckets():
-            size = align(sum(align(n, ALIGNMENT) for n in sizes), ALIGNMENT * layout.data)
+        for own, is_tied, is_copy in self._buckets():
+            size = align(sum(size for size, _ in own), ALIGNMENT * layout.data)
             sent["tensor", "allreduce"] += (microbatches if self.is_exact else 1) * _allreduce(
-                sum(align(n, ALIGNMENT) for n in partial) * wide, layout.tensor)
+                sum(size for size, is_partial in own if is_partial) * wide, layout.tensor)
             others = size - size // layout.data
             sent["data", "reduce_scatter"] += others * wide
             is_gathered = self.is_exact or layout.zero == 0
@@ -126,44 +134,30 @@ class Volume:
         return sent
 
     def _buckets(self):
-        """Yield for every bucket its sizes, those whose gradients are partial, and whether it is of the matrix that
-        embedding and head share, and a copy of it that is not updated."""
-        model, (whole, partial) = self.model, self._layer()
-        table = [self._mine(model.vocab_size) * model.hidden_size]
-        cuts = self.layout.bucket_cuts
+        """Yield for every bucket what :meth:`_held` says of its parameters, whether it is of the matrix that embedding and
+        head share, and whether of a copy of it that is not updated."""
+        model, cuts = self.model, self.layout.bucket_cuts
+        first, last = map(self._held, ends(model))
+        layer, shared = self._held(layer_parameters(model).values()), []
+        if model.tie_embeddings:
+            shared, first, last = first[:1], first[1:], last[:-1]
         for index, layers in self.stages.items():
             is_first, is_last = index == 0, index == self.last
-            untied = [] if model.tie_embeddings else table
-            places = [(-1, untied, [])] * is_first + [(layer, whole, partial) for layer in layers]
-            if is_last:
-                norm = [model.hidden_size]
-                places.append((model.num_layers, norm + untied, norm * self.is_sharded_by_tokens))
+            places = [*[(-1, first)] * is_first, *((place, layer) for place in layers), *[(model.num_layers, last)] * is_last]
             for _, part in groupby(places, lambda place: bisect_right(cuts, place[0])):
-                _, sizes, parts = zip(*part)
-                yield sum(sizes, []), sum(parts, []), False, False
-            if model.tie_embeddings and is_first:
-                yield table, [], True, False
-            if model.tie_embeddings and is_last:
-                yield table, [], True, 0 in self.stages
+                yield sum((own for _, own in part), []), False, False
+            if shared and is_first:
+                yield shared, True, False
+            if shared and is_last:
+                yield shared, True, 0 in self.stages
 
-    def _layer(self):
-        """Return the sizes of a layer's weights on this rank, and of those of which it sees a part of the gradient."""
-        model, width = self.model, self.model.hidden_size
-        # Fewer key/value heads than tensor ranks: every rank keeps them all.
-        is_whole = not self.is_exact and self.layout.tensor > model.num_kv_heads
-        group = model.num_heads // model.num_kv_heads
-        heads = self._mine(model.num_heads) if is_whole else self._mine(model.num_kv_heads) * group
-        keys = [(model.num_kv_heads if is_whole else self._mine(model.num_kv_heads)) * model.head_dim * width] * 2
-        sizes = [heads * model.head_dim * width] * 2 + [self._mine(model.ffn_size) * width] * FFN_MATRICES[model.kind] + keys
-        norms = [width] * 2
-        return sizes + norms, (keys if is_whole else []) + (norms if self.is_sharded_by_tokens else [])
-
-    def _rows(self):
-        """Return the rows of all parameters, whose squares exact numerics add one by one."""
-        model = self.model
-        heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-        return (model.num_layers * (heads + FFN_MATRICES[model.kind] * model.ffn_size + 2) + 1
-                + model.vocab_size * (1 if model.tie_embeddings else 2))
+    def _held(self, table):
+        """Return of every parameter how many numbers its place on this rank takes, and whether their gradients are partial."""
+        found = []
+        for one in table:
+            own = held(one, self.layout.tensor, self.tensor, self.is_exact, self.is_sharded_by_tokens)
+            found.append((align(held_size(one, own), ALIGNMENT), own.is_partial_grad))
+        return found
 
 
 def _allreduce(n_bytes, ranks):

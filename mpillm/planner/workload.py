@@ -2,14 +2,17 @@
 
 from typing import NamedTuple
 
+from mpillm.machine import Level
 from mpillm.planner.collective_costs import collective_s
-from mpillm.planner.counts import FFN_MATRICES
+from mpillm.planner.counts import crossings, divided_norms, ends, layer_rows, matrices, num_answers
 from mpillm.schedules.blocks import loss_chunks
 
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
 SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
 CAUSAL_BLOCK = 256  # positions: of the scores that nobody sees, kernels leave out whole blocks (PyTorch's for CPUs, 2.13)
 BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
+LOGITS_TOUCHED, CAP_TOUCHED = 8, 4  # items of a logit: by the loss; by a cap, which is a tanh and its slope
+TRANSFORM_TOUCHED = 6  # items: what the product of a masked head's transform writes, its activation and its norm
 
 
 class ActionTimes(NamedTuple):
@@ -20,90 +23,124 @@ class ActionTimes(NamedTuple):
     weight_s: float
 
 
-def layer_work(model, machine, level, seq_len, tokens, tensor, item_bytes, recompute, sequence_parallel,
-               is_masked=False):
+class TensorRanks(NamedTuple):
+    """The ranks that split a layer: how many they are, over which level they reach each other, whether activations between
+    their regions are sharded by tokens, and whether numerics are exact."""
+
+    size: int
+    level: Level
+    sequence_parallel: bool = False
+    is_exact: bool = False
+
+    def meeting_s(self, op, n_bytes):
+        """Return the seconds of a collective in which ranks that compute in between wait for each other. Local."""
+        return collective_s(op, self.level, self.size, n_bytes) + (self.level.skew_s if self.size > 1 else 0.0)
+
+    def passing_s(self, n_bytes):
+        """Return the seconds of giving every rank all of an activation and of adding up their parts of one, each of which
+        is the backward of the other. Local."""
+        if self.sequence_parallel:
+            return self.meeting_s("allgather", n_bytes), self.meeting_s("reduce_scatter", n_bytes)
+        return 0.0, self.meeting_s("allreduce", n_bytes)
+
+
+def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is_masked=False):
     """Price a layer for a microbatch on one tensor rank.
 
-    Local. Products at the machine's rate for their sizes; attention at the rate for its head size;
-    elementwise work by the bytes it moves, the scores among them where they are kept as a matrix (``kind = "gpt"``);
-    two allreduces (or their halves) forward and two backward; recompute repeats the forward, or its attention, before
-    the backward (Korthikanti et al. 2022).
+    Local. Products at the machine's rate for their sizes; attention at the rate for its head size; elementwise work by the
+    bytes it moves, the scores among them where the machine keeps them as a matrix; what ranks pass each other where they
+    enter and leave what is split, and the squares of norms whose width they divide; recompute repeats the forward, or its
+    attention, before the backward (Korthikanti et al. 2022).
 
     Parameters
     ----------
-    model : mpillm.config.Model
+    model : mpillm.model.description.Model
     machine : Machine
-    level : Level
-        Over which tensor ranks reach each other.
+    ranks : TensorRanks
     seq_len, tokens : int
         Of a sequence, and of the microbatch.
-    tensor : int
-        Tensor ranks.
     item_bytes : int
         Of an activation or a weight.
     recompute : {"none", "selective", "full"}
-    sequence_parallel : bool
     is_masked : bool
-        Whether attention is told by a mask who sees whom, and so computes all scores.
+        Whether attention is told by a mask who sees whom.
 
     Returns
     -------
     ActionTimes
     """
-    h, heads, keys = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    ups = FFN_MATRICES[model.kind] - 1
-    shapes = ((h, (heads + 2 * keys) / tensor), (heads / tensor, h), (h, ups * model.ffn_size / tensor),
-              (model.ffn_size / tensor, h))
+    rows = layer_rows(model, ranks.size, ranks.is_exact)
+    queries, keys = rows["attention.query.weight"], rows["attention.key.weight"]
+    shapes = list(_products(model.hidden_size, rows))
     products, inputs, weights = (sum(map(machine.product_s, *zip(*sizes))) for sizes in (
         [(tokens, k, n) for k, n in shapes], [(tokens, n, k) for k, n in shapes], [(k, tokens, n) for k, n in shapes]))
-    # Half of the scores are computed for nothing where no causal kernel leaves them out.
-    whole_scores = 4 if model.kind == "gpt" else 4 / (1 + min(1, CAUSAL_BLOCK / seq_len)) if is_masked else 2
-    attention = whole_scores * tokens * seq_len * heads / tensor / (
+    # A causal kernel leaves out scores that nobody sees; its rate is that of a half of them.
+    if machine.keeps_scores:
+        whole_scores = 4
+    elif is_masked or model.attention == "bidirectional":
+        whole_scores = 4 / (1 + min(1, CAUSAL_BLOCK / seq_len))
+    else:
+        whole_scores = 2
+    attention = whole_scores * tokens * seq_len * queries / (
         machine.attention_flops_per_s or machine.matmul_flops_per_s(model.head_dim))
-    whole = tokens * h * item_bytes
-    split = tensor if sequence_parallel else 1
-    inner = tokens * ((2 * heads + 2 * keys) + (ups + 1) * model.ffn_size) / tensor * item_bytes
-    scores = tokens * seq_len * model.num_heads / tensor if model.kind == "gpt" else 0.0
-    touched = 2 * (6 * whole / split + inner) + SCORES_TOUCHED * item_bytes * scores
+    whole = tokens * model.hidden_size * item_bytes
+    inner = tokens * item_bytes * (sum(rows.values()) + (queries + keys) * (model.qk_norm != "none"))
+    scores = tokens * seq_len * queries / model.head_dim * machine.keeps_scores
+    touched = (2 * (6 * whole / (ranks.size if ranks.sequence_parallel else 1) + inner)
+               + SCORES_TOUCHED * item_bytes * scores)
     elementwise = touched / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    ops = ("reduce_scatter", "allgather") if sequence_parallel else ("allreduce",)
-    meetings = len(ops) if tensor > 1 else 0
-    talk = 2 * (sum(collective_s(op, level, tensor, whole) for op in ops) + meetings * level.skew_s)
-    forward = machine.with_call(products + attention + elementwise) + talk
+    given, added = ranks.passing_s(whole)
+    enters, leaves, _ = crossings(model)
+    count = divided_norms(model, ranks.size, ranks.is_exact)
+    squares = ranks.meeting_s("allreduce", count * tokens * max(4, item_bytes)) if count else 0.0
+    forward = machine.with_call(products + attention + elementwise) + enters * given + leaves * added + squares
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
     backward = (machine.with_call(inputs + 2 * attention + BACKWARD_BYTES * elementwise)
-                + talk * (1.25 if sequence_parallel else 1))
+                + (leaves * given + enters * added) * (1.25 if ranks.sequence_parallel else 1) + squares)
     return ActionTimes(forward, backward + again, weights)
 
 
-def head_work(model, machine, level, tokens, tensor, item_bytes, sequence_parallel):
+def _products(width, rows):
+    """Yield inner size and columns of a layer's products, of weights that read the same input as one."""
+    for half in ("attention", "ffn"):
+        *inward, outward = (count for name, count in rows.items() if name.startswith(half))
+        yield width, sum(inward)
+        yield outward, width
+
+
+def head_work(model, machine, ranks, seq_len, tokens, item_bytes):
     """Price the output head and the loss of a microbatch on one tensor rank.
 
     Local. Its forward makes the gradients of input and weight too, so that no logits are kept. What is left is to add
-    up the input's over tensor ranks, and to add the weight's, in float32, to those of other microbatches.
+    up the input's over tensor ranks, and to add the weight's, in float32, to those of other microbatches. A transform
+    before it is a product of its own on the tokens of a rank.
 
     Parameters
     ----------
-    model, machine, level, tokens, tensor, item_bytes, sequence_parallel
+    model, machine, ranks, seq_len, tokens, item_bytes
         As for :func:`layer_work`.
 
     Returns
     -------
     ActionTimes
     """
-    columns = model.vocab_size / tensor
-    product = machine.product_s(tokens, model.hidden_size, columns)
-    loss = 8 * tokens * columns * item_bytes / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
-    adding = 3 * 4 * model.hidden_size * columns / machine.memory_bytes_per_s
-
-    def talk(op, n_bytes):
-        return collective_s(op, level, tensor, n_bytes) + (level.skew_s if tensor > 1 else 0.0)
-
-    whole = tokens * model.hidden_size * item_bytes
-    chunks = loss_chunks(tokens, model.vocab_size, "cuda" if machine.wave else "cpu")
+    *transforms, words = matrices(ends(model)[1])
+    width, columns = model.hidden_size, words.shape[0] / ranks.size
+    elementwise_bytes_per_s = machine.elementwise_bytes_per_s or machine.memory_bytes_per_s
+    rows = num_answers(model, seq_len, tokens)
+    product = machine.product_s(rows, width, columns)
+    touched = LOGITS_TOUCHED + CAP_TOUCHED * (model.logit_softcap > 0)
+    loss = touched * rows * columns * item_bytes / elementwise_bytes_per_s
+    adding = 3 * 4 * width * columns / machine.memory_bytes_per_s
+    whole = tokens * width * item_bytes
+    chunks = loss_chunks(rows, words.shape[0], "cuda" if machine.wave else "cpu")
     # The largest logit; the sum of exponentials and the target's logit.
-    losses = chunks * sum(talk("allreduce", numbers * tokens / chunks * max(4, item_bytes)) for numbers in (1, 2))
-    entered = talk("allgather", whole) if sequence_parallel else 0.0
-    summed = talk("reduce_scatter" if sequence_parallel else "allreduce", whole)
-    return ActionTimes(3 * product + loss + losses + entered, summed, adding)
+    losses = chunks * sum(ranks.meeting_s("allreduce", numbers * rows / chunks * max(4, item_bytes))
+                          for numbers in (1, 2))
+    given, added = ranks.passing_s(whole)
+    own = tokens / (ranks.size if ranks.sequence_parallel else 1)
+    transform = sum(machine.product_s(own, width, matrix.shape[0]) for matrix in transforms)
+    between = len(transforms) * TRANSFORM_TOUCHED * own * width * item_bytes / elementwise_bytes_per_s
+    return ActionTimes(3 * product + loss + losses + given + transform + between,
+                       added + transform + BACKWARD_BYTES * between, adding + transform)

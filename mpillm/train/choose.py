@@ -17,7 +17,8 @@ from mpillm.comm.group import as_group
 from mpillm.comm.probe import as_of_now, measure_machine
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import set_threads
-from mpillm.data.tokens import with_vocabulary
+from mpillm.data.labelled import counted
+from mpillm.data.sources import random_batches, with_sizes
 from mpillm.errors import MpillmError, agreed, on_rank_0
 from mpillm.machine import Level, Machine
 from mpillm.nn.products import fast_product
@@ -60,7 +61,7 @@ def choose_plan(config, comm, probe_top=1):
         on GPUs and others not.
     """
     with agreed(comm, "data"):
-        config = with_vocabulary(config)
+        config = with_sizes(config)
     num_nodes = len(set(nodes_of(comm)))
     kept, instead = on_rank_0(comm, "plan", _kept_plan, config, comm.size, num_nodes)
     if kept:
@@ -157,11 +158,9 @@ def _fastest(plans, config, comm):
 
 def time_step(engine, config, comm):
     """Return the seconds of one step, of the slowest rank; the same on all."""
-    generator = torch.Generator().manual_seed(config.train.seed)
-    tokens = torch.randint(config.model.vocab_size, (config.train.global_batch, config.train.seq_len + 1),
-                           generator=generator).numpy()
+    (batch,) = random_batches(config, 1)
     comm.Barrier()
     start = time.perf_counter()
-    engine.train_step(lambda low, high: (tokens[low:high, :-1], tokens[low:high, 1:], None), config.train.lr)
+    engine.train_step(batch.part, config.train.lr, counted=counted(batch.targets))
     synchronize(engine.device)
     return max(comm.allgather(time.perf_counter() - start))

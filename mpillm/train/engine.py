@@ -8,10 +8,12 @@ import torch
 from mpillm.comm import collectives
 from mpillm.comm.devices import pick_device
 from mpillm.comm.mesh import Mesh
+from mpillm.data.sources import Samples
 from mpillm.errors import ConfigError, half_made
 from mpillm.guard.digests import Digests
-from mpillm.nn.attention import Batch, rotary_tables
+from mpillm.nn.positions import Batch, rotary_tables, visible
 from mpillm.nn.products import WAYS, fast_product
+from mpillm.nn.scores import SCORES
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.pipeline import Microbatch, PipelineRunner, Stage
@@ -44,7 +46,7 @@ class Engine:
     Raises
     ------
     ConfigError
-        On every rank, if the model can only be planned for, ``train.device = "cuda"`` and some rank sees no GPU, or
+        On every rank, if ``train.device = "cuda"`` and some rank sees no GPU, or
         ``numerics = "exact"`` and some rank has one, or the kernels of some rank do not keep its promise.
     ScheduleError
         If the pipeline schedule does not pass the checker.
@@ -52,8 +54,6 @@ class Engine:
 
     def __init__(self, config, comm, trace_folder=None, table=DEFAULT_TABLE):
         train, layout, is_exact = config.train, config.layout, config.train.numerics == "exact"
-        if config.model.kind != "llama":
-            raise ConfigError(f'model.kind = "{config.model.kind}": it can be planned for, not trained; set "llama"')
         self.config = config
         with half_made(comm) as made:
             self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if is_exact else "any",
@@ -80,27 +80,28 @@ class Engine:
             self.optimizer = ShardedOptimizer(train, self.gradients.updated)
             self.digests = Digests(self, is_on=train.digests)
             self.runner = PipelineRunner(self.stages, self.mesh.group("pipeline"), self.trace, self.gradients)
-            self._tables = rotary_tables(config.model.head_dim, range(train.seq_len), config.model.rope_theta,
-                                         getattr(torch, train.dtype), self.device)
+            self._tables = rotary_tables(config.model, range(train.seq_len), getattr(torch, train.dtype), self.device)
             self._reduced = {}  # by bucket, this rank's range of the last step's gradient
             self._open_handover()
 
-    def train_step(self, read, lr, before_update=None):
+    def train_step(self, read, lr, before_update=None, counted=None):
         """Update the weights from one global batch.
 
         Parameters
         ----------
         read : callable
-            ``read(start, stop)`` returns inputs, targets (int64 ``[n, seq_len]``; not used where no stage of this rank
-            is first or last, :attr:`reads_tokens`) and documents (or None) of positions of the batch.
+            ``read(start, stop)`` returns the :class:`mpillm.data.sources.Samples` at positions of the batch, or a tuple like
+            it; inputs and targets are not used where no stage of this rank is first or last, :attr:`reads_tokens`.
         lr : float
         before_update : callable, optional
             Called before weights and state change.
+        counted : int, optional
+            Targets of the batch that count in the loss; all tokens unless given.
 
         Returns
         -------
         (float, float)
-            Mean loss over the batch's tokens before the update, and the gradient norm before clipping; on all ranks.
+            Mean loss over the batch's targets before the update, and the gradient norm before clipping; on all ranks.
             Where either is not finite, weights and state are as before.
 
         Raises
@@ -112,7 +113,7 @@ class Engine:
         self.gradients.begin(range(self.first_microbatch, self.first_microbatch + len(self.microbatches)),
                              self.num_microbatches)
         with self.trace.span("data", "batch"):
-            scale = 1.0 / (train.global_batch * train.seq_len)
+            scale = 1.0 / (counted or train.global_batch * train.seq_len)
             microbatches = [self._microbatch(read, *cut, scale) for cut in self.microbatches]
         losses = self.runner.run(self.schedule, microbatches)
         with self.trace.span("reduce", "gradients"):
@@ -130,7 +131,7 @@ class Engine:
         return loss, norm
 
     def loss(self, read, count):
-        """Compute the loss of some samples, without gradients.
+        """Compute the loss of some samples and what else their answers score, without gradients.
 
         Parameters
         ----------
@@ -141,8 +142,10 @@ class Engine:
 
         Returns
         -------
-        float
-            The sum over all their tokens, in nats; on all ranks.
+        loss : float
+            The sum over all their targets, in nats; on all ranks.
+        scores : Tensor or None
+            The sums of :mod:`mpillm.nn.scores`, of heads that have some; on all ranks.
         """
         size, data = self.config.train.microbatch, self.mesh.group("data")
         total = -(-count // size)
@@ -153,7 +156,7 @@ class Engine:
             with torch.no_grad():
                 microbatches = [self._microbatch(read, *cut, 1.0) for cut in cuts]
                 losses = self.runner.run(self._forwards(len(cuts)), microbatches)
-        return self._sum_losses(losses, first, total)
+        return self._sum_losses(losses, first, total), self._take_scores()
 
     def distribute_weights(self):
         """Give every data rank the updated weights."""
@@ -208,17 +211,30 @@ class Engine:
         return replace(schedule, name="forward", actions=forwards)
 
     def _microbatch(self, read, start, stop, scale):
-        """Move inputs, targets and documents of some samples to the device, the last as a mask."""
-        inputs, targets, documents = (None if part is None else torch.as_tensor(part, device=self.device)
-                                      for part in read(start, stop))
-        sequences, positions = stop - start, self.config.train.seq_len
-        mask = None
-        if documents is not None:
-            causal = torch.ones(positions, positions, dtype=torch.bool, device=self.device).tril()
-            mask = ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
-        batch = Batch(sequences, positions, *self._tables, mask)
-        tokens_T, targets_T = (part.reshape(-1) if self.reads_tokens else None for part in (inputs, targets))
-        return Microbatch(tokens_T, targets_T, scale, batch)
+        """Move some samples to the device, documents and lengths as a mask."""
+        inputs, targets, documents, lengths = (None if part is None else torch.as_tensor(part, device=self.device)
+                                               for part in Samples(*read(start, stop)))
+        model, sequences, positions = self.config.model, stop - start, self.config.train.seq_len
+        if lengths is not None:  # what stands behind a sequence's end is a document of its own
+            documents = torch.arange(positions, device=self.device) >= lengths[:, None]
+        mask = visible(model, 0, positions, self.device, documents)
+        batch = Batch(sequences, positions, *self._tables, mask, lengths_B=lengths)
+        if not self.reads_tokens:
+            return Microbatch(None, None, scale, batch)
+        inputs = inputs.reshape(-1) if model.inputs == "tokens" else inputs.to(self._tables[0].dtype)
+        return Microbatch(inputs, targets if model.pooling != "none" else targets.flatten(0, 1), scale, batch)
+
+    def _take_scores(self):
+        """Return the scores of all ranks since they were taken last; collective, as is the head that has some."""
+        model = self.config.model
+        if model.head not in SCORES:
+            return None
+        found = torch.zeros(1 if model.head == "values" else model.num_labels, 3, dtype=torch.float64)
+        last = self.stages[-1].module
+        if last.is_last and last.scores is not None and self.mesh.coord("tensor") == 0:
+            found += last.scores.cpu()
+        last.scores = None
+        return collectives.allreduce(found, self.mesh.world)
 
     def _sum_losses(self, losses, first, total):
         """Add the microbatches' losses of all ranks in their global order."""

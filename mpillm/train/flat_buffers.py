@@ -35,17 +35,18 @@ class Piece:
     is_counted: bool
 
 
-def bucket_parts(stage, cuts, is_tied):
-    """Return the modules of a stage in forward order, as lists of those that share a bucket.
+def bucket_parts(stage, cuts):
+    """Return the modules of a stage in forward order, each with its parameters, as lists of those that share a bucket.
 
-    ``cuts`` are layers at which another bucket begins: 0 parts the embedding, the number of layers norm and head. Where
-    embedding and head are tied, they are left out.
+    ``cuts`` are layers at which another bucket begins: 0 parts the embedding, the number of layers what stands behind the
+    last one. Matrices that embedding and head share are left out, and modules that have nothing else.
     """
-    embedding, head = (None, None) if is_tied else (stage.embedding, stage.head)
-    places = [(-1, embedding), *enumerate(stage.layers, stage.start), (stage.stop, stage.norm), (stage.stop, head)]
-    places = [(place, module) for place, module in places if module is not None]
-    return [[module for _, module in part]
-            for _, part in groupby(places, lambda at: bisect_right(cuts, at[0]))]
+    behind = [(stage.stop, part) for part in (stage.norm, stage.transform, stage.head)]
+    places = [(-1, stage.embedding), *enumerate(stage.layers, stage.start), *behind]
+    tied = set(stage.tied)
+    found = [(place, module, [p for p in module.parameters() if p not in tied]) for place, module in places if module]
+    found = [each for each in found if each[2]]
+    return [[each[1:] for each in part] for _, part in groupby(found, lambda at: bisect_right(cuts, at[0]))]
 
 
 def make_buckets(stages, mesh, layout, is_tied):
@@ -57,14 +58,14 @@ def make_buckets(stages, mesh, layout, is_tied):
     buckets, embedding, is_sharded = {}, None, layout.zero == 1
     for stage in stages:
         module = stage.module
-        own = [Bucket([p for layer in part for p in layer.parameters()], mesh, is_sharded, first_module=part[0])
-               for part in bucket_parts(module, layout.bucket_cuts, is_tied)]
+        own = [Bucket([p for _, parameters in part for p in parameters], mesh, is_sharded, first_module=part[0][0])
+               for part in bucket_parts(module, layout.bucket_cuts)]
         if is_tied and module.is_first:
-            embedding = Bucket([module.embedding.weight], mesh, is_sharded, first_module=module.embedding)
+            embedding = Bucket([module.embedding.words.weight], mesh, is_sharded, first_module=module.embedding)
             own.insert(0, embedding)
         if is_tied and module.is_last:
             own.append(Bucket([module.head.weight], mesh, is_sharded, is_counted=False, tied_to=embedding,
-                              first_module=module.norm))
+                              first_module=module.norm or module.transform or module.head))
         buckets[stage.index] = own[::-1]
     return buckets
 
@@ -90,7 +91,8 @@ class Bucket:
     """
 
     def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None, first_module=None):
-        self.parameters = sorted(parameters, key=lambda p: not p.shard.is_partial_grad)
+        # Matrices of one input lie together, and so do their biases: products and sums take them as one (Projection).
+        self.parameters = sorted(parameters, key=lambda p: (not p.shard.is_partial_grad, p.dim() < 2))
         self.mesh, self.group = mesh, mesh.group("data")
         self.is_counted, self.tied_to, self.first_module = is_counted, tied_to, first_module
         self.offsets, end = [], 0

@@ -14,7 +14,8 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.p2p import TIED, irecv, isend, tag_of
-from mpillm.nn.init import initialise, parameter_table
+from mpillm.model.parameters import parameters
+from mpillm.nn.init import initialise
 from mpillm.schedules.tree import TreeAccumulator
 from mpillm.train.flat_buffers import make_buckets
 
@@ -58,7 +59,7 @@ class GradientStore:
         for bucket in self.updated:
             bucket.fill(lambda parameter: initialise(parameter, config.train.seed))
         self._numbers, self._trees = range(0), {}
-        self._missing, self._waiting, self._under_way = {}, deque(), {}
+        self._missing, self._waiting, self._under_way, self._at_end = {}, deque(), {}, {}
         if self._overlaps:
             self._follow_backward(stages)
 
@@ -94,7 +95,8 @@ class GradientStore:
         if self.is_exact:
             self._trees[stage].done(self._numbers[microbatch])
         elif self._overlaps:
-            self._ready(self._of_stage[stage][-1])
+            for bucket in self._at_end[stage]:
+                self._ready(bucket)
 
     def progress(self):
         """Let MPI work on the reductions under way; tell whether there are any. Local."""
@@ -145,12 +147,15 @@ class GradientStore:
     def _follow_backward(self, stages):
         """Let backward tell when it has completed a bucket, and let reductions progress after every layer.
 
-        A stage's last bucket may begin with the embedding, into whose input no gradient goes: it is complete at the
-        end of the action (:meth:`microbatch_done`).
+        Into the input of the embedding goes no gradient: what begins with it is complete at the end of the action
+        (:meth:`microbatch_done`), as a stage's last bucket is.
         """
         for stage in stages:
-            for bucket in self._of_stage[stage.index][:-1]:
-                stage.when_gradients(bucket.first_module, partial(self._ready, bucket))
+            own, embedding = self._of_stage[stage.index], stage.module.embedding
+            self._at_end[stage.index] = [bucket for bucket in own if bucket is own[-1] or bucket.first_module is embedding]
+            for bucket in own:
+                if bucket not in self._at_end[stage.index]:
+                    stage.when_gradients(bucket.first_module, partial(self._ready, bucket))
             for layer in stage.module.layers:
                 stage.when_gradients(layer, self.progress)
 
@@ -192,14 +197,14 @@ class GradientStore:
     def _row_squares(self, reduced):
         """Sum the squares of every row of every parameter, each at its fixed place; zeros for rows of other ranks."""
         places, end = {}, 0
-        for name, (shape, _) in parameter_table(self.model).items():
-            places[name], end = end, end + (shape[0] if len(shape) > 1 else 1)
+        for name, parameter in parameters(self.model).items():
+            places[name], end = end, end + parameter.size // parameter.row_size
         squares = torch.zeros(end, dtype=torch.float64)
         for bucket in self.updated:
             if not bucket.is_counted or self.mesh.coord("data") > 0:
                 continue
             for p, offset in zip(bucket.parameters, bucket.offsets):
-                shard, width = p.shard, p.shard.shape[-1]
+                shard, width = p.shard, p.shard.whole.row_size
                 if p.numel() and not (shard.is_replicated and self.mesh.coord("tensor") > 0):
                     rows = reduced[bucket][offset:offset + p.numel()].view(-1, width)
                     first = places[shard.name] + shard.start // width

@@ -105,6 +105,8 @@ class ShardedOptimizer:
             count.fill_(step)
 
     def restore_weights(self, read):
-        """Set the weights alone from ``read("weight", piece)``."""
+        """Set the weights alone from ``read("weight", piece)``, an array or tensor; those of which it is ``None`` stay."""
         for piece, tensors in self.state():
-            tensors["weight"].copy_(torch.from_numpy(read("weight", piece)))
+            values = read("weight", piece)
+            if values is not None:
+                tensors["weight"].copy_(torch.as_tensor(values))

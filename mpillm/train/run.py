@@ -8,21 +8,24 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from mpillm.checkpoint import reading, saving
-from mpillm.checkpoint.start import check_model, check_same, find_start, give_up_from, newest, order_of
+from mpillm.checkpoint import saving
+from mpillm.checkpoint.start import check_same, find_start, give_up_from, newest, order_of
 from mpillm.comm.group import as_group
 from mpillm.comm.scheduled import nodes_of
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import AXES
 from mpillm.data.samples import ORDER, training_order
+from mpillm.data.sources import open_source, with_sizes
 from mpillm.data.tokenizers import copy_tokenizer
-from mpillm.data.tokens import TokenFile, fingerprint, has_tokens, with_vocabulary
+from mpillm.data.tokens import fingerprint, has_rows
 from mpillm.errors import CheckpointError, NumbersError, agreed, half_made, on_rank_0
 from mpillm.files import write_text
 from mpillm.guard.stragglers import Stragglers
 from mpillm.guard.watchdog import Watchdog
+from mpillm.nn.scores import figures
 from mpillm.plan import Plan
 from mpillm.train.engine import Engine
+from mpillm.train.initial_weights import load_initial_weights
 from mpillm.train.learning_rate import learning_rate
 from mpillm.train.metrics_file import Metrics
 
@@ -82,8 +85,8 @@ class Run:
         self.plan.check(self.comm.size, num_nodes)
         config = self.plan.applied_to(config).resolve(self.comm.size, num_nodes)
         with agreed(self.comm, "data"):
-            self.config = with_vocabulary(config).resolve(self.comm.size, num_nodes)  # stages weigh the vocabulary
-            self.train_tokens, self.validation_tokens = _open_splits(self.config, self.comm.rank)
+            self.config = with_sizes(config).resolve(self.comm.size, num_nodes)  # stages weigh the vocabulary
+            self.train_source, self.validation_source = _open_splits(self.config, self.comm.rank)
         self.fingerprint = on_rank_0(self.comm, "data", fingerprint, config.data.path)
         self.plan.applied_to(self.config)  # once more: a vocabulary may have come from the data
         self.folder = Path(config.train.run_dir)
@@ -143,11 +146,11 @@ class Run:
     def _step(self):
         train, begin = self.config.train, time.perf_counter()
         self.engine.trace.begin_step(self.step_number + 1)
-        order = training_order(self.train_tokens.num_samples, train.seed, self.samples_seen, train.global_batch,
-                               self.sample_order)
+        source, numbers = self.train_source, range(self.samples_seen, self.samples_seen + train.global_batch)
+        order = training_order(source.num_samples, train.seed, self.samples_seen, train.global_batch, self.sample_order)
         lr = learning_rate(train, self.step_number + 1)
         before_update = self._saving.wait_copied if self._saving else None
-        loss, norm = self.engine.train_step(self._reader(self.train_tokens, order), lr, before_update)
+        loss, norm = self.engine.train_step(self._reader(source, order, numbers), lr, before_update, source.counted(order))
         self.step_number += 1
         self.samples_seen += train.global_batch
         step_s = time.perf_counter() - begin
@@ -182,29 +185,34 @@ class Run:
         )
 
     def evaluate(self):
-        """Return ``validation_loss`` (nats a token) and ``bits_per_byte`` over the configured validation samples.
+        """Return ``validation_loss`` (nats a target) over the configured validation samples, and what the head's field reports:
+        ``bits_per_byte`` of a text, or :func:`mpillm.nn.scores.figures`.
 
-        Tokens that are no text have no ``bits_per_byte``. Returns nothing if told to stop before the end.
+        Returns nothing if told to stop before the end.
         """
-        if self.validation_tokens is None:  # a run that never evaluates by itself needs none
+        if self.validation_source is None:  # a run that never evaluates by itself needs none
             with agreed(self.comm, "data"):
-                self.validation_tokens = TokenFile(self.config.data.path, "validation", self.config.train.seq_len)
-        train, tokens = self.config.train, self.validation_tokens
-        count = min(tokens.num_samples, train.eval_batches * train.global_batch or tokens.num_samples)
-        total = 0.0
+                self.validation_source = open_source(self.config, "validation")
+        train, source = self.config.train, self.validation_source
+        count = min(source.num_samples, train.eval_batches * train.global_batch or source.num_samples)
+        total, counted, scores = 0.0, 0, None
         with self.engine.trace.span("evaluate", "validation"):
             for first in range(0, count, train.global_batch):
                 if self._must_stop():
                     return {}
                 order = list(range(first, min(first + train.global_batch, count)))
-                total += self.engine.loss(self._reader(tokens, order), len(order))
-        loss = total / (count * train.seq_len)
-        bits = loss / math.log(2) * len(tokens.tokens)
-        return {"validation_loss": loss} | ({"bits_per_byte": bits / tokens.bytes} if tokens.bytes else {})
+                loss, found = self.engine.loss(self._reader(source, order, order), len(order))
+                total, counted = total + loss, counted + source.counted(order)
+                scores = found if scores is None else scores + found
+        loss, head = total / counted, self.config.model.head
+        if head == "words" and source.tokens.bytes:
+            return {"validation_loss": loss,
+                    "bits_per_byte": loss / math.log(2) * len(source.tokens.tokens) / source.tokens.bytes}
+        return {"validation_loss": loss} | ({} if scores is None else figures(head, scores))
 
     def _evaluates_now(self):
         every = self.config.train.eval_every
-        return every and self.validation_tokens and (
+        return every and self.validation_source and (
             self.step_number == self.config.train.steps or self.step_number % every == 0)
 
     def _finish_evaluation(self):
@@ -269,16 +277,9 @@ class Run:
         if self._metrics:
             self._metrics.close()
 
-    def _reader(self, tokens, order):
-        """Return the function that gives the engine ranges of the samples ``order``."""
-
-        def read(start, stop):
-            indices = order[start:stop]
-            documents = tokens.documents_of(indices) if self.config.data.mask_documents else None
-            inputs, targets = tokens.samples(indices) if self.engine.reads_tokens else (None, None)
-            return inputs, targets, documents
-
-        return read
+    def _reader(self, source, order, numbers):
+        """Return the function that gives the engine ranges of the samples ``order``, of these numbers."""
+        return lambda start, stop: source.read(order[start:stop], numbers[start:stop], self.engine.reads_tokens)
 
     def _restore(self, start, resume):
         """Load ``start``, or the weights of ``init_from``, into the engine."""
@@ -288,7 +289,7 @@ class Run:
             if resume == "auto":  # what is newer was refused, and is not to count as one that is kept
                 on_rank_0(self.comm, "resume", saving.set_aside, self.folder / "checkpoints", self.step_number + 1)
         elif self.config.train.init_from:
-            self._load_weights()
+            load_initial_weights(self.engine, self.config.train.init_from, self.comm)
         else:
             return
         self.engine.distribute_weights()
@@ -325,15 +326,6 @@ class Run:
         self.sample_order = order_of(saved)
         self.saved_step = start.step
 
-    def _load_weights(self):
-        path = self.config.train.init_from
-        action = f"train.init_from = {path}"
-        source = on_rank_0(self.comm, action, reading.Checkpoint, path)
-        check_model(source, self.config.model)
-        with agreed(self.comm, action):
-            self.engine.optimizer.restore_weights(
-                lambda kind, piece: source.read(piece.name, kind, piece.start, piece.stop, piece.shape))
-
     def _watch(self):
         """Return what ends the job if it hangs, or None. Records of an earlier hang are put away first."""
         folder = self.folder / "flight"
@@ -355,17 +347,16 @@ class Run:
 
 
 def _open_splits(config, rank):
-    """Return the tokens to train on, and those to validate on, or None where there are none or none are asked for.
+    """Return the samples to train on, and those to validate on, or None where there are none or none are asked for.
 
     Local; rank 0 warns.
     """
-    train, path = config.train, config.data.path
-    to_train = TokenFile(path, "train", train.seq_len, config.model.vocab_size)
-    if not train.eval_every:
+    path, to_train = config.data.path, open_source(config, "train")
+    if not config.train.eval_every:
         return to_train, None
-    if has_tokens(path, "validation"):
-        return to_train, TokenFile(path, "validation", train.seq_len)
+    if has_rows(path, "validation"):
+        return to_train, open_source(config, "validation")
     if rank == 0:
-        warnings.warn(f"data.path = {path}: no text was held out for validation (mpillm data "
+        warnings.warn(f"data.path = {path}: nothing was held out for validation (of texts mpillm data "
                       "--validation-fraction 0.1 does), so nothing is evaluated", stacklevel=3)
     return to_train, None

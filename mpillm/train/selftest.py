@@ -16,7 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from mpillm.comm.group import Group
 from mpillm.comm.single import SingleComm
 from mpillm.errors import ConfigError, agreed
-from mpillm.nn.norm import RMSNorm
+from mpillm.model.parameters import layer_parameters
+from mpillm.nn.norm import make_norm
+from mpillm.nn.positions import visible
 from mpillm.nn.products import WAYS, add_product
 from mpillm.nn.split import TensorSplit
 from mpillm.schedules.blocks import ALIGNMENT, counts, loss_chunks
@@ -129,11 +131,17 @@ def _products(config, multiply, rows):
     model, blocks, draw = config.model, config.train.exact_blocks, _draws(config.train)
     groups = {n * model.head_dim for n in counts(model.num_kv_heads, blocks)}
     heads = {n * model.num_heads // model.num_kv_heads for n in groups}
-    layers, vocabulary = groups | heads | {*counts(model.ffn_size, blocks)}, {*counts(model.vocab_size, blocks)}
+    layers = groups | heads | {*counts(model.ffn_size, blocks)}
+    if model.inputs == "patches":
+        layers |= {*counts(model.patch_size, blocks)}
+    labels = {model.numbers_a_label * n for n in counts(model.head_size // model.numbers_a_label, blocks)}
     shapes = set()
     for tokens in rows or _rows(config.train):
-        chunks = counts(tokens, loss_chunks(tokens, model.vocab_size))
-        shapes |= {(tokens, width) for width in layers} | {(chunk, width) for chunk in chunks for width in vocabulary}
+        answers = tokens if model.pooling == "none" else tokens // config.train.seq_len
+        chunks = [answers] if model.head == "values" else counts(answers, loss_chunks(answers, model.head_size))
+        shapes |= {(tokens, width) for width in layers} | {(chunk, width) for chunk in chunks for width in labels}
+        if model.head == "masked":
+            shapes |= {(block, model.hidden_size) for block in counts(tokens, blocks)}
     if not _is_offered(multiply, draw(1, 1)):
         yield "a product", torch.zeros(1), torch.ones(1)
         return
@@ -161,7 +169,7 @@ def _operations(config):
     x = draw(train.microbatch * train.seq_len, model.hidden_size)
     block = x[:max(1, len(x) // train.exact_blocks)]
     yield "attention", *_attention(config, draw)
-    yield from _norm(x, block, model.norm_eps)
+    yield from _norm(x, block, model)
     yield "a sum over tokens", block.sum(0), _moved(block).sum(0)
     yield "a sum over columns", *_by_rows(lambda rows: rows.double().square().sum(1), x)
     yield "a softmax", *_by_rows(lambda rows: rows.sub(rows.amax(1, keepdim=True)).exp().sum(1), x)
@@ -177,29 +185,33 @@ def _attention(config, draw):
     model, train = config.model, config.train
     heads = max(counts(model.num_kv_heads, train.exact_blocks)) * model.num_heads // model.num_kv_heads
     operands = [draw(train.microbatch, train.seq_len, heads, model.head_dim) for _ in range(4)]
-    mask = torch.ones(train.seq_len, train.seq_len, dtype=torch.bool).tril() if config.data.mask_documents else None
+    documents = torch.zeros(1, train.seq_len) if config.data.mask_documents else None
+    mask, is_causal = visible(model, 0, train.seq_len, documents_BS=documents), model.attention == "causal"
 
     def attend():
         *inputs, gradient = (x.clone().transpose(1, 2).requires_grad_() for x in operands)
-        out = scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=mask is None)
+        out = scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=is_causal and mask is None)
         return torch.stack([out, *torch.autograd.grad(out, inputs, gradient.detach())])
 
     return attend(), attend()
 
 
-def _norm(x, block, eps):
+def _norm(x, block, model):
     """Yield a norm's output of some rows among all and alone, and the gradients of a block here and elsewhere."""
-    norm = RMSNorm("self-test", TensorSplit(Group(SingleComm()), dtype=x.dtype, blocks=1), x.shape[1], eps)
-    torch.nn.init.ones_(norm.weight)
+    split = TensorSplit(Group(SingleComm()), dtype=x.dtype, blocks=1)
+    norm = make_norm(layer_parameters(model), "attention_norm", split, model)
+    for weight in norm.parameters():
+        torch.nn.init.ones_(weight)
 
     def gradients(block):
-        norm.weight.grad, inputs = None, block.detach().requires_grad_()
+        norm.zero_grad()
+        inputs = block.detach().requires_grad_()
         norm(inputs, len(inputs)).backward(block.flip(1))
-        return torch.cat([inputs.grad, norm.weight.grad[None]])
+        return torch.cat([inputs.grad, *(weight.grad[None] for weight in norm.parameters())])
 
     part = _part(x)
-    yield "RMSNorm", norm(x, len(x)).detach()[part], norm(x[part], len(x[part])).detach()
-    yield "RMSNorm backward", gradients(block), gradients(_moved(block))
+    yield "a norm", norm(x, len(x)).detach()[part], norm(x[part], len(x[part])).detach()
+    yield "a norm backward", gradients(block), gradients(_moved(block))
 
 
 def _optimizer(train, gradient):

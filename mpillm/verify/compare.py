@@ -9,16 +9,21 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group
+from mpillm.data.labelled import counted
 from mpillm.data.samples import training_order
-from mpillm.data.tokens import TokenFile
+from mpillm.data.sources import open_source, random_batches
 from mpillm.errors import ConfigError
 from mpillm.schedules.pipeline import SCHEDULES
 from mpillm.train.engine import Engine
+from mpillm.train.initial_weights import head_left_out, load_initial_weights, open_weights
 from mpillm.train.learning_rate import learning_rate
 from mpillm.train.optimizers import decays
 from mpillm.verify.reference import Reference, make_optimizer
 
 TOLERANCE = 1e-10  # of max|a - b| / max|b|, per tensor
+# Of the largest number of a kind: a tensor of smaller ones is compared as if it had that one. Where no position turns keys, the
+# gradient of their bias is zero but for rounding, and Adam makes steps of that.
+LEAST = {"gradient": 1e-5, "weight": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,12 @@ class ReferenceTrainer:
     def __init__(self, config):
         self.train = config.train
         self.reference = Reference(config.model, config.train.seed)
+        if config.train.init_from:
+            source, model = open_weights(config.train.init_from)
+            with torch.no_grad():
+                for name in self.reference.parameters.keys() - head_left_out(model, config.model):
+                    weight = self.reference.parameters[name]
+                    weight.copy_(torch.as_tensor(source.read(name)).view(weight.shape))
         weights = self.reference.parameters.values()
         self.optimizer = make_optimizer(config.train, [
             {"params": [w for w in weights if decays(w.shape)], "weight_decay": config.train.weight_decay},
@@ -47,10 +58,11 @@ class ReferenceTrainer:
         ])
         self.steps = 0
 
-    def step(self, inputs, targets, documents):
-        """Train one step; return the loss, the gradient norm, the unclipped gradients and the weights by name."""
+    def step(self, *samples):
+        """Train one step on :class:`mpillm.data.sources.Samples`; return the loss, the gradient norm, the unclipped gradients
+        and the weights by name."""
         self.steps += 1
-        tensors = [None if part is None else torch.as_tensor(part) for part in (inputs, targets, documents)]
+        tensors = [None if part is None else torch.as_tensor(part) for part in samples]
         weights = self.reference.parameters
         loss = self.reference.loss(*tensors)
         self.optimizer.zero_grad()
@@ -64,25 +76,14 @@ class ReferenceTrainer:
 
 
 def batches(config, count):
-    """Return the first ``count`` global batches ``(inputs, targets, documents)``; random tokens without a data file."""
+    """Return the first ``count`` global batches, each :class:`mpillm.data.sources.Samples`; random ones without a data file."""
     train = config.train
     if not Path(config.data.path).exists():
-        return _random_batches(config, count)
-    tokens = TokenFile(config.data.path, "train", train.seq_len, config.model.vocab_size)
-    orders = [training_order(tokens.num_samples, train.seed, step * train.global_batch, train.global_batch)
-              for step in range(count)]
-    return [(*tokens.samples(order), tokens.documents_of(order) if config.data.mask_documents else None)
-            for order in orders]
-
-
-def _random_batches(config, count):
-    train, generator = config.train, np.random.default_rng(config.train.seed)
-    shape = (train.global_batch, train.seq_len + 1)
-    found = []
-    for _ in range(count):
-        tokens = generator.integers(0, config.model.vocab_size, shape)
-        documents = np.sort(generator.integers(0, 3, (shape[0], train.seq_len))) if config.data.mask_documents else None
-        found.append((tokens[:, :-1], tokens[:, 1:], documents))
+        return random_batches(config, count)
+    source, size, found = open_source(config, "train"), train.global_batch, []
+    for first in range(0, count * size, size):
+        order = training_order(source.num_samples, train.seed, first, size)
+        found.append(source.read(order, range(first, first + size)))
     return found
 
 
@@ -93,19 +94,23 @@ def compare_layout(config, comm, batches, expected):
     ranks may pass ``None`` entries). Returns a :class:`Difference`, equal on all ranks.
     """
     engine = Engine(config, comm)
+    if config.train.init_from:
+        load_initial_weights(engine, config.train.init_from, comm)
+        engine.distribute_weights()
     group, names, errors, ranges = as_group(comm), [], [], {}
     for step, (batch, wanted) in enumerate(zip(batches, expected), 1):
-        loss, norm = engine.train_step(_reader(batch), learning_rate(config.train, step))
+        loss, norm = engine.train_step(batch.part, learning_rate(config.train, step), counted=counted(batch.targets))
         loss_wanted, norm_wanted, shapes = comm.bcast(wanted and (*wanted[:2], _shapes(wanted[3])))
         names.append(f"step {step}: loss")
         errors.append(_relative(loss, loss_wanted))
         gradients = _unclipped(engine.gradient_ranges(), norm, config.train.grad_clip)
         for place, kind, own in ((2, "gradient", gradients), (3, "weight", engine.weight_ranges())):
+            least = LEAST[kind] * comm.bcast(wanted and max(float(tensor.abs().max()) for tensor in wanted[place].values()))
             for name, shape in reversed(shapes.items()):  # backward computes the last layer's first
                 tensor = wanted[place][name] if wanted else torch.empty(shape, dtype=torch.float64)
                 flat = collectives.bcast(tensor, group).reshape(-1)
                 names.append(f"step {step}: {kind} of {name}")
-                errors.append(_largest(flat, own.get(name, [])))
+                errors.append(_largest(flat, own.get(name, []), least))
                 ranges[names[-1]] = [(start, start + len(values)) for start, values in own.get(name, [])], len(flat)
             if kind == "gradient":
                 names.append(f"step {step}: gradient norm")
@@ -150,18 +155,14 @@ def _unclipped(gradients, norm, limit):
     return {name: [(start, values * scale) for start, values in own] for name, own in gradients.items()}
 
 
-def _reader(batch):
-    """Return the function that gives the engine ranges of a batch."""
-    return lambda low, high: [part if part is None else part[low:high] for part in batch]
-
-
 def _relative(value, wanted):
     return abs(value - wanted) / max(abs(wanted), 1e-300)
 
 
-def _largest(wanted, own):
-    """Return max|a - b| / max|b| over the ranges ``(start, values)`` that this rank holds; NaN counts as infinite."""
-    scale = float(wanted.abs().max()) or 1.0
+def _largest(wanted, own, least):
+    """Return max|a - b| / max|b| over the ranges ``(start, values)`` that this rank holds, with max|b| ``least`` at least; NaN
+    counts as infinite."""
+    scale = max(float(wanted.abs().max()), least) or 1.0
     differences = [float((values - wanted[start:start + len(values)]).abs().max())
                    for start, values in own if len(values)]
     return max([error if error == error else np.inf for error in differences], default=0.0) / scale

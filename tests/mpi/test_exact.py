@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_all
-from tiny import GROUPED, alone, one_for_every_degrees, tiny, train, with_layout
+from tiny import FAMILIES, GROUPED, alone, one_for_every_degrees, tiny, train, with_layout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpillm.comm import shared
@@ -25,6 +25,8 @@ MODELS = {
     "odd": {},
     "tied-and-shared-heads": {**GROUPED["shared"], "model.tie_embeddings": True, "model.num_layers": 4},
     "straddling-heads-and-documents": {**GROUPED["straddling"], "data.mask_documents": True, "model.num_layers": 4},
+    **{name: {"model.num_layers": 4, **FAMILIES[name]}
+       for name in ("llama3", "qwen3", "gpt2", "gpt_neox", "bert", "classes", "tags", "values")},
 }
 
 

@@ -38,7 +38,7 @@ def test_an_error_that_a_script_catches_leaves_the_rank_at_rest(comm, data_path,
     every_rank_reads = {"layout.data": comm.size, "layout.pipeline": 1, "layout.tensor": 1}
     trainer = make(comm, data_path, f"caught-{where}", **every_rank_reads, **{"train.hang_limit_s": 60.0})
     trainer.step()
-    failing = {"data": (trainer.train_tokens, "samples"), "stragglers": (trainer.stragglers, "end_step"),
+    failing = {"data": (trainer.train_source, "read"), "stragglers": (trainer.stragglers, "end_step"),
                "agree": (trainer, "stop")}[where]
     monkeypatch.setattr(*failing, Mock(side_effect=DataError("planted"),
                                        **{"agreed.side_effect": DataError("planted")}))

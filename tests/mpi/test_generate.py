@@ -1,6 +1,6 @@
 """Sampled tokens on every layout, held against the serial reference that computes the whole row each time."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from mpillm.config import Config, Model
 from mpillm.data.tokenizers import ByteTokenizer
 from mpillm.errors import CheckpointError, ConfigError, DataError
 from mpillm.inference.generator import Generator, choose
+from mpillm.model.parameters import initial_values, parameters
 from mpillm.nn.attention import KeyValueCache
-from mpillm.nn.init import initial_values, parameter_table
 from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -36,9 +36,9 @@ def make_model(**changes):
 
 def make_run(path, model, **train):
     """Write a run whose weights are large enough for choices that differ; return its whole weights."""
-    values = {name: initial_values(name, 3, 0, int(np.prod(shape)), std and 20 * std)
-              for name, (shape, std) in parameter_table(model).items()}
-    shards = [(name, parameter_table(model)[name][0], 0, {"weight": flat}) for name, flat in values.items()]
+    shards = [(name, parameter.shape, 0,
+               {"weight": initial_values(replace(parameter, std=20 * parameter.std), 3, 0, parameter.size)})
+              for name, parameter in parameters(model).items()]
     saving.save(path / "checkpoints", 1, shards, {"model": asdict(model)}, SingleComm())
     config = {"model": asdict(model), "train": {"run_dir": str(path), "seq_len": 16, "dtype": "float64", **train}}
     (path / "config.toml").write_text(Config.from_dict(config).to_toml(), encoding="utf-8")
@@ -167,10 +167,10 @@ def test_no_rank_holds_a_whole_sharded_weight(comm, run, model):
     generator = Generator(run, comm, {"layout.tensor": comm.size, "layout.pipeline": 1})
     held = {p.shard.name: p.numel() for p in generator.stage.parameters()}
     generator.free()
-    for name, (shape, _) in parameter_table(model).items():
+    for name, parameter in parameters(model).items():
         is_small = name.endswith(("key.weight", "value.weight")) and model.num_kv_heads < comm.size
         copies = comm.size if is_small or "norm" in name else 1
-        assert_all(sum(comm.allgather(held[name])) == copies * np.prod(shape), name, comm)
+        assert_all(sum(comm.allgather(held[name])) == copies * parameter.size, name, comm)
 
 
 def test_stops(comm, plain_run):

@@ -1,5 +1,7 @@
 """Every layer split over 1 to 4 tensor ranks against the same mathematics in plain PyTorch on one process."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,19 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpillm.comm import Group, allgather, allreduce
 from mpillm.comm.group import as_group
 from mpillm.comm.single import SingleComm
-from mpillm.config import Model
-from mpillm.nn import (
-    Attention,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    TensorSplit,
-    TransformerStage,
-    VocabularyEmbedding,
-    VocabularyHead,
-)
-from mpillm.nn.attention import Batch, rotary_tables
-from mpillm.nn.init import initial_values, initialise
-from mpillm.nn.norm import RMSNorm
+from mpillm.model.description import Model
+from mpillm.model.parameters import Parameter, initial_values, layer_parameters
+from mpillm.nn import Attention, ChoiceHead, ColumnParallelLinear, RowParallelLinear, TensorSplit, TransformerStage
+from mpillm.nn.embedding import Table
+from mpillm.nn.init import initialise
+from mpillm.nn.norm import Norm
+from mpillm.nn.positions import Batch, rotary_tables, visible
 from mpillm.schedules.blocks import CHUNK_BYTES, bounds
 from mpillm.train.engine import Engine
 from mpillm.verify.reference import Reference
@@ -39,18 +35,15 @@ def split(request, comm):
     return TensorSplit(Group(as_group(comm).comm, "tensor"), request.param, dtype=torch.float64)
 
 
-def whole_weight(layer):
-    """The whole weight, drawn as every rank draws its part, with room for a gradient."""
-    shard = layer.weight.shard
-    count = torch.Size(shard.shape).numel()
-    return torch.from_numpy(initial_values(shard.name, 1, 0, count, shard.std)).view(shard.shape).requires_grad_()
-
-
 def ready(*layers):
-    for layer in layers:
-        for parameter in layer.parameters():
-            initialise(parameter, 1)
-    return [whole_weight(layer) for layer in layers]
+    """Draw this rank's parts of all parameters; return the whole ones, drawn alike, with room for gradients."""
+    wholes = {}
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        initialise(parameter, 1)
+        whole = parameter.shard.whole
+        values = torch.from_numpy(initial_values(whole, 1, 0, whole.size)).view(whole.shape)
+        wholes[whole.name] = values.requires_grad_()
+    return wholes
 
 
 def draw(*shape, seed=0):
@@ -69,105 +62,126 @@ def near(found, wanted, what, comm, tolerance=1e-12):
 
 
 def check_weights(layers, wholes, comm):
-    """Hold the weight gradients of this rank, summed where they are partial, against the whole ones."""
-    for layer, whole in zip(layers, wholes):
-        shard, grad = layer.weight.shard, layer.weight.grad
+    """Hold the gradients of this rank's parameters, summed where they are partial, against the whole ones."""
+    for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+        shard, grad = parameter.shard, parameter.grad
         grad = allreduce(grad, comm) if shard.is_partial_grad else grad
-        near(grad.reshape(-1), whole.grad.reshape(-1)[shard.start:shard.stop], f"gradient of {shard.name}", comm)
+        whole = wholes[shard.name].grad.reshape(-1)[shard.start:shard.stop]
+        near(grad.reshape(-1), whole, f"gradient of {shard.name}", comm)
 
 
 @pytest.mark.parametrize("units", [1, 9])
 def test_column_and_row_linear(comm, split, units):
     """As they are used: column behind ``enter``, row before ``leave``; 3 features a unit, empty blocks with 1 unit."""
-    column = ColumnParallelLinear("column", split, WIDTH, units, 3, std=1.0)
-    row = RowParallelLinear("row", split, 5, units, 3, std=1.0)
-    w, v = ready(column, row)
+    threes = {"split": "query_heads", "unit": 3}
+    column = ColumnParallelLinear(split, Parameter("w", (3 * units, WIDTH), 1.0, **threes),
+                                  Parameter("a", (3 * units,), 1.0, **threes))
+    row = RowParallelLinear(split, Parameter("v", (3 * units, 5), 1.0, **threes), Parameter("b", (5,), 1.0, split="tokens"))
+    whole = ready(column, row)
     x, dy = draw(TOKENS, WIDTH).requires_grad_(), draw(TOKENS, 5, seed=1)
-    hidden = x @ w.T
-    wanted = hidden @ v
+    hidden = x @ whole["w"].T + whole["a"]
+    wanted = hidden @ whole["v"] + whole["b"]
     wanted.backward(dy)
 
     own = held(x.detach(), split).clone().requires_grad_()
     y = column(split.enter(own, TOKENS)[0])
     low, high = (3 * unit for unit in bounds(units, split.size, split.rank))
     near(y, hidden[:, low:high], "column", comm)
-    out = split.leave([row(y)])
+    out = row.leave([row(y)], TOKENS)
     near(out, held(wanted, split), "row", comm)
     out.backward(held(dy, split))
     near(own.grad, held(x.grad, split), "gradient of x", comm)
-    check_weights([column, row], [w, v], comm)
+    check_weights([column, row], whole, comm)
 
 
 @pytest.mark.parametrize("vocab_size", [3, 257])
 def test_embedding(comm, split, vocab_size):
-    embedding = VocabularyEmbedding("embedding", split, vocab_size, WIDTH, std=1.0)
-    (w,) = ready(embedding)
+    embedding = Table(split, Parameter("w", (vocab_size, WIDTH), 1.0))
+    whole = ready(embedding)
     tokens = torch.randint(0, vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
     tokens[3:6] = tokens[0]
     dy = draw(TOKENS, WIDTH)
-    F.embedding(tokens, w).backward(dy)
+    F.embedding(tokens, whole["w"]).backward(dy)
     y = split.collect(embedding(tokens))
-    near(y, held(w.detach()[tokens], split), "rows", comm, 0)
+    near(y, held(whole["w"].detach()[tokens], split), "rows", comm, 0)
     y.backward(held(dy, split))
-    check_weights([embedding], [w], comm)
+    check_weights([embedding], whole, comm)
 
 
-def head_and_reference(split, vocab_size, scale=1.0, size=1.0):
-    """Return a head with its input, and the whole weight and input after plain PyTorch's loss and backward."""
-    head = VocabularyHead("head", split, vocab_size, WIDTH, std=size)
-    initialise(head.weight, 1)
-    w, x = whole_weight(head), draw(TOKENS, WIDTH).requires_grad_()
+def make_head(split, vocab_size, width=WIDTH, std=1.0, **model):
+    """Return a head of logits by itself, with drawn weights, and the whole ones."""
+    model = Model(width, 1, 1, 8, vocab_size=vocab_size, **model)
+    table = {"head.weight": Parameter("head.weight", (vocab_size, width), std)}
+    if model.head_bias:
+        table["head.bias"] = Parameter("head.bias", (vocab_size,), std)
+    head = ChoiceHead(split, model, table)
+    return head, ready(head)
+
+
+def head_and_reference(split, vocab_size, scale=1.0, std=1.0, **model):
+    """Return a head with its input, and the whole weights and input after plain PyTorch's loss and backward; and the logits.
+    """
+    head, whole = make_head(split, vocab_size, std=std, **model)
+    x = draw(TOKENS, WIDTH).requires_grad_()
     targets = torch.randint(0, vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(2))
-    wanted = scale * F.cross_entropy(x @ w.T, targets, reduction="sum")
+    targets[4:9] = -100
+    logits = F.linear(x, whole["head.weight"], whole.get("head.bias"))
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    wanted = scale * F.cross_entropy(logits, targets, reduction="sum")
     wanted.backward()
-    return head, x, w, targets, wanted
+    return head, x, whole, targets, wanted, logits.detach()
 
 
-@pytest.mark.parametrize(("vocab_size", "chunk_rows"), [(3, 100), (257, 8)])
-def test_head_loss(comm, split, vocab_size, chunk_rows, monkeypatch):
+@pytest.mark.parametrize(("vocab_size", "chunk_rows", "model"), [
+    (3, 100, {}), (257, 8, {}), (3, 8, {"head_bias": True, "logit_softcap": 2.0}), (257, 8, {"head_bias": True}),
+], ids=["few", "chunks", "few-bias-capped", "chunks-bias"])
+def test_head_loss(comm, split, vocab_size, chunk_rows, model, monkeypatch):
+    """A target below zero counts for nothing."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * vocab_size * chunk_rows)
-    head, x, w, targets, wanted = head_and_reference(split, vocab_size, scale=0.37)
+    head, x, whole, targets, wanted, logits = head_and_reference(split, vocab_size, scale=0.37, **model)
     own = held(x.detach(), split).clone().requires_grad_()
-    found = head.loss(split.spread(own, TOKENS), targets, 0.37)
+    found = head(split.spread(own, TOKENS), targets, 0.37)
     near(found, wanted, "loss", comm)
     (2 * found).backward()  # a gradient other than one
     near(own.grad / 2, held(x.grad, split), "gradient of x", comm)
-    head.weight.grad /= 2
-    check_weights([head], [w], comm)
+    for parameter in head.parameters():
+        parameter.grad /= 2
+    check_weights([head], whole, comm)
     with torch.no_grad():
-        near(head.loss(split.spread(own, TOKENS), targets, 0.37), wanted, "loss without gradients", comm)
-        near(head.logits(split.spread(own, TOKENS)), x.detach() @ w.detach().T, "logits", comm)
+        near(head(split.spread(own, TOKENS), targets, 0.37), wanted, "loss without gradients", comm)
+        near(head.logits(split.spread(own, TOKENS)), logits, "logits", comm)
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_losses_in_flight(comm, split, is_flat):
     """As in a pipeline: three forwards before the first backward, and then a fourth. In flat storage, which takes the
-    weight's gradient from forward; else each keeps its own."""
-    head, x, w, targets, _ = head_and_reference(split, 257)
+    weights' gradients from forward; else each keeps its own."""
+    head, x, whole, targets, *_ = head_and_reference(split, 257, head_bias=True)
     own = held(x.detach(), split).clone().requires_grad_()
-    if is_flat:
-        head.weight.main_grad = torch.zeros_like(head.weight)
-    losses = [head.loss(split.spread(own, TOKENS), targets, scale) for scale in (1.0, 0.25, 0.5)]
+    for parameter in head.parameters() if is_flat else ():
+        parameter.main_grad = torch.zeros_like(parameter)
+    losses = [head(split.spread(own, TOKENS), targets, scale) for scale in (1.0, 0.25, 0.5)]
     for loss in losses[::-1]:
         loss.backward()
-    loss = head.loss(split.spread(own, TOKENS), targets, 2.0)
+    loss = head(split.spread(own, TOKENS), targets, 2.0)
     split.weight_gradients.keep()
     loss.backward()
     split.weight_gradients.take()()
     with torch.no_grad():
-        head.loss(split.spread(own, TOKENS), targets, 1.0)
+        head(split.spread(own, TOKENS), targets, 1.0)
     if is_flat:
         with pytest.raises(ValueError, match="scale"):
-            (2 * head.loss(split.spread(own, TOKENS), targets, 0.0)).backward()
-        head.weight.grad = head.weight.main_grad
-    head.weight.grad /= 3.75
-    check_weights([head], [w], comm)
+            (2 * head(split.spread(own, TOKENS), targets, 0.0)).backward()
+    for parameter in head.parameters():
+        parameter.grad = (parameter.main_grad if is_flat else parameter.grad) / 3.75
+    check_weights([head], whole, comm)
     near(own.grad / 3.75, held(x.grad, split), "gradient of x", comm)
 
 
 def test_head_loss_of_large_logits(comm, split):
-    head, x, _, targets, wanted = head_and_reference(split, 257, size=1e4)
-    near(head.loss(split.spread(held(x.detach(), split), TOKENS), targets, 1.0), wanted, "loss", comm)
+    head, x, _, targets, wanted, _ = head_and_reference(split, 257, std=1e4)
+    near(head(split.spread(held(x.detach(), split), TOKENS), targets, 1.0), wanted, "loss", comm)
 
 
 def test_the_head_s_gradient_does_not_depend_on_chunks_in_bfloat16(comm, monkeypatch):
@@ -176,11 +190,10 @@ def test_the_head_s_gradient_does_not_depend_on_chunks_in_bfloat16(comm, monkeyp
     found = []
     for rows in (tokens, 1):
         monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * vocab_size * rows)
-        head = VocabularyHead("head", TensorSplit(Group(as_group(comm).comm), dtype=torch.bfloat16), vocab_size, width)
-        initialise(head.weight, 1)
+        head, _ = make_head(TensorSplit(Group(as_group(comm).comm), dtype=torch.bfloat16), vocab_size, width, 0.02)
         head.weight.main_grad = torch.zeros(head.weight.shape)
         x = torch.ones(tokens, width, dtype=torch.bfloat16, requires_grad=True)
-        head.loss(x, torch.zeros(tokens, dtype=torch.int64), 1.0).backward()
+        head(x, torch.zeros(tokens, dtype=torch.int64), 1.0).backward()
         found.append(head.weight.main_grad)
     ok = torch.allclose(*found, rtol=0.02, atol=0.02 * float(found[0].abs().max()))
     assert_all(ok, found, comm)
@@ -203,11 +216,10 @@ def test_no_rank_builds_more_logits_than_a_chunk_of_its_own(comm, dtype, monkeyp
     vocab_size, rows, width, tokens = 2570, 8, 2, 64
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * vocab_size * rows)
     split = TensorSplit(Group(as_group(comm).comm), dtype=dtype)
-    head = VocabularyHead("head", split, vocab_size, width)
-    initialise(head.weight, 1)
+    head, _ = make_head(split, vocab_size, width)
     x = draw(tokens, width).to(dtype).requires_grad_()
     with Largest() as largest:
-        head.loss(x, torch.arange(tokens), 1.0).backward()
+        head(x, torch.arange(tokens), 1.0).backward()
     own = -(-vocab_size // comm.size)
     assert_all(largest.elements <= rows * own, f"{largest.elements} > {rows} x {own}", comm)
 
@@ -226,11 +238,10 @@ def rotate(x, positions, theta):
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_attention(comm, split, heads, kv_heads):
     model = Model(WIDTH, 1, heads, 8, vocab_size=9, num_kv_heads=kv_heads, head_dim=4, rope_theta=100.0)
-    attention = Attention("attention", split, model, 1.0, recompute=heads == 6)
-    layers = [attention.query, attention.key, attention.value, attention.output]
-    for layer in layers:
-        initialise(layer.weight, 1)
-    wq, wk, wv, wo = wholes = [whole_weight(layer) for layer in layers]
+    table = {name: replace(parameter, std=1.0) for name, parameter in layer_parameters(model).items()}
+    attention = Attention(split, model, table, is_recomputed=heads == 6)
+    whole = ready(attention)
+    wq, wk, wv, wo = (whole[f"layers.0.attention.{part}.weight"] for part in ("query", "key", "value", "output"))
     sequences, positions = 3, 7
     x, dy = draw(TOKENS, WIDTH).requires_grad_(), draw(TOKENS, WIDTH, seed=1)
     rows = []
@@ -246,29 +257,34 @@ def test_attention(comm, split, heads, kv_heads):
     wanted = torch.cat(rows)
     wanted.backward(dy)
 
-    batch = Batch(sequences, positions, *rotary_tables(4, range(positions), 100.0, torch.float64))
+    batch = Batch(sequences, positions, *rotary_tables(model, range(positions), torch.float64))
     own = held(x.detach(), split).clone().requires_grad_()
-    y = split.leave(attention(split.enter(own, TOKENS), batch))
+    y = attention(own, batch)
     near(y, held(wanted, split), "output", comm)
     y.backward(held(dy, split))
     near(own.grad, held(x.grad, split), "gradient of x", comm)
-    check_weights(layers, wholes, comm)
+    check_weights([attention], whole, comm)
 
 
-def test_norm(comm, split):
-    norm = RMSNorm("norm", split, WIDTH, 1e-5)
-    norm.weight.data.copy_(draw(WIDTH, seed=3))
-    w, x = draw(WIDTH, seed=3).requires_grad_(), draw(TOKENS, WIDTH).requires_grad_()
-    F.rms_norm(x, (WIDTH,), w, 1e-5).backward(draw(TOKENS, WIDTH, seed=1))
+@pytest.mark.parametrize("kind", ["rms", "rms-offset", "layer"])
+def test_norm(comm, split, kind):
+    weight, bias = (Parameter(name, (WIDTH,), 1.0, split="tokens") for name in "wb")
+    norm = Norm(split, weight, bias if kind == "layer" else None, 1e-5, kind == "rms-offset")
+    whole, x = ready(norm), draw(TOKENS, WIDTH).requires_grad_()
+    if kind == "layer":
+        wanted = F.layer_norm(x, (WIDTH,), whole["w"], whole["b"], 1e-5)
+    else:
+        wanted = F.rms_norm(x, (WIDTH,), whole["w"] + (kind == "rms-offset"), 1e-5)
+    wanted.backward(draw(TOKENS, WIDTH, seed=1))
     own = held(x.detach(), split).clone().requires_grad_()
     y = norm(own, TOKENS)
-    near(y, held(F.rms_norm(x, (WIDTH,), w, 1e-5), split), "norm", comm)
+    near(y, held(wanted, split), "norm", comm)
     y.backward(held(draw(TOKENS, WIDTH, seed=1), split))
     near(own.grad, held(x.grad, split), "gradient of x", comm)
-    check_weights([norm], [w], comm)
+    check_weights([norm], whole, comm)
 
 
-def stage_gradients(comm, model, sequence_parallel, recompute, keep=False, mask=None, blocks=None):
+def stage_gradients(comm, model, sequence_parallel, recompute, keep=False, documents=None, blocks=None):
     """Return loss and gradients, by name and start, of a whole model on this rank's split."""
     group = Group(as_group(comm).comm, "tensor", "any" if blocks is None else "tree")
     split = TensorSplit(group, sequence_parallel, blocks, torch.float64)
@@ -276,7 +292,8 @@ def stage_gradients(comm, model, sequence_parallel, recompute, keep=False, mask=
     for parameter in stage.parameters():
         initialise(parameter, 0)
         parameter.grad = torch.zeros_like(parameter)
-    batch = Batch(3, 7, *rotary_tables(model.head_dim, range(7), model.rope_theta, torch.float64), mask)
+    mask = visible(model, 0, 7, documents_BS=documents)
+    batch = Batch(3, 7, *rotary_tables(model, range(7), torch.float64), mask)
     found = stage.loss(stage(TEXT[:, :-1].reshape(-1), batch), batch, TEXT[:, 1:].reshape(-1), 1 / 21)
     if keep:
         split.weight_gradients.keep()
@@ -321,13 +338,11 @@ def test_weights_that_lie_together_are_one_product(comm, numerics, factors):
 @pytest.mark.parametrize(("heads", "kv_heads", "documents"), [(5, 1, True), (6, 3, False)])
 def test_the_model_against_the_serial_reference(comm, heads, kv_heads, documents):
     model = Model(40, 2, heads, 54, vocab_size=257, num_kv_heads=kv_heads, head_dim=8)
-    reference, mask, starts = Reference(model, 0), None, None
-    if documents:
-        starts = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [3] * 7, [3, 4, 5, 6, 7, 8, 9]])
-        mask = ((starts[:, :, None] == starts[:, None, :]) & torch.ones(7, 7, dtype=torch.bool).tril())[:, None]
+    reference = Reference(model, 0)
+    starts = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [3] * 7, [3, 4, 5, 6, 7, 8, 9]]) if documents else None
     reference.loss(TEXT[:, :-1], TEXT[:, 1:], starts).backward()
     for sequence_parallel, recompute in ((False, "full"), (True, ("selective", "none"))):
-        _, grads = stage_gradients(comm, model, sequence_parallel, recompute, mask=mask)
+        _, grads = stage_gradients(comm, model, sequence_parallel, recompute, documents=starts)
         wrong = []
         for (name, start), grad in grads.items():
             whole = reference.parameters[name].grad.reshape(-1)[start:start + grad.numel()]
@@ -365,7 +380,7 @@ def test_logits_are_replicated(comm):
     for parameter in stage.parameters():
         initialise(parameter, 0)
     tokens = torch.arange(14).view(2, 7)
-    batch = Batch(2, 7, *rotary_tables(8, range(7), 1e4, torch.float64))
+    batch = Batch(2, 7, *rotary_tables(model, range(7), torch.float64))
     with torch.no_grad():
         found = stage.logits(stage(tokens.reshape(-1), batch), batch)
         near(found, Reference(model, 0).logits(tokens).flatten(0, 1), "logits", comm)

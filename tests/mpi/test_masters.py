@@ -7,7 +7,7 @@ from helpers import assert_all
 from tiny import LAYOUTS, configure, tiny
 
 from mpillm.checkpoint.reading import Checkpoint
-from mpillm.nn.init import initial_values, parameter_table
+from mpillm.model.parameters import initial_values, parameters
 from mpillm.train.engine import Engine
 from mpillm.train.run import Run
 from mpillm.verify import compare
@@ -23,8 +23,7 @@ class Adam:
     """AdamW in float64, of one piece of a parameter."""
 
     def __init__(self, config, piece):
-        std = parameter_table(config.model)[piece.name][1]
-        initial = initial_values(piece.name, config.train.seed, piece.start, piece.stop, std)
+        initial = initial_values(parameters(config.model)[piece.name], config.train.seed, piece.start, piece.stop)
         self.weights = torch.from_numpy(initial).bfloat16().double().numpy()
         self.train, self.decay = config.train, config.train.weight_decay * (len(piece.shape) > 1)
         self.mean = self.square = np.zeros_like(self.weights)
@@ -45,7 +44,7 @@ def test_updates_too_small_for_bfloat16_add_up(comm):
     state = list(engine.optimizer.state())
     wanted, moved, errors = [Adam(config, piece) for piece, _ in state], {}, []
     for step in range(1, 11):
-        engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch], LR)
+        engine.train_step(batch.part, LR)
         gradients = engine.gradient_ranges()
         for (piece, tensors), adam in zip(state, wanted):
             gradient, = (values for start, values in gradients[piece.name] if start == piece.start)

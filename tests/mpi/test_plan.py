@@ -32,6 +32,7 @@ from mpillm.comm.tables import only
 from mpillm.config import AXES
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.machine import Level, Machine
+from mpillm.model.description import SHAPES
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.search import make_plan, price_layout
 from mpillm.planner.volume import step_volume
@@ -320,7 +321,7 @@ def test_layers_mixed_by_a_tight_plan_recompute_as_it_says_and_agree(comm):
     engine = Engine(obeyed, comm, table=plan.table)
     own = [(int(layer.ffn.down.weight.shard.name.split(".")[1]), layer) for stage in engine.stages
            for layer in stage.module.layers]
-    found = {i: "full" if layer.is_recomputed else "selective" if layer.attention.recompute else "none"
+    found = {i: "full" if layer.is_recomputed else "selective" if layer.attention.is_recomputed else "none"
              for i, layer in own}
     engine.free()
     assert_all(found == {i: modes[i] for i in found}, f"{found} {modes}", comm)
@@ -328,12 +329,21 @@ def test_layers_mixed_by_a_tight_plan_recompute_as_it_says_and_agree(comm):
     assert_all(difference.first is None, str(difference), comm)
 
 
+GPT = {f"model.{key}": value for key, value in SHAPES["gpt"].items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"train.numerics": "exact", "train.dtype": "float32"},
     {"train.dtype": "bfloat16", "model.tie_embeddings": True, "layout.bucket_cuts": [0, 1, 2], **GROUPED["shared"]},
     {"layout.bucket_cuts": [1, 2, 3]},
-], ids=["exact", "tied", "buckets"])
+    {"model.qk_norm": "whole", "model.norm_placement": "output", "layout.bucket_cuts": [2]},
+    {"model.qk_norm": "whole", "model.norm_placement": "output", **GROUPED["shared"]},
+    {"model.qk_norm": "head", "model.attention_bias": True, **GROUPED["shared"]},
+    {**GPT, "model.residual": "parallel"},
+    {**GPT, "model.norm_placement": "post", "model.embedding_norm": True, "model.head": "masked",
+     "model.head_bias": True, "model.tie_embeddings": True, "train.numerics": "exact", "train.dtype": "float32"},
+], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words"])
 def test_planned_volume_is_what_is_sent(comm, changes):
     config = tiny({"model.num_layers": 4, **changes})
     for layout in one_for_every_degrees(config, comm.size):

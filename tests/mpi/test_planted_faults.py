@@ -1,46 +1,28 @@
-"""Faults planted one at a time: each must be found, and the first wrong tensor named.
-
-Every fault is a mistake that a rewrite could make. ``first`` is worked out by hand: after a wrong forward the loss is
-wrong; a wrong backward leaves the gradients of later layers right, and the first wrong one is that of the weight which
-backward comes to next.
-"""
+"""Faults planted in training and its messages: each must be found, and the first wrong tensor named (``planted.py``)."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_all
-from tiny import GROUPED, reference_steps, tiny
+from planted import PIPELINE, SEQUENCE, TENSOR, Faults
+from tiny import GROUPED
 
 from mpillm.autograd import regions
 from mpillm.comm import p2p, shared
 from mpillm.comm.collectives import Pending
 from mpillm.nn import attention, embedding, linear, norm, split
 from mpillm.pipeline import runner, stage
-from mpillm.planner.stages import default_cuts
 from mpillm.train import engine, flat_buffers, gradient_store, optimizers
-from mpillm.verify.compare import compare_layout
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
-TENSOR = {"layout.tensor": 2, "layout.sequence_parallel": False}
-SEQUENCE = {"layout.tensor": 2, "layout.sequence_parallel": True}
-PIPELINE = {"layout.pipeline": 2, "layout.schedule": "1f1b"}
 ZERO_BUBBLE = {"layout.pipeline": 2, "layout.schedule": "zb-h1"}
 DATA = {"layout.data": 2, "layout.zero": 1}
 WHOLE = {"layout.data": 2, "layout.zero": 0}
 TIED = {"model.tie_embeddings": True}
-FAULTS = {}
-
-
-def fault(layout, first):
-    """Register a fault with a layout that shows it and what must be named: a text with the last layers' numbers."""
-    def register(plant):
-        FAULTS[plant.__name__] = (plant, layout, first)
-        return plant
-
-    return register
+FAULTS = Faults()
+fault = FAULTS.fault
 
 
 def movement(move, adjoint):
@@ -252,8 +234,8 @@ def the_optimizer_forgets_its_state(patch, config):
 
 @fault(TENSOR, "gradient of layers.{last}.attention.key.weight")
 def rotary_positions_turn_the_wrong_way_back(patch, config):
-    right = attention._turn
-    patch.setattr(attention, "_turn", lambda x, batch, sign: right(x, batch, 1))
+    right = attention.turn
+    patch.setattr(attention, "turn", lambda x, batch, sign: right(x, batch, 1))
 
 
 @fault(TENSOR, "loss")
@@ -273,7 +255,7 @@ def initial_weights_are_those_of_the_local_index(patch, config):
 
     def wrong(parameter, seed):
         shard = parameter.shard
-        parameter.shard = split.Shard(shard.name, shard.shape, 0, shard.stop - shard.start, shard.std)
+        parameter.shard = replace(shard, start=0, stop=shard.stop - shard.start)
         right(parameter, seed)
         parameter.shard = shard
 
@@ -285,10 +267,10 @@ def recompute_sees_something_else(patch, config):
     """The attention of the last layer is computed from half the input the second time."""
     right, seen = attention.Attention.forward, set()
 
-    def wrong(self, parts, batch):
+    def wrong(self, x, batch):
         first = (self, id(batch)) not in seen
         seen.add((self, id(batch)))
-        return right(self, parts if first else [part / 2 for part in parts], batch)
+        return right(self, x if first else x / 2, batch)
 
     patch.setattr(attention.Attention, "forward", wrong)
 
@@ -326,8 +308,8 @@ def a_joined_gradient_is_a_copy(patch, config):
 
 @fault(SEQUENCE, "gradient of norm.weight")
 def the_gradient_of_a_norm_misses_its_first_token(patch, config):
-    right = norm._gradients
-    patch.setattr(norm, "_gradients", lambda dy, x, inverse, *others: (
+    right = norm.rms_gradients
+    patch.setattr(norm, "rms_gradients", lambda dy, x, inverse, *others: (
         right(dy, x, inverse, *others)[0], right(dy[1:], x[1:], inverse[1:], *others)[1]))
 
 
@@ -336,9 +318,9 @@ def tokens_of_other_ranks_are_looked_up_as_well(patch, config):
     patch.setattr(embedding._Lookup, "forward", staticmethod(wrong_lookup))
 
 
-def wrong_lookup(ctx, tokens, weight, module):
-    ctx.embedding, ctx.tokens = module, tokens
-    return weight[(tokens - module.rows[0]) % len(weight)]
+def wrong_lookup(ctx, tokens, weight, table):
+    ctx.table, ctx.indices = table, tokens
+    return weight[(tokens - table.rows[0]) % len(weight)]
 
 
 @fault(PIPELINE | {"data.mask_documents": True}, "loss")
@@ -360,33 +342,12 @@ def a_buffer_is_changed_before_it_was_sent(patch, config):
     patch.setattr(runner, "isend", wrong)
 
 
-@pytest.fixture(scope="module")
-def references():
-    """What the reference does, by what decides it."""
-    return {}
-
-
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_and_named(comm, name, references, monkeypatch):
-    plant, layout, first = FAULTS[name]
-    config = tiny({"model.num_layers": 4, **layout}, comm.size)
-    kind = tuple(sorted((key, value) for key, value in layout.items() if not key.startswith("layout")))
-    if kind not in references:
-        references[kind] = reference_steps(config, 2, comm)
-    cuts = default_cuts(config)
-    first = first.format(last=3, cut=cuts[0] - 1 if cuts else None)
-    with monkeypatch.context() as patch:
-        plant(patch, config)
-        found = compare_layout(config, comm, *references[kind])
-    wanted = first if first.startswith("step") else f"step 1: {first}"
-    assert_all(found.first == wanted, f"{found}; wanted {wanted}", comm)
+def test_a_planted_fault_is_found_and_named(comm, name, monkeypatch):
+    FAULTS.check(name, comm, monkeypatch)
 
 
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
 def test_without_a_fault_nothing_is_found(comm):
-    layouts = {str(layout): layout for _, layout, _ in FAULTS.values()}
-    for layout in layouts.values():
-        config = tiny({"model.num_layers": 4, **layout}, comm.size)
-        found = compare_layout(config, comm, *reference_steps(config, 2, comm))
-        assert_all(found.first is None, f"{layout}: {found}", comm)
+    FAULTS.check_without(comm)

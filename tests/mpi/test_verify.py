@@ -8,10 +8,12 @@ import pytest
 import torch
 from helpers import assert_all
 from pytorch_schedules import made_by_pytorch
-from tiny import GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
+from tiny import FAMILIES, GROUPED, one_for_every_degrees, reference_steps, representative, tiny, with_layout
 
 from mpillm.comm.single import SingleComm
+from mpillm.data.labelled import counted
 from mpillm.nn import products
+from mpillm.nn.scores import figures
 from mpillm.planner.keys import describe
 from mpillm.planner.synthesis import TEXTBOOK, synthesise
 from mpillm.schedules import make_schedule
@@ -111,18 +113,47 @@ def test_exact_numerics_are_right_too(comm):
     check(one_for_every_degrees(config, comm.size), comm, steps=1)
 
 
-def test_evaluation_gives_the_reference_loss(comm):
+@pytest.mark.parametrize("name", ["llama3", "classes", "tags", "values"])
+def test_evaluation_gives_the_reference_loss_and_figures(comm, name):
     """Of a whole batch and of a last short one."""
-    for config in one_for_every_degrees(tiny({"model.num_layers": 4}), comm.size):
-        (inputs, targets, _), = compare.batches(config, 1)
+    for config in one_for_every_degrees(tiny({**FAMILIES[name], "model.num_layers": 4}), comm.size):
+        (batch,) = compare.batches(config, 1)
         reference = compare.Reference(config.model, config.train.seed)
         engine = Engine(config, comm)
-        for count in (9, 4, 1):
-            found = engine.loss(lambda low, high: (inputs[low:high], targets[low:high], None), count)  # noqa: B023
-            tensors = [compare.torch.as_tensor(part[:count]) for part in (inputs, targets)]
-            wanted = reference.loss(*tensors).item() * count * config.train.seq_len
-            assert_all(abs(found - wanted) < 1e-11 * wanted, f"{describe(config.layout)}: {found} {wanted}", comm)
+        for count in (9, 4):
+            part = batch.part(0, count)
+            loss, scores = engine.loss(part.part, count)
+            tensors = [None if each is None else torch.as_tensor(each) for each in part]
+            wanted = reference.loss(*tensors).item() * counted(part.targets)
+            assert_all(abs(loss - wanted) < 1e-11 * abs(wanted), f"{describe(config.layout)}: {loss} {wanted}", comm)
+            inputs, targets, *who = tensors
+            logits = reference.logits(inputs, *who).detach().numpy()
+            found = {} if scores is None else figures(config.model.head, scores)
+            right = found == pytest.approx(BY_HAND[name](logits, targets.numpy()))
+            assert_all(right, f"{describe(config.layout)}: {found}", comm)
         engine.free()
+
+
+def choices_by_hand(logits, targets):
+    """Accuracy and macro F1 as textbooks have them."""
+    pairs = [(int(row.argmax()), int(target)) for row, target in zip(logits.reshape(-1, logits.shape[-1]), targets.ravel())
+             if target >= 0]
+    scores = []
+    for label in sorted({label for pair in pairs for label in pair}):
+        right = sum(pair == (label, label) for pair in pairs)
+        chosen, wanted = (sum(pair[side] == label for pair in pairs) for side in (0, 1))
+        precision, recall = right / chosen if chosen else 0, right / wanted if wanted else 0
+        scores.append(2 * precision * recall / (precision + recall) if right else 0)
+    return {"accuracy": np.mean([chosen == wanted for chosen, wanted in pairs]), "macro_f1": np.mean(scores)}
+
+
+def values_by_hand(logits, targets):
+    """Errors of the means, every other number, where there is a target."""
+    errors = (logits[..., ::2] - targets)[~np.isnan(targets)]
+    return {"mse": np.mean(errors ** 2), "mae": np.mean(np.abs(errors))}
+
+
+BY_HAND = {"llama3": lambda *_: {}, "classes": choices_by_hand, "tags": choices_by_hand, "values": values_by_hand}
 
 
 def test_a_difference_just_above_the_tolerance_is_seen(comm):

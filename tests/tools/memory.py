@@ -26,6 +26,16 @@ from mpillm.verify.compare import batches
 
 MODEL = {"vocab_size": 2048, "hidden_size": 192, "ffn_size": 512, "num_layers": 8, "num_heads": 6}
 TRAIN = {"seq_len": 128, "microbatch": 2, "dtype": "float32", "device": "cpu", "eval_every": 0, "checkpoint_every": 0}
+BIASES = {"model.attention_bias": True, "model.output_bias": True, "model.ffn_bias": True}
+KEYED = {  # models whose layers keep other things
+    "plain layers": {"model.norm": "layer", "model.positions": "learned", "model.ffn": "gelu", **BIASES},
+    "parallel": {"model.norm": "layer", "model.residual": "parallel", "model.ffn": "gelu", **BIASES},
+    "norms of heads": {"model.qk_norm": "head", "model.num_kv_heads": 2},
+    "norms of all heads": {"model.qk_norm": "whole", "model.norm_placement": "output"},
+    "masked words": {"model.norm": "layer", "model.norm_placement": "post", "model.ffn": "gelu", "model.head": "masked",
+                     "model.attention": "bidirectional", "model.embedding_norm": True, "model.tie_embeddings": True},
+    "window and cap": {"model.window": 16, "model.ffn": "geglu", "model.norm_offset": True, "model.logit_softcap": 30.0},
+}
 CLOSE, FEW_BYTES = 0.05, 1e6
 STEPS, STEPS_SPAN = 2, "steps"
 MEMORY_EVENT = "[memory]"  # as the profiler calls what PyTorch takes or gives back
@@ -79,8 +89,7 @@ def measured_bytes(config, comm):
         engine = Engine(config, comm)
         with record_function(STEPS_SPAN):
             for batch in batches(config, STEPS):
-                engine.train_step(lambda low, high: [part if part is None else part[low:high] for part in batch],  # noqa: B023
-                                  config.train.lr)
+                engine.train_step(batch.part, config.train.lr)
         coordinate = engine.mesh.coord("pipeline")
         engine.free()
     events = recorded.profiler.kineto_results.events()
@@ -129,7 +138,7 @@ def cases(ranks):
             "tied": {"model.tie_embeddings": True}, "zero=0": {"layout.zero": 0}, "exact": {"train.numerics": "exact"},
             "grouped": {"model.num_kv_heads": 2}, "bfloat16": {"train.dtype": "bfloat16"},
             "large head": {"model.vocab_size": 32768}, "sgd": {"train.optimizer": "sgd"},
-            "documents": {"data.mask_documents": True},
+            "documents": {"data.mask_documents": True}, **KEYED,
         }.items():
             yield f"{shape} {name}", {**split, **more, "train.global_batch": 4 * ranks}
 

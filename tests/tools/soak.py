@@ -1,5 +1,5 @@
-"""Every layout of this launch's ranks, for the long test: against the reference, and bit for bit in ``exact``; and with
-ranks that are late at random, bit for bit on every path that messages take.
+"""Every layout of this launch's ranks, for the long test: against the reference, and bit for bit in ``exact``, also models of
+every description (``families``); and with ranks that are late at random, bit for bit on every path that messages take.
 
     PYTHONPATH=tests mpiexec -n N python tests/tools/soak.py [PART ...] [OPTION ...]
 
@@ -18,7 +18,7 @@ from functools import wraps
 
 import pytest
 import torch
-from tiny import GROUPED, alone, one_for_every_degrees, reference_steps, tiny, train
+from tiny import FAMILIES, GROUPED, alone, one_for_every_degrees, reference_steps, tiny, train
 
 from mpillm.comm import executor, group, handover, library, scheduled, shared
 from mpillm.comm.tables import only
@@ -39,7 +39,7 @@ MODELS = {
 }
 EXACT = {"train.numerics": "exact", "train.dtype": "float32", "train.steps": 20}
 STEPS = 500
-PARTS = ("reference", "exact", "late", "paths")
+PARTS = ("reference", "families", "exact", "late", "paths")
 # How often ranks are late, by up to 5 ms; least at what is called again and again while they wait
 LATE = ((shared.Node, "barrier", 0.02), (library.Library, "_call", 0.02), (library.Persistent, "start", 0.02),
         (handover.Handover, "_take", 0.02), (executor.Executor, "Test", 0.002))
@@ -61,8 +61,9 @@ def main():
     for way in set(WAYS) - {asked.way or way for way in WAYS}:
         del WAYS[way]
     exact = {**EXACT, "train.dtype": asked.dtype}
-    for name, model in MODELS.items():
-        if "reference" in asked.parts:
+    families = {name: {"model.num_layers": 4, **model} for name, model in FAMILIES.items()}
+    for name, model in {**MODELS, **families}.items():
+        if ("families" if name in families else "reference") in asked.parts:
             differing += against_reference(tiny(model), f"{name}, 5 steps in float64", comm)
         if "exact" in asked.parts:
             differing += against_one_rank(tiny({**model, **exact}), name, comm, asked.few)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpillm.config import Config
 from mpillm.machine import PRESETS
+from mpillm.model.description import SHAPES
 from mpillm.planner.balance import balance
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.routes import Topology, bound
@@ -20,7 +21,7 @@ from mpillm.planner.synthesis import synthesise
 
 # The last row of Narayanan et al. 2021, Table 1.
 TRILLION = Config.from_dict({
-    "model": {"kind": "gpt", "vocab_size": 51200, "hidden_size": 25600, "ffn_size": 102400, "num_layers": 128,
+    "model": {**SHAPES["gpt"], "vocab_size": 51200, "hidden_size": 25600, "ffn_size": 102400, "num_layers": 128,
               "num_heads": 160, "max_seq_len": 2048},
     "train": {"seq_len": 2048, "global_batch": 3072, "dtype": "bfloat16"},
 })

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from mpillm.checkpoint.saving import Saving, save
 from mpillm.comm.single import SingleComm
 from mpillm.config import Model
 from mpillm.errors import INPUT_OUTPUT, CheckpointError, DataError
-from mpillm.nn.init import parameter_table
+from mpillm.model.parameters import parameters
 
 SHAPES = {"embedding.weight": (9, 7), "norm.weight": (7,)}
 MUTATIONS = int(os.environ.get("MPILLM_MUTATIONS", "100"))
@@ -255,8 +254,8 @@ MODEL = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8, "voca
 
 def with_model(folder):
     folder.mkdir()
-    shards = [(name, shape, 0, {"weight": torch.zeros(math.prod(shape))})
-              for name, (shape, _) in parameter_table(Model(**MODEL)).items()]
+    shards = [(name, parameter.shape, 0, {"weight": torch.zeros(parameter.size)})
+              for name, parameter in parameters(Model(**MODEL)).items()]
     return save(folder, 3, shards, {"model": MODEL}, SingleComm())
 
 

@@ -108,7 +108,7 @@ def test_what_version_0_1_0_wrote_is_read(tmp_path):
     assert (schedule.op, schedule.num_ranks) == ("allgather", 3)
     assert Topology.load(tmp_path / "topology.json").ranks == [0, 1, 2]
     check(named_or_read(str(tmp_path / "pipeline.txt"), 2, 3, 1))
-    assert Config.load(tmp_path / "run" / "config.toml").model.kind == "llama"
+    assert Config.load(tmp_path / "run" / "config.toml").model.norm == "rms"
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in metrics] == [1, 2] and "validation_loss" in metrics[1]
     (launch,) = read_trace(tmp_path / "run" / "trace")

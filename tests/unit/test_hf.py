@@ -1,4 +1,4 @@
-"""Weights to Hugging Face's Llama and back, with Hugging Face's own model and the serial reference as oracles."""
+"""Folders of Hugging Face weights: types, files and names, tokenizers, what is refused, and the command."""
 
 import json
 import sys
@@ -8,101 +8,40 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from families import make_folder, make_model
+from safetensors.torch import load_file, save_file
 
 from mpillm import hf
 from mpillm.checkpoint import reading, saving
 from mpillm.cli.convert import command
-from mpillm.comm.group import Group
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Model
-from mpillm.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, train_bpe
+from mpillm.data.settings import Settings
+from mpillm.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, load_tokenizer, train_bpe
 from mpillm.errors import CheckpointError, ConfigError, DataError
 from mpillm.hf.folder import INDEX
-from mpillm.hf.writing import FILE_ELEMENTS
-from mpillm.inference.generator import load_weights
-from mpillm.nn.attention import Batch, rotary_tables
-from mpillm.nn.init import initial_values, parameter_table
-from mpillm.nn.split import TensorSplit
-from mpillm.nn.transformer import TransformerStage
-from mpillm.verify.reference import Reference
+from mpillm.model.parameters import initial_values, parameters
 
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-5
-MODELS = {
-    "plain": {},
-    "grouped": {"num_kv_heads": 2},
-    "one-kv-head": {"num_kv_heads": 1, "head_dim": 6},
-    "tied": {"tie_embeddings": True, "num_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-3},
-}
-TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, 59, (2, 19)))
 
-
-def make_model(**changes):
+def tiny_model(**changes):
     return Model(**{"vocab_size": 59, "hidden_size": 40, "num_layers": 2, "num_heads": 4, "ffn_size": 56,
                     "max_seq_len": 32, **changes})
 
 
 def make_run(folder, model, dtype="float32", tokenizer=None):
-    """Write a run whose weights are large enough for logits of order one."""
+    """Write a run with its initial weights."""
     config = Config.from_dict({"model": asdict(model), "train": {"run_dir": str(folder), "seq_len": 16}})
     shards = []
-    for name, (shape, std) in parameter_table(model).items():
-        flat = initial_values(name, 1, 0, int(np.prod(shape)), std and 8 * std).astype(dtype)
-        shards += [(name, shape, 0, {"weight": flat[:7]}), (name, shape, 7, {"weight": flat[7:]})]
+    for name, parameter in parameters(model).items():
+        flat = initial_values(parameter, 1, 0, parameter.size).astype(dtype)
+        shards += [(name, parameter.shape, 0, {"weight": flat[:7]}), (name, parameter.shape, 7, {"weight": flat[7:]})]
     saving.save(folder / "checkpoints", 3, shards, {"model": asdict(model)}, SingleComm())
     (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     if tokenizer:
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     return folder
-
-
-def make_hf(folder, **changes):
-    """Save a random model of Hugging Face's."""
-    torch.manual_seed(0)
-    values = {"vocab_size": 59, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "intermediate_size": 56, "max_position_embeddings": 32,
-              "initializer_range": 0.16, "bos_token_id": 0, "eos_token_id": 0, **changes}
-    dtype = values.pop("save_as", torch.float32)
-    size = values.pop("file_size", "5GB")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).to(dtype)
-    model.save_pretrained(folder, max_shard_size=size)
-    return model
-
-
-def hf_logits(folder):
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def stage_logits(run):
-    """Return the logits of mpillm's own layers."""
-    source = reading.Checkpoint(run)
-    model = Model(**source.manifest["model"])
-    stage = TransformerStage(model, TensorSplit(Group(SingleComm())), 0, model.num_layers)
-    load_weights(stage, source)
-    tables = rotary_tables(model.head_dim, range(TOKENS.shape[1]), model.rope_theta, torch.float32)
-    batch = Batch(*TOKENS.shape, *tables)
-    with torch.no_grad():
-        return stage.logits(stage(TOKENS.reshape(-1), batch), batch).view(*TOKENS.shape, -1)
-
-
-def reference_logits(run):
-    """Return the logits of the serial reference."""
-    source = reading.Checkpoint(run)
-    reference = Reference(Model(**source.manifest["model"]), 0, torch.float32)
-    with torch.no_grad():
-        for name, weight in reference.parameters.items():
-            weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
-        return reference.logits(TOKENS)
-
-
-def assert_same_logits(folder, run):
-    wanted = hf_logits(folder)
-    assert wanted.abs().max() > 1
-    for logits in (stage_logits(run), reference_logits(run)):
-        assert (logits - wanted).abs().max() < TOLERANCE
 
 
 def weights(path):
@@ -119,58 +58,44 @@ def assert_same_bits(a, b):
         assert values.tobytes() == b[name][1].tobytes(), name
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("file_elements", [FILE_ELEMENTS, 5000], ids=["one-file", "many-files"])
-def test_to_hf_and_back(tmp_path, changes, file_elements):
-    run = make_run(tmp_path / "run", make_model(**changes))
-    hf.to_hf(run, tmp_path / "hf", file_elements)
-    num_files = len(list((tmp_path / "hf").glob("*.safetensors")))
-    assert num_files > 3 if file_elements == 5000 else num_files == 1
-    written = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == make_model(**changes).rope_theta
-    assert_same_logits(tmp_path / "hf", run)
-    hf.from_hf(tmp_path / "again", tmp_path / "hf")
-    assert_same_bits(run, tmp_path / "again")
-    assert Config.load(tmp_path / "again" / "config.toml").model == make_model(**changes)
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value != "leave out"}))
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"num_key_value_heads": 4}, {"tie_word_embeddings": True}, {"head_dim": 6}, {"file_size": "20KB"},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rms_norm_eps": 1e-2},
-], ids=["grouped", "plain", "tied", "head-dim", "many-files", "rotary-and-norm"])
-def test_from_hf_and_back(tmp_path, changes):
-    model = make_hf(tmp_path / "hf", **changes)
-    hf.from_hf(tmp_path / "run", tmp_path / "hf")
-    assert_same_logits(tmp_path / "hf", tmp_path / "run")
-    hf.to_hf(tmp_path / "run", tmp_path / "again")
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again").state_dict()
-    assert again.keys() == model.state_dict().keys()
-    assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
+def change_tensors(folder, change):
+    """Write what ``change`` makes of all tensors."""
+    path = folder / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path, {"format": "pt"})
 
 
 @pytest.mark.parametrize("save_as,kept,computed", [
     (torch.float64, "float64", "float64"), (torch.float32, "float32", "float32"),
     (torch.bfloat16, "float32", "bfloat16"), (torch.float16, "float32", "float32"),
 ], ids=str)
-def test_types(tmp_path, save_as, kept, computed):
-    model = make_hf(tmp_path / "hf", save_as=save_as)
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", "bert"])
+def test_types(tmp_path, case, save_as, kept, computed):
+    model = make_folder(tmp_path / "hf", case, save_as)
     hf.from_hf(tmp_path / "run", tmp_path / "hf")
-    values = weights(tmp_path / "run")["layers.1.ffn.down.weight"][1]
-    assert values.dtype == kept
-    want = model.model.layers[1].mlp.down_proj.weight.detach().T.to(torch.float64).numpy().reshape(-1)
-    assert np.array_equal(values.astype(np.float64), want)
+    found = weights(tmp_path / "run")
+    assert all(values.dtype == kept for _, values in found.values())
+    name = {"llama": "model.layers.1.mlp.down_proj", "gpt_neox": "gpt_neox.layers.1.mlp.dense_4h_to_h",
+            "bert": "bert.encoder.layer.1.output.dense"}[case]
+    want = model.get_parameter(f"{name}.weight").detach().T.to(torch.float64).numpy().reshape(-1)
+    assert np.array_equal(found["layers.1.ffn.down.weight"][1].astype(np.float64), want)
     assert Config.load(tmp_path / "run" / "config.toml").train.dtype == computed
 
 
 def test_files_are_open_to_those_who_may_enter_the_folder(tmp_path):
-    run, target = make_run(tmp_path / "run", make_model()), tmp_path / "hf"
+    run, target = make_run(tmp_path / "run", tiny_model()), tmp_path / "hf"
     target.mkdir(mode=0o750)
     hf.to_hf(run, target)
-    assert (target / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert (target / "model.safetensors").stat().st_mode == (target / "config.json").stat().st_mode
 
 
 def test_float64_keeps_its_bits(tmp_path):
-    run = make_run(tmp_path / "run", make_model(), "float64")
+    run = make_run(tmp_path / "run", tiny_model(), "float64")
     hf.to_hf(run, tmp_path / "hf")
     hf.from_hf(tmp_path / "again", tmp_path / "hf")
     assert_same_bits(run, tmp_path / "again")
@@ -180,7 +105,7 @@ def test_float64_keeps_its_bits(tmp_path):
 def test_tokenizer_travels(tmp_path):
     text = "what one document says, another may say as well\n"
     tokenizer = train_bpe([text * 20], 300)
-    model = make_model(vocab_size=tokenizer.vocab_size)
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
     run = make_run(tmp_path / "run", model, tokenizer=tokenizer)
     hf.to_hf(run, tmp_path / "hf")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -193,50 +118,117 @@ def test_tokenizer_travels(tmp_path):
 
 
 def test_tokens_that_are_bytes_stay_at_home(tmp_path):
-    run = make_run(tmp_path / "run", make_model(vocab_size=257), tokenizer=ByteTokenizer())
+    run = make_run(tmp_path / "run", tiny_model(vocab_size=257), tokenizer=ByteTokenizer())
     hf.to_hf(run, tmp_path / "hf")
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
 
 
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in values.items() if value != "leave out"}))
-
-
-@pytest.mark.parametrize("key,value", [
-    ("model_type", "mistral"), ("architectures", ["LlamaForSequenceClassification"]), ("hidden_act", "gelu"),
-    ("attention_bias", True), ("mlp_bias", True), ("quantization_config", {"quant_method": "gptq"}),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), ("partial_rotary_factor", 0.5),
-    ("hidden_size", "leave out"), ("num_attention_heads", 3), ("head_dim", 7),
+@pytest.mark.parametrize("case,changes,theta,fraction", [
+    ("llama", {"rope_scaling": None, "rope_theta": 123.0}, 123.0, 1.0), ("llama", {}, 10000.0, 1.0),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 123.0}, 123.0, 1.0),
+    ("phi3-partial", {"partial_rotary_factor": 0.75}, 10000.0, 0.75),
+    ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 77}, 77, 0.5), ("gpt_neox", {}, 10000.0, 0.25),
+    ("gpt_neox", {"rotary_pct": 0.5, "partial_rotary_factor": 0.5, "rope_theta": 10000}, 10000.0, 0.5),
 ])
-def test_models_that_mpillm_has_not(tmp_path, key, value):
-    make_hf(tmp_path / "hf")
-    change_config(tmp_path / "hf", **{key: value})
-    named = {"num_attention_heads": "num_heads"}.get(key, key)
-    with pytest.raises(ConfigError, match=f"config.json.*{named}"):
-        hf.from_hf(tmp_path / "run", tmp_path / "hf")
-    assert not (tmp_path / "run").exists()
-
-
-def test_rotary_keys_of_older_releases(tmp_path):
-    make_hf(tmp_path / "hf")
-    change_config(tmp_path / "hf", rope_parameters="leave out", rope_scaling=None, rope_theta=123.0)
+def test_rotary_keys_of_older_releases(tmp_path, case, changes, theta, fraction):
+    make_folder(tmp_path / "hf", case)
+    change_config(tmp_path / "hf", **{"rope_parameters": "leave out", **changes})
     hf.from_hf(tmp_path / "run", tmp_path / "hf")
-    assert Config.load(tmp_path / "run" / "config.toml").model.rope_theta == 123.0
-    assert_same_logits(tmp_path / "hf", tmp_path / "run")
+    model = Config.load(tmp_path / "run" / "config.toml").model
+    assert (model.rope_theta, model.rope_fraction) == (theta, fraction)
+    assert (model.rope_scaling is not None) == bool(changes.get("rope_scaling"))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters
+    assert (theirs["rope_theta"], theirs.get("partial_rotary_factor", 1.0)) == (theta, fraction)
+
+
+def test_a_folder_of_the_class_without_a_head(tmp_path):
+    """Its names have no beginning, and the one head is the embedding's matrix, as in the files of GPT-2 of 2019."""
+    make_model("gpt2").transformer.save_pretrained(tmp_path / "hf")
+    change_config(tmp_path / "hf", architectures=["GPT2LMHeadModel"], n_ctx=32)
+    mask = torch.ones(32, 32).tril()[None, None]
+    change_tensors(tmp_path / "hf", lambda tensors: {**tensors, "h.0.attn.bias": mask, "h.1.attn.masked_bias": torch.ones(1)})
+    assert "wte.weight" in load_file(tmp_path / "hf" / "model.safetensors")
+    hf.from_hf(tmp_path / "run", tmp_path / "hf")
+    make_folder(tmp_path / "whole", "gpt2")
+    hf.from_hf(tmp_path / "again", tmp_path / "whole")
+    assert_same_bits(tmp_path / "run", tmp_path / "again")
+
+
+def test_names_of_norms_in_older_files_and_of_other_heads(tmp_path):
+    """The files of BERT of 2018 hold its other objective, too."""
+    make_folder(tmp_path / "hf", "bert")
+    hf.from_hf(tmp_path / "run", tmp_path / "hf")
+
+    def age(tensors):
+        older = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+                 for name, tensor in tensors.items()}
+        return {**older, "bert.pooler.dense.weight": torch.ones(36, 36), "cls.seq_relationship.bias": torch.ones(2),
+                "cls.predictions.decoder.weight": older["bert.embeddings.word_embeddings.weight"].clone()}
+
+    change_tensors(tmp_path / "hf", age)
+    change_config(tmp_path / "hf", architectures=["BertForPreTraining"], gradient_checkpointing=False)
+    hf.from_hf(tmp_path / "again", tmp_path / "hf")
+    assert_same_bits(tmp_path / "run", tmp_path / "again")
+
+
+def test_the_first_token_type_goes_into_the_positions(tmp_path):
+    model = make_folder(tmp_path / "hf", "bert")
+    hf.from_hf(tmp_path / "run", tmp_path / "hf")
+    found = weights(tmp_path / "run")["positions.weight"][1].reshape(32, 36)
+    table = model.bert.embeddings
+    want = table.position_embeddings.weight + table.token_type_embeddings.weight[0]
+    assert np.array_equal(found, want.detach().numpy()) and table.token_type_embeddings.weight[0].abs().min() > 0
+    hf.to_hf(tmp_path / "run", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert np.array_equal(written["bert.embeddings.position_embeddings.weight"], found)
+    assert not written["bert.embeddings.token_type_embeddings.weight"].any()
+
+
+def test_tied_ends(tmp_path):
+    """Either end may be the one in the file; two that differ are not tied."""
+    make_folder(tmp_path / "hf", "llama-3.2")
+    hf.from_hf(tmp_path / "run", tmp_path / "hf")
+    embedding = "model.embed_tokens.weight"
+    change_tensors(tmp_path / "hf", lambda tensors: {**tensors, "lm_head.weight": tensors[embedding].clone()})
+    hf.from_hf(tmp_path / "both", tmp_path / "hf")
+    change_tensors(tmp_path / "hf", lambda tensors: {**tensors, "lm_head.weight": 2 * tensors[embedding]})
+    with pytest.raises(DataError, match="lm_head.weight and model.embed_tokens.weight differ.*tie_word_embeddings"):
+        hf.from_hf(tmp_path / "differ", tmp_path / "hf")
+    change_tensors(tmp_path / "hf", lambda tensors: {"lm_head.weight": tensors.pop(embedding),
+                                                     **{name: t for name, t in tensors.items() if name != "lm_head.weight"}})
+    hf.from_hf(tmp_path / "other", tmp_path / "hf")
+    for run in ("both", "other"):
+        assert_same_bits(tmp_path / "run", tmp_path / run)
+
+
+def test_several_end_tokens_and_the_names_of_special_ones(tmp_path):
+    """They come along in both directions, with a text that ends in any of them."""
+    tokenizer = train_bpe(["what one document says, another may say as well\n" * 20], 300)
+    ends, size = [tokenizer.end, 4, 7], tokenizer.vocab_size
+    make_folder(tmp_path / "hf", "llama", vocab_size=size, eos_token_id=ends)
+    hf.to_hf(make_run(tmp_path / "source", tiny_model(vocab_size=size), tokenizer=tokenizer), tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / file).rename(tmp_path / "hf" / file)
+    said = {"bos_token_id": 1, "eos_token_id": ends, "temperature": 0.6}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(said))
+    hf.from_hf(tmp_path / "run", tmp_path / "hf")
+    assert set(load_tokenizer(tmp_path / "run", size).ends) == set(ends)
+    hf.to_hf(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == said
+    assert Settings.of_folder(tmp_path / "out").files == Settings.of_folder(tmp_path / "hf").files
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.generation_config.eos_token_id == ends
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"vocab_size": 60}, r"embed_tokens.weight is F32 \[59, 40\].*\[60, 40\]"),
+    ({"vocab_size": 60}, r"embed_tokens.weight is F32 \[61, 36\].*\[60, 36\]"),
     ({"num_hidden_layers": 3}, "missing .*layers.2.input_layernorm"),
     ({"num_hidden_layers": 1}, "unknown .*layers.1.input_layernorm"),
     ({"intermediate_size": 57}, "mlp.gate_proj.weight"),
 ])
 def test_tensors_of_another_model(tmp_path, changes, message):
-    make_hf(tmp_path / "hf")
+    make_folder(tmp_path / "hf", "llama")
     change_config(tmp_path / "hf", **changes)
     with pytest.raises(DataError, match=message):
         hf.from_hf(tmp_path / "run", tmp_path / "hf")
@@ -245,7 +237,7 @@ def test_tensors_of_another_model(tmp_path, changes, message):
 def test_damaged_folders(tmp_path):
     with pytest.raises(DataError, match="config.json"):
         hf.from_hf(tmp_path / "run", tmp_path / "nowhere")
-    make_hf(tmp_path / "hf")
+    make_folder(tmp_path / "hf", "llama")
     weights_path = tmp_path / "hf" / "model.safetensors"
     weights_path.write_bytes(weights_path.read_bytes()[:5000])
     with pytest.raises(DataError, match="hf"):
@@ -265,8 +257,8 @@ def test_damaged_folders(tmp_path):
 
 
 def test_used_targets_and_missing_runs(tmp_path):
-    run = make_run(tmp_path / "run", make_model())
-    make_hf(tmp_path / "hf")
+    run = make_run(tmp_path / "run", tiny_model())
+    make_folder(tmp_path / "hf", "llama")
     with pytest.raises(ConfigError, match="in use"):
         hf.to_hf(run, tmp_path / "hf")
     with pytest.raises(ConfigError, match="in use"):
@@ -286,7 +278,7 @@ def test_missing_library(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    run, target, again = make_run(tmp_path / "run", make_model()), tmp_path / "hf", tmp_path / "again"
+    run, target, again = make_run(tmp_path / "run", tiny_model()), tmp_path / "hf", tmp_path / "again"
     for words in ([run, "--to-hf", target], [again, "--from-hf", target]):
         result = CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
         assert result.exit_code == 0

@@ -15,7 +15,9 @@ PACKAGE = Path(mpillm.__file__).parent
 FLOORS = [
     ["errors"],
     ["files", "hdf5", "plain"],
-    ["schedules", "planner.counts"],
+    ["schedules"],
+    ["model"],
+    ["planner.counts"],
     ["planner.stages"],  # the two files of the planner that the configuration asks how a pipeline is cut
     ["auto"],
     ["config", "machine", "data"],
@@ -24,16 +26,17 @@ FLOORS = [
     ["autograd", "guard"],
     ["nn"],
     ["pipeline", "checkpoint"],
+    ["hf"],
     ["report.trace"],  # what a run writes; only its pictures are above training
     ["train"],
-    ["inference", "verify", "hf", "report"],
+    ["inference", "verify", "report"],
     ["bench"],  # which draws as report does
     ["generate"],  # a name that scripts use
     ["cli"],
     ["__main__"],
 ]
 ALLOWED = set()
-PLANNING_WING = {"auto", "config", "errors", "files", "machine", "plain", "plan", "planner", "planner.counts",
+PLANNING_WING = {"auto", "config", "errors", "files", "machine", "model", "plain", "plan", "planner", "planner.counts",
                  "planner.stages", "schedules"}
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 

@@ -14,7 +14,8 @@ from mpillm.train.metrics_file import Metrics
 
 PACKAGE = Path(mpillm.__file__).parent
 # Calls of json.dumps whose text goes into no file: messages, digests, comparisons, a line from process to process.
-ELSEWHERE = {"plain.py", "hf/reading.py", "train/choose.py", "checkpoint/reading.py", "cli/doctor.py", "bench/peer.py"}
+ELSEWHERE = {"plain.py", "hf/family.py", "hf/reading.py", "train/choose.py", "checkpoint/reading.py", "cli/doctor.py",
+             "bench/peer.py"}
 
 
 def strictly(text):

@@ -27,10 +27,12 @@ def rates(numbers, **values):
 @pytest.mark.parametrize(("schedule", "wanted"), [
     ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
     ("linear", [0.25, 0.5, 0.75, 1.0, 0.775, 0.55, 0.325, 0.1, 0.1]),
+    ("wsd", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.55, 0.1, 0.1]),
     ("cosine", [0.25, 0.5, 0.75, 1.0, 0.868198051533946, 0.55, 0.231801948466054, 0.1, 0.1]),
 ])
 def test_learning_rates(schedule, wanted):
-    found = rates(range(1, 10), lr_schedule=schedule, warmup_steps=4, steps=8, min_lr=0.1)
+    found = rates(range(1, 10), lr_schedule=schedule, warmup_steps=4, steps=8, min_lr=0.1,
+                  decay_steps=2 if schedule == "wsd" else 0)
     assert found == pytest.approx(wanted, rel=1e-14)
 
 
@@ -44,7 +46,7 @@ def test_every_name_that_a_configuration_takes_is_handled_and_no_other():
     train, names = tiny().train, {field.name: get_args(field.type) for field in fields(Train)}
     assert {"constant", "cosine"} < set(names["lr_schedule"]) and set(names["optimizer"]) == set(OPTIMIZERS)
     for name in names["lr_schedule"]:
-        assert 0 <= learning_rate(replace(train, lr_schedule=name), 4) <= train.lr
+        assert 0 <= learning_rate(replace(train, lr_schedule=name, decay_steps=int(name == "wsd")), 4) <= train.lr
     for name in names["optimizer"]:
         assert state_kinds(replace(train, optimizer=name, momentum=0.9))
     unknown = SimpleNamespace(**vars(train) | {"lr_schedule": "sqrt", "optimizer": "lion"})

@@ -16,7 +16,7 @@ LEARNS_TOO_FAST = """
 from mpillm import __main__
 from mpillm.train.engine import Engine
 train_step = Engine.train_step
-Engine.train_step = lambda self, samples, lr, *_: train_step(self, samples, 1.001 * lr)
+Engine.train_step = lambda self, samples, lr, **more: train_step(self, samples, 1.001 * lr, **more)
 __main__.main()
 """
 

@@ -1,0 +1,102 @@
+"""The feed-forward half of a layer: ``down(act(up x))``, or with a gate ``down(act(gate x) * up x)`` (Shazeer 2020).
+
+Legend: T tokens, D model, F feed-forward.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
+
+_aten = torch.ops.aten
+# Each function, and what puts the gradient of its input in the place of the input, of (gradient of the output, input).
+ACTIVATIONS = {
+    "silu": (functional.silu, lambda dy, x: _aten.silu_backward.grad_input(dy, x, grad_input=x)),
+    "gelu": (functional.gelu, lambda dy, x: _aten.gelu_backward.grad_input(dy, x, grad_input=x)),
+    "gelu_tanh": (partial(functional.gelu, approximate="tanh"),
+                  lambda dy, x: _aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=x)),
+    "relu": (functional.relu, lambda dy, x: _aten.threshold_backward.grad_input(dy, x, 0, grad_input=x)),
+}
+
+
+class FeedForward(nn.Module):
+    """The feed-forward half of a layer; each block of F maps the input to a partial output.
+
+    Parameters
+    ----------
+    split : TensorSplit
+    model : mpillm.model.description.Model
+    table : dict of str to Parameter
+        Of the layer.
+    """
+
+    def __init__(self, split, model, table):
+        super().__init__()
+        self.split, self.activation = split, ACTIVATIONS[model.activation]
+        gate, up = (ColumnParallelLinear(split, table[f"ffn.{part}.weight"], table.get(f"ffn.{part}.bias"))
+                    if f"ffn.{part}.weight" in table else None for part in ("gate", "up"))
+        self.gate, self.up = gate, up
+        self.down = RowParallelLinear(split, table["ffn.down.weight"], table.get("ffn.down.bias"))
+        self._blocks = [self._block(block) for block in split.owned_blocks(model.ffn_size)]
+
+    def _block(self, units):
+        """Return what a block is projected with, up and down."""
+        ups = [layer.block(units) for layer in (self.gate, self.up) if layer is not None]
+        return Projection(self.split, *ups), Projection(self.split, self.down.block(units))
+
+    def forward(self, x_TD, batch):
+        """Map activations as they lie between layers. Collective over the tensor axis."""
+        return self.down.leave(self.parts(x_TD, batch), batch.tokens)
+
+    def parts(self, x_TD, batch):
+        """Return each block's partial output ``[T, D]`` for all tokens, without the bias."""
+        function = _Plain if self.gate is None else _Gated
+        return [function.apply(x, up.weight, up, down, self.activation)
+                for (up, down), x in zip(self._blocks, self.split.enter(x_TD, batch.tokens))]
+
+
+class _Gated(torch.autograd.Function):
+    """``down(act(gate x) * up x)``, of which the outputs of gate and up are kept."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight, up_projection, down_projection, activation):
+        outputs = up_projection.forward(x_TD)
+        gate_TF, up_TF = up_projection.parts(outputs)
+        ctx.up_projection, ctx.down_projection, ctx.activation = up_projection, down_projection, activation
+        ctx.save_for_backward(x_TD, *outputs)
+        return down_projection.forward(activation[0](gate_TF).mul_(up_TF))[0]
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        """Compute once more what lies between. The gradients of gate and up take their place, so this runs once."""
+        x_TD, *outputs = ctx.saved_tensors
+        act, act_backward = ctx.activation
+        gate_TF, up_TF = ctx.up_projection.parts(outputs)
+        act_TF = act(gate_TF)
+        slope_TF = ctx.down_projection.backward(act_TF * up_TF, [dy_TD])
+        act_backward(slope_TF * up_TF, gate_TF)
+        torch.mul(act_TF, slope_TF, out=up_TF)
+        return ctx.up_projection.backward(x_TD, outputs, ctx.needs_input_grad[0]), None, None, None, None
+
+
+class _Plain(torch.autograd.Function):
+    """``down(act(up x))``, of which the output of up is kept."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight, up_projection, down_projection, activation):
+        (up_TF,) = up_projection.forward(x_TD)
+        ctx.up_projection, ctx.down_projection, ctx.activation = up_projection, down_projection, activation
+        ctx.save_for_backward(x_TD, up_TF)
+        return down_projection.forward(activation[0](up_TF))[0]
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        """Compute once more what lies between. The gradient of up takes its place, so this runs once."""
+        x_TD, up_TF = ctx.saved_tensors
+        act, act_backward = ctx.activation
+        slope_TF = ctx.down_projection.backward(act(up_TF), [dy_TD])
+        act_backward(slope_TF, up_TF)
+        return ctx.up_projection.backward(x_TD, [up_TF], ctx.needs_input_grad[0]), None, None, None, None

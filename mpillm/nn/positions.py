@@ -1,0 +1,85 @@
+"""Positions: by how much each turns queries and keys (Su et al. 2021), and which see which.
+
+Legend: S positions, N head width, R numbers of a head that are turned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mpillm.model.rotary import rotary_rates
+
+
+@dataclass
+class Batch:
+    """The shape of a microbatch and what layers need of it.
+
+    ``cos_SR``, ``sin_SR`` are the rotary tables of the positions at hand, one for each pair of turned numbers; ``mask``
+    (B, 1, S, S') says who sees whom, ``None`` what the model's attention says by itself; ``cache``
+    (:class:`mpillm.nn.attention.KeyValueCache`) keeps keys and values while sampling; ``first_position`` is where the
+    sequences go on; ``lengths_B`` are those of sequences where some are shorter.
+    """
+
+    sequences: int
+    positions: int
+    cos_SR: torch.Tensor
+    sin_SR: torch.Tensor
+    mask: torch.Tensor | None = None
+    cache: object = None
+    first_position: int = 0
+    lengths_B: torch.Tensor | None = None
+
+    @property
+    def tokens(self):
+        """Return the number of tokens."""
+        return self.sequences * self.positions
+
+
+def pooled(x_TD, batch, pooling):
+    """Return one vector a sequence ``[B, D]``: that of its ``first`` or ``last`` position, or the ``mean`` of all it has."""
+    x_BSD, lengths_B = x_TD.unflatten(0, (batch.sequences, batch.positions)), batch.lengths_B
+    if pooling == "first":
+        return x_BSD[:, 0]
+    if pooling == "last":
+        return x_BSD[:, -1] if lengths_B is None else x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), lengths_B - 1]
+    if lengths_B is None:
+        return x_BSD.mean(1)
+    is_there = (torch.arange(batch.positions, device=x_BSD.device) < lengths_B[:, None])[..., None]
+    return (x_BSD * is_there).sum(1) / lengths_B[:, None]
+
+
+def rotary_tables(model, positions, dtype, device="cpu"):
+    """Return cos and sin of the angles by which a model turns pairs at ``positions``, each ``[S, R/2]``; computed in float64.
+    """
+    rates, scale = rotary_rates(model)
+    rates = torch.as_tensor(rates, dtype=torch.float64, device=device)
+    angles = torch.as_tensor(positions, dtype=torch.float64, device=device)[:, None] * rates
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def turn(x_BHSN, batch, sign):
+    """Turn the pairs ``(i, i + R/2)`` of each head by ``sign`` (1 or -1) times the position's angles, where they lie."""
+    half = batch.cos_SR.shape[1]
+    a, b = x_BHSN[..., :half], x_BHSN[..., half:2 * half]
+    a_before = a.clone()
+    a.mul_(batch.cos_SR).addcmul_(b, batch.sin_SR, value=-sign)
+    b.mul_(batch.cos_SR).addcmul_(a_before, batch.sin_SR, value=sign)
+
+
+def visible(model, start, stop, device="cpu", documents_BS=None):
+    """Return which positions the positions ``[start, stop)`` see of ``[0, stop)``: a mask that :class:`Batch` takes.
+
+    ``documents_BS`` says in which document a position is: it sees no others. ``None`` where nothing is left to say: from the
+    first position on, within no document and no window, attention itself knows what is causal.
+    """
+    is_banded = model.window is not None and model.window < stop
+    is_causal = model.attention == "causal"
+    if not is_banded and documents_BS is None and (start == 0 or not is_causal):
+        return None
+    queries, keys = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
+    seen = keys <= queries if is_causal else torch.ones(stop - start, stop, dtype=torch.bool, device=device)
+    if is_banded:
+        seen &= (queries - keys).abs() < model.window
+    if documents_BS is None:
+        return seen[None, None]
+    return (seen & (documents_BS[:, start:, None] == documents_BS[:, None, :]))[:, None]

@@ -1,0 +1,61 @@
+"""The transform before the head of masked words (Devlin et al. 2019): a product, an activation and a norm for each token.
+
+Its weights are whole on every tensor rank, like those of a norm: each rank computes the tokens that lie there.
+Legend: T tokens, D model.
+"""
+
+import torch
+from torch import nn
+
+from mpillm.nn.feed_forward import ACTIVATIONS
+from mpillm.nn.norm import make_norm
+from mpillm.nn.split import add_over_blocks, later
+
+
+class Transform(nn.Module):
+    """``norm(act(w x + b))`` token by token, with the activation of the model's feed-forward, or of its gate.
+
+    Parameters
+    ----------
+    split : TensorSplit
+    model : mpillm.model.description.Model
+    table : dict of str to Parameter
+    """
+
+    def __init__(self, split, model, table):
+        super().__init__()
+        self.split, self.activation = split, ACTIVATIONS[model.activation]
+        self.weight, self.bias = (split.parameter(table[f"head.transform.{part}"]) for part in ("weight", "bias"))
+        self.norm = make_norm(table, "head.norm", split, model)
+
+    def forward(self, x_TD, total):
+        """Map the tokens this rank holds of ``total``. Local."""
+        return self.norm(_Transform.apply(x_TD, self.weight, self, total), total)
+
+
+class _Transform(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, transform, total):
+        split = transform.split
+        y = torch.cat([split.multiply(block, weight.t()) for block in split.token_blocks(x, total)]).add_(transform.bias)
+        ctx.transform, ctx.total = transform, total
+        ctx.save_for_backward(x, y)
+        return transform.activation[0](y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        """The gradient of what goes through the activation takes its place, so this runs once."""
+        (x, y), transform = ctx.saved_tensors, ctx.transform
+        split = transform.split
+        transform.activation[1](dy, y)
+        blocks = split.token_blocks(y, ctx.total)
+        split.weight_gradients.add(later(_accumulate, transform, blocks, split.token_blocks(x, ctx.total)))
+        return torch.cat([split.multiply(block, transform.weight.detach()) for block in blocks]), None, None, None
+
+
+def _accumulate(transform, slopes, inputs):
+    """Add the gradients of weight and bias, those of blocks of tokens along the tree."""
+    wide = torch.promote_types(slopes[0].dtype, torch.float32)
+    pairs = [(slope, x) if len(x) else None for slope, x in zip(slopes, inputs)]
+    add_over_blocks(transform.weight, [pair and transform.split.multiply(pair[0].t(), pair[1]).to(wide) for pair in pairs])
+    add_over_blocks(transform.bias, [pair and pair[0].sum(0, dtype=wide) for pair in pairs])
