@@ -35,17 +35,23 @@ class Batch:
         return self.sequences * self.positions
 
 
+def shares_of_mean(batch, like):
+    """Return what each token counts in the mean of its sequence, ``[T]``: nothing behind its end."""
+    whole_B = like.new_full((batch.sequences,), batch.positions)
+    lengths_B = whole_B if batch.lengths_B is None else batch.lengths_B.to(like.dtype)
+    is_there = torch.arange(batch.positions, device=like.device) < lengths_B[:, None]
+    return (is_there / lengths_B[:, None]).flatten()
+
+
 def pooled(x_TD, batch, pooling):
-    """Return one vector a sequence ``[B, D]``: that of its ``first`` or ``last`` position, or the ``mean`` of all it has."""
+    """Return one vector a sequence ``[B, D]``: that of its ``first`` or ``last`` position; or the ``mean`` of all it has, of
+    tokens that were multiplied by :func:`shares_of_mean` before."""
     x_BSD, lengths_B = x_TD.unflatten(0, (batch.sequences, batch.positions)), batch.lengths_B
     if pooling == "first":
         return x_BSD[:, 0]
     if pooling == "last":
         return x_BSD[:, -1] if lengths_B is None else x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), lengths_B - 1]
-    if lengths_B is None:
-        return x_BSD.mean(1)
-    is_there = (torch.arange(batch.positions, device=x_BSD.device) < lengths_B[:, None])[..., None]
-    return (x_BSD * is_there).sum(1) / lengths_B[:, None]
+    return x_BSD.sum(1)
 
 
 def rotary_tables(model, positions, dtype, device="cpu"):

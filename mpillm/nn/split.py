@@ -126,6 +126,10 @@ class TensorSplit:
         """Return how many of ``total`` tokens this rank holds between the parallel regions."""
         return counts(total, self.size)[self.rank] if self.sequence_parallel else total
 
+    def own(self, x_T):
+        """Return what belongs to the tokens that this rank holds between the parallel regions, of all tokens. Local."""
+        return x_T[slice(*self.owned(len(x_T)))] if self.sequence_parallel else x_T
+
     def spread(self, x_TD, total):
         """Give every rank all ``total`` tokens of ``x`` for its own use; the gradients of all ranks are summed.
 

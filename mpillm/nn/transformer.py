@@ -17,7 +17,7 @@ from mpillm.nn.embedding import Embedding
 from mpillm.nn.feed_forward import FeedForward
 from mpillm.nn.loss import ChoiceHead
 from mpillm.nn.norm import make_norm
-from mpillm.nn.positions import pooled
+from mpillm.nn.positions import pooled, shares_of_mean
 from mpillm.nn.scores import SCORES
 from mpillm.nn.transform import Transform
 from mpillm.nn.values import ValueHead
@@ -138,5 +138,7 @@ class TransformerStage(nn.Module):
         for part in (self.norm, self.transform):
             if part is not None:
                 x_TD = part(x_TD, batch.tokens)
+        if self.model.pooling == "mean":  # before ranks' gradients are added: a quotient of a sum has other bits
+            x_TD = x_TD * self.split.own(shares_of_mean(batch, x_TD))[:, None]
         x_TD = self.split.spread(x_TD, batch.tokens)
         return x_TD if self.model.pooling == "none" else pooled(x_TD, batch, self.model.pooling)
