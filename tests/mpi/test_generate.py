@@ -24,6 +24,12 @@ pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 MODELS = {
     "grouped": {"num_kv_heads": 2},
     "uneven-tied": {"num_heads": 5, "num_kv_heads": 1, "head_dim": 6, "ffn_size": 31, "tie_embeddings": True},
+    "turned-in-a-window": {
+        "window": 5, "num_kv_heads": 2, "qk_norm": "whole", "norm_placement": "output", "attention_bias": True,
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 8}},
+    "learned-beside-each-other": {
+        "positions": "learned", "norm": "layer", "residual": "parallel", "ffn": "gelu", "ffn_bias": True, "output_bias": True,
+        "head_bias": True, "logit_softcap": 5.0},
 }
 PROMPT, COUNT = list(b"def f(x"), 14
 END = ByteTokenizer.end
@@ -35,9 +41,9 @@ def make_model(**changes):
 
 
 def make_run(path, model, **train):
-    """Write a run whose weights are large enough for choices that differ; return its whole weights."""
+    """Write a run whose weights are large enough for choices that differ, of norms and biases too."""
     shards = [(name, parameter.shape, 0,
-               {"weight": initial_values(replace(parameter, std=20 * parameter.std), 3, 0, parameter.size)})
+               {"weight": initial_values(replace(parameter, std=20 * parameter.std or 0.3), 3, 0, parameter.size)})
               for name, parameter in parameters(model).items()]
     saving.save(path / "checkpoints", 1, shards, {"model": asdict(model)}, SingleComm())
     config = {"model": asdict(model), "train": {"run_dir": str(path), "seq_len": 16, "dtype": "float64", **train}}
@@ -168,8 +174,10 @@ def test_no_rank_holds_a_whole_sharded_weight(comm, run, model):
     held = {p.shard.name: p.numel() for p in generator.stage.parameters()}
     generator.free()
     for name, parameter in parameters(model).items():
-        is_small = name.endswith(("key.weight", "value.weight")) and model.num_kv_heads < comm.size
-        copies = comm.size if is_small or "norm" in name else 1
+        part = name.split(".")[-2]
+        is_shared = part in ("key", "value", "key_norm") and model.num_kv_heads < comm.size
+        is_whole = part in ("attention_norm", "ffn_norm", "norm") or name.endswith(("output.bias", "down.bias"))
+        copies = comm.size if is_shared or is_whole else 1
         assert_all(sum(comm.allgather(held[name])) == copies * parameter.size, name, comm)
 
 
