@@ -59,10 +59,11 @@ FAMILIES = {
     "capped logits with a bias, norms of the width of one key head": {
         **GROUPED["shared"], "model.logit_softcap": 0.3, "model.head_bias": True, "model.qk_norm": "whole"},
     "classes": {"model.head": "classes", "model.num_labels": 5, "model.attention": "bidirectional", "model.head_bias": True},
-    "classes of the mean": {"model.head": "classes", "model.num_labels": 3, "model.pooling": "mean"},
     "tags": {**GROUPED["shared"], "model.head": "tags", "model.num_labels": 7, "model.attention": "bidirectional"},
     "values": {"model.head": "values", "model.num_labels": 3, "model.value_loss": "gaussian", "model.pooling": "last",
                "model.head_bias": True},
+    "means": {"model.head": "classes", "model.num_labels": 3, "model.pooling": "mean", "model.positions": "learned",
+              "model.max_seq_len": 12},
     "patches": {**LAYER_NORM, "model.inputs": "patches", "model.patch_size": 11, "model.class_position": True,
                 "model.positions": "learned", "model.max_seq_len": 12, "model.attention": "bidirectional",
                 "model.head": "classes", "model.num_labels": 4, "model.ffn": "gelu"},

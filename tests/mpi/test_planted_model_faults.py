@@ -1,4 +1,5 @@
-"""Faults planted in what a model's description says: each must be found, and the first wrong tensor named (``planted.py``)."""
+"""Faults planted in what a description of a model and its head says: each must be found, and the first wrong tensor named (see
+``planted.py``)."""
 
 from dataclasses import replace
 
@@ -145,6 +146,30 @@ def the_slope_of_capped_logits_is_forgotten(patch, config):
         return found
 
     patch.setattr(loss, "_cross_entropy", wrong)
+
+
+@fault(TENSOR | FAMILIES["tags"], "loss")
+def targets_that_do_not_count_are_counted(patch, config):
+    right = loss.ChoiceHead.forward
+    patch.setattr(loss.ChoiceHead, "forward", lambda self, x, targets, scale: right(self, x, targets.clamp(min=0), scale))
+
+
+@fault(TENSOR | FAMILIES["tags"], "loss")
+def the_loss_is_divided_by_targets_that_do_not_count(patch, config):
+    right = engine.Engine.train_step
+    patch.setattr(engine.Engine, "train_step", lambda self, read, lr, counted: right(self, read, lr))
+
+
+@fault(TENSOR | FAMILIES["tags"], "loss")
+def attention_sees_what_stands_behind_the_end(patch, config):
+    right = engine.visible
+    patch.setattr(engine, "visible", lambda model, start, stop, device, documents: right(model, start, stop, device))
+
+
+@fault(TENSOR | FAMILIES["means"], "loss")
+def the_mean_over_positions_counts_those_behind_the_end(patch, config):
+    right = transformer.pooled
+    patch.setattr(transformer, "pooled", lambda x, batch, pooling: right(x, replace(batch, lengths_B=None), pooling))
 
 
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)

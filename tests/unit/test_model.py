@@ -15,13 +15,7 @@ from mpillm.model.parameters import TILE, Parameter, held, initial_values, param
 from mpillm.model.rotary import rotary_rates
 
 LINEAR = {"kind": "linear", "factor": 2.0}
-HEADS = {
-    "classes": {"model.head": "classes", "model.num_labels": 3, "model.head_bias": True},
-    "values": {"model.head": "values", "model.num_labels": 2, "model.value_loss": "gaussian", "model.head_bias": True},
-    "patches": {"model.head": "classes", "model.num_labels": 3, "model.inputs": "patches", "model.patch_size": 7,
-                "model.class_position": True, "model.attention": "bidirectional"},
-}
-MODELS = {"llama": {}, **FAMILIES, **HEADS}
+MODELS = {"llama": {}, **FAMILIES}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -82,8 +76,12 @@ def test_what_is_left_out_follows_from_the_rest():
     model = tiny({"model.rope_fraction": 0.5}).model
     assert (model.head_dim, model.num_kv_heads, model.rotary_dim, model.pooling) == (8, 5, 4, "none")
     assert tiny({"model.positions": "none"}).model.rotary_dim == 0
-    assert tiny(HEADS["classes"]).model.pooling == "last" and tiny(HEADS["patches"]).model.pooling == "first"
-    assert tiny(HEADS["values"]).model.head_size == 4 and tiny(HEADS["classes"]).model.head_size == 3
+    labels = {"model.head": "classes", "model.num_labels": 3}
+    assert tiny(labels).model.pooling == "last" and tiny(labels).model.head_size == 3
+    assert tiny({**labels, "model.attention": "bidirectional"}).model.pooling == "first"
+    values = tiny({"model.head": "values"}).model
+    assert (values.pooling, values.num_labels, values.head_size) == ("none", 1, 1)
+    assert tiny(FAMILIES["values"]).model.head_size == 6
     assert [tiny({"model.window": 5}).model.has_band(positions) for positions in (5, 6)] == [False, True]
 
 
