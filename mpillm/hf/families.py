@@ -54,14 +54,14 @@ def _read_window(values):
     """Return the window of a Qwen, which some of its layers may have and others not."""
     num_layers, full = values.get("num_hidden_layers"), values.get("max_window_layers", 28)
     window = values.get("sliding_window", 4096) if values.get("use_sliding_window") else None
-    kinds = values.get("layer_types")
+    kinds, all_layers = values.get("layer_types"), num_layers if type(num_layers) is int else 0
     if kinds is None:
         is_mixed = window is not None and type(num_layers) is type(full) is int and 0 < full < num_layers
         if is_mixed:
             raise Refused("max_window_layers", full, f"only layers behind these have a window, and mpillm has one for all "
                           f"{num_layers} or none: convert another model")
         return {"window": window if full == 0 else None}
-    if kinds not in (["full_attention"] * len(kinds), ["sliding_attention"] * len(kinds)):
+    if kinds not in [[kind] * all_layers for kind in ("full_attention", "sliding_attention")]:
         raise Refused("layer_types", kinds, "mpillm has one kind of attention for all layers: convert another model")
     is_sliding = "sliding_attention" in kinds
     if is_sliding and window is None:
@@ -144,7 +144,7 @@ GPT2 = Family(
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}, read=_read_gpt2,
     input_first=("c_attn.weight", "c_fc.weight", "c_proj.weight"), base="transformer.",
     ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),  # its mask, in old files
-    harmless=("n_ctx", "reorder_and_upcast_attn", "summary_*"),
+    harmless=("n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn", "summary_*"),
 )
 
 GPT_NEOX = Family(
@@ -162,7 +162,7 @@ GPT_NEOX = Family(
      "tie_word_embeddings": Key("tie_embeddings", False)},
     fixed=BIASED, rope=Rope(theta=("rotary_emb_base", "rope_theta"), fraction=("rotary_pct", "partial_rotary_factor"),
                             default_fraction=0.25),
-    is_fused_by_head=True, base="gpt_neox.", harmless=("is_decoder",),
+    is_fused_by_head=True, base="gpt_neox.",
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),  # in old files
 )
 

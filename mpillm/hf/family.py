@@ -19,15 +19,15 @@ REQUIRED = "required"  # in place of a default
 # Keys of any family that change no number of the model: how it was made and stored, how texts are continued. Dropout is not
 # computed by mpillm; by transformers in training alone.
 HARMLESS = """
-    *_pdrop *_token_id *dropout* _attn_implementation* _commit_hash _name_or_path architectures attn_implementation auto_map
-    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label initializer_range keys_to_ignore_at_inference
-    label2id model_type num_labels output_attentions output_hidden_states pretraining_tp problem_type return_dict
-    task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
-    unsloth_* use_bfloat16 use_cache
+    *_pdrop *_token_id *dropout* _attn_implementation* _commit_hash _name_or_path _num_labels architectures
+    attn_implementation auto_map chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label
+    initializer_range is_decoder keys_to_ignore_at_inference label2id model_type num_labels output_attentions
+    output_hidden_states output_past pretraining_tp problem_type return_dict task_specific_params tf_legacy_loss tokenizer_class
+    torch_dtype torchscript transformers.js_config transformers_version unsloth_* use_bfloat16 use_cache
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
-    temperature top_k top_p typical_p
+    num_return_sequences output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p
 """.split()
 # Keys of any family with the values for which mpillm computes the same.
 ONLY = {"quantization_config": (None,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),

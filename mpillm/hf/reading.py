@@ -92,18 +92,19 @@ class HFFolder:
     Raises
     ------
     ConfigError
-        If the model computes something that mpillm's does not.
+        If the model computes something that mpillm's does not, or the safetensors package is missing.
     DataError
-        If the tensors are not those of ``config.json``.
+        If something cannot be read, or the tensors are not those of ``config.json``.
     """
 
     def __init__(self, path):
-        self.path = path
-        self.family, self.model = read_model(path / MODEL_CONFIG)
-        self._tensors = tensors_of(self.family, self.model)
-        self._places = {part.name: tensor for tensor in self._tensors.values() for part in tensor.parts}
-        self._slices = self._open()
-        self._check_tensors()
+        self.path, library = path, safetensors_library()
+        with reporting(library, path):
+            self.family, self.model = read_model(path / MODEL_CONFIG)
+            self._tensors = tensors_of(self.family, self.model)
+            self._places = {part.name: tensor for tensor in self._tensors.values() for part in tensor.parts}
+            self._slices = self._open(library)
+            self._check_tensors()
         self.dtype = RUN_DTYPES[self._slices[self._places["embedding.weight"].name].get_dtype()]
 
     def read(self, name, start=0, stop=None):
@@ -127,7 +128,7 @@ class HFFolder:
             rows = rows + row if row.any() else rows  # adding a zero changes the sign of another
         return rows.reshape(-1)[start - low * row_size:stop - low * row_size]
 
-    def _open(self):
+    def _open(self, library):
         """Return what slices each tensor, by the name that the family's table gives it."""
         files = ["model.safetensors"]
         if (self.path / INDEX).is_file():
@@ -138,7 +139,6 @@ class HFFolder:
         missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise DataError(f"{self.path}: has no {missing[0]}: weights are read from safetensors files only")
-        library = safetensors_library()
         opened = [library.safe_open(self.path / file, framework="pt") for file in files]
         return {self._known_as(name): file.get_slice(name) for file in opened for name in file.keys()}
 
