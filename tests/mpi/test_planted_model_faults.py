@@ -168,8 +168,8 @@ def attention_sees_what_stands_behind_the_end(patch, config):
 
 @fault(TENSOR | FAMILIES["means"], "loss")
 def the_mean_over_positions_counts_those_behind_the_end(patch, config):
-    right = transformer.pooled
-    patch.setattr(transformer, "pooled", lambda x, batch, pooling: right(x, replace(batch, lengths_B=None), pooling))
+    right = transformer.shares_of_mean
+    patch.setattr(transformer, "shares_of_mean", lambda batch, like: right(replace(batch, lengths_B=None), like))
 
 
 @pytest.mark.parametrize("comm", [2], ids="{}-ranks".format, indirect=True)
