@@ -60,7 +60,7 @@ class Settings:
     def of_folder(cls, folder):
         """Gather what the files of a Hugging Face folder say."""
         paths = [folder / name for name in _FILES if (folder / name).is_file()]
-        files = {path.name: read_json(path) if path.suffix == ".json" else _read_text(path) for path in paths}
+        files = {path.name: read_json(path) if path.suffix == ".json" else read_text(path) for path in paths}
         model = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
         tokens = {key: model[key] for key in _MODEL_KEYS if model.get(key) is not None}
         return cls(files | ({MODEL_CONFIG: tokens} if tokens else {}), model.get("vocab_size"))
@@ -110,7 +110,7 @@ class Settings:
 def read_json(path):
     """Return the object in a JSON file."""
     try:
-        values = json.loads(_read_text(path))
+        values = json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, dict):
@@ -118,7 +118,8 @@ def read_json(path):
     return values
 
 
-def _read_text(path):
+def read_text(path):
+    """Return the text in a file."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -143,7 +143,7 @@ def train_bpe(texts, vocab_size):
             f"a byte-level BPE of vocab_size {vocab_size}: needs at least {SMALLEST_BPE}, the 256 bytes and "
             "the end of a document: raise --vocab-size, or use --tokenizer bytes"
         )
-    tokenizers = _tokenizers()
+    tokenizers = tokenizers_library()
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = byte_level(add_prefix_space=False)
@@ -189,7 +189,7 @@ def load_tokenizer(path, vocab_size=None):
         raise DataError(f"tokenizer of {path}: this token file holds none: make it with `mpillm data`")
     if text == ByteTokenizer().to_json():
         return ByteTokenizer()
-    from_str = _tokenizers().Tokenizer.from_str
+    from_str = tokenizers_library().Tokenizer.from_str
     try:
         library = from_str(text)
     except Exception as error:  # the library raises nothing more special
@@ -242,7 +242,7 @@ def _pieces(text):
     yield text[start:]
 
 
-def _tokenizers():
+def tokenizers_library():
     """Import the tokenizers library, which is optional."""
     try:
         import tokenizers

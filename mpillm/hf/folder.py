@@ -17,14 +17,14 @@ def refuse_used(folder, what):
 
 
 @contextmanager
-def reporting(safetensors, folder):
-    """Turn what the system and the library raise into errors that name the folder."""
+def reporting(path, *kinds):
+    """Turn what the system raises, and a library if it raises of ``kinds``, into errors that name the path."""
     try:
         yield
     except MpillmError:
         raise
-    except (OSError, safetensors.SafetensorError) as error:
-        raise DataError(f"{folder}: {error}") from error
+    except (OSError, *kinds) as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def safetensors_library():

@@ -50,7 +50,7 @@ def to_hf(run, folder, family=None, file_bytes=FILE_BYTES):
         If something cannot be read or written.
     """
     safetensors, run, folder = safetensors_library(), Path(run), Path(folder)
-    with reporting(safetensors, folder):
+    with reporting(folder, safetensors.SafetensorError):
         refuse_used(folder, "--to-hf")
         source = Checkpoint(run)
         model = source.model()

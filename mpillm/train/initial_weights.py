@@ -1,5 +1,5 @@
-"""Weights that a new run starts from: those of another run, of a checkpoint or of a Hugging Face folder; a head of another kind
-starts at random."""
+"""Weights that a new run starts from: those of another run, of a checkpoint, of a Hugging Face folder or of a GGUF file; a head
+of another kind starts at random."""
 
 import warnings
 from dataclasses import asdict
@@ -8,6 +8,7 @@ from pathlib import Path
 from mpillm.checkpoint.reading import Checkpoint
 from mpillm.data.settings import MODEL_CONFIG
 from mpillm.errors import CheckpointError, agreed
+from mpillm.hf.gguf import GGUFFile
 from mpillm.hf.reading import HFFolder
 from mpillm.model.parameters import parameters
 
@@ -23,7 +24,7 @@ def load_initial_weights(engine, path, comm):
     ----------
     engine : Engine
     path : str
-        A run or checkpoint folder, or a folder with ``config.json`` and safetensors files.
+        A run or checkpoint folder, a folder with ``config.json`` and safetensors files, or a GGUF file.
     comm : Comm
 
     Raises
@@ -48,9 +49,10 @@ def load_initial_weights(engine, path, comm):
 
 def open_weights(path):
     """Return what reads ranges of the weights at ``path``, and the model whose weights they are. Local."""
-    if (Path(path) / MODEL_CONFIG).is_file():
-        folder = HFFolder(Path(path))
-        return folder, folder.model
+    kind = GGUFFile if Path(path).suffix == ".gguf" else HFFolder if (Path(path) / MODEL_CONFIG).is_file() else None
+    if kind is not None:
+        elsewhere = kind(Path(path))
+        return elsewhere, elsewhere.model
     found = Checkpoint(path)
     return found, found.model_section()
 
