@@ -108,6 +108,26 @@ def make_labels(model, tokens):
     return tokens.masked_fill(torch.from_numpy(np.random.default_rng(1).random(tokens.shape) > 0.3), -100)
 
 
+def reference_of(run, dtype):
+    """Return the serial reference with the weights of a run."""
+    from mpillm.checkpoint.reading import Checkpoint
+    from mpillm.verify.reference import Reference
+
+    source = Checkpoint(run)
+    reference = Reference(source.model(), 0, dtype)
+    with torch.no_grad():
+        for name, weight in reference.parameters.items():
+            weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
+    return reference
+
+
+def relative(a, b):
+    """Return the largest difference beside the largest value. That of some is zero but for rounding: a bias that all keys have
+    in common changes no attention, unless they are turned."""
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-5))
+
+
 @contextmanager
 def in_float64():
     """Let the code of ``transformers`` compute in float64, where it says float32: in norms, angles, softmax and loss."""

@@ -112,7 +112,7 @@ class GGUFFile(Source):
     def _with_factors(self, model, path):
         """Return the model with the scaling that its file has the factors of."""
         factors = np.array(self._stored[FACTORS].data, np.float64)
-        scaled = replace(model, rope_scaling=RopeScaling(factor=float(factors.max()), **LLAMA3))
+        scaled = replace(model, rope_scaling=RopeScaling(factor=round(float(factors.max()), 3), **LLAMA3))
         wanted = rotary_rates(model)[0] / rotary_rates(scaled)[0]
         if model.rope_scaling or factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-5, atol=0):
             raise ConfigError(f"{path}: {FACTORS}: mpillm knows the factors of Llama 3.1 to 3.3 only: convert the model's "

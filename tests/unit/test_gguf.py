@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from families import in_float64, make_model, make_tokens, rope
-from test_hf_families import reference_of, relative
+from families import in_float64, make_model, make_tokens, reference_of, relative, rope
 
 from mpillm import hf
 from mpillm.checkpoint.reading import Checkpoint
@@ -132,14 +131,14 @@ def test_what_small_files_leave_out(tmp_path):
     assert not (tmp_path / "run" / "tokenizer.json").exists()
 
 
-def factors_of(rope_parameters, head_dim):
+def factors_of(said, head_dim):
     """Return the factors of pairs as llama.cpp's converter writes them."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = transformers.LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=rope_parameters)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = rope_parameters["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
-    return (plain / scaled.numpy()).astype(np.float32)
+    lengths = 2 * np.pi * said["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)  # of a turn
+    original, factor = said["original_max_position_embeddings"], said["factor"]
+    low, high = said["low_freq_factor"], said["high_freq_factor"]
+    share = (original / lengths - low) / (high - low)
+    between = 1 / ((1 - share) / factor + share)
+    return np.select([lengths < original / high, lengths > original / low], [1, factor], between).astype(np.float32)
 
 
 def test_the_factors_of_llama_3(tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import CASES, in_float64, make_folder, make_labels, make_tokens
+from families import CASES, in_float64, make_folder, make_labels, make_tokens, reference_of, relative
 
 from mpillm import hf
 from mpillm.checkpoint.reading import Checkpoint
@@ -16,33 +16,15 @@ from mpillm.hf.family import REQUIRED
 from mpillm.hf.reading import HFFolder
 from mpillm.hf.tensors import tensors_of
 from mpillm.model.parameters import parameters
-from mpillm.verify.reference import Reference
 
 transformers = pytest.importorskip("transformers")
 
 EXACT, ROUNDED = 1e-10, 1e-5  # in float64, and in float32
 
 
-def reference_of(run, dtype):
-    """Return the serial reference with the weights of a run."""
-    source = Checkpoint(run)
-    reference = Reference(source.model(), 0, dtype)
-    with torch.no_grad():
-        for name, weight in reference.parameters.items():
-            weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
-    return reference
-
-
 def targets_of(reference, labels):
     """Return inputs' share, and targets, as mpillm takes them: the next token stands where it is predicted."""
     return (slice(None), labels) if reference.model.head == "masked" else (slice(-1), labels[:, 1:])
-
-
-def relative(a, b):
-    """Return the largest difference beside the largest value. That of some is zero but for rounding: a bias that all keys have
-    in common changes no attention, unless they are turned."""
-    a, b = a.detach(), b.detach()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-5))
 
 
 @pytest.mark.parametrize("case", CASES)
