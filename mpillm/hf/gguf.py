@@ -19,6 +19,7 @@ TENSORS = "tensors"  # stands for the names of a file's tensors among its metada
 FACTORS = "rope_freqs.weight"
 # How Llama 3.1 to 3.3 slow pairs down. A file holds the factor of each pair in place of these figures.
 LLAMA3 = {"kind": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+AT_ONCE = 1 << 20  # numbers that are dequantised
 READ_AS = {"F64": "F64", "F16": "F16", "BF16": "BF16"}  # all others as F32
 
 
@@ -153,15 +154,23 @@ class _Slices:
         is_row = len(self.get_shape()) == 1
         rows, columns = (slice(None), place) if is_row else place if isinstance(place, tuple) else (place, slice(None))
         start, stop, _ = columns.indices(self.get_shape()[-1])
-        data = np.atleast_2d(self._tensor.data)
-        if self._is_plain or start == stop:
-            values = data[rows, start:stop]
+        data = np.atleast_2d(self._tensor.data)[rows]
+        if self._is_plain:
+            values = np.array(data[:, start:stop], np.float64 if data.dtype.itemsize == 8 else np.float32)
         else:
-            first, last = start // self._block, -(-stop // self._block)
-            values = self._dequantise(data[rows, first * self._block_bytes:last * self._block_bytes])
-            values = values[:, start - first * self._block:stop - first * self._block]
-        values = torch.from_numpy(np.array(values, np.float64 if values.dtype.itemsize == 8 else np.float32))
+            values = self._numbers(data, start, stop)
+        values = torch.from_numpy(values)
         return values[0] if is_row else values
+
+    def _numbers(self, data, start, stop):
+        """Return columns ``[start, stop)`` of packed rows. The library takes several times as much memory as it returns."""
+        values = np.empty((len(data), stop - start), np.float32)
+        first, last = start // self._block, -(-stop // self._block)
+        step = max(AT_ONCE // max(stop - start, 1), 1)
+        for low in range(0, len(data) if values.size else 0, step):
+            blocks = self._dequantise(data[low:low + step, first * self._block_bytes:last * self._block_bytes])
+            values[low:low + step] = blocks[:, start - first * self._block:stop - first * self._block]
+        return values
 
     def _dequantise(self, packed):
         return self._library.dequantize(packed, self._tensor.tensor_type)
