@@ -23,7 +23,7 @@ COMMANDS = {
     "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
     "generate": "sample text from a run (under mpirun or srun)",
     "bench": "measure, beside PyTorch when asked",
-    "convert": "Hugging Face Llama weights out of a run, or into a new one",
+    "convert": "weights out of a run for transformers; Hugging Face or GGUF weights into a new run",
     "diagnose": "why a run hung: the rank and the call that stopped first",
     "report": "draw the pictures of a run",
 }
