@@ -59,6 +59,8 @@ FAMILIES = {
     "capped logits with a bias, norms of the width of one key head": {
         **GROUPED["shared"], "model.logit_softcap": 0.3, "model.head_bias": True, "model.qk_norm": "whole"},
     "classes": {"model.head": "classes", "model.num_labels": 5, "model.attention": "bidirectional", "model.head_bias": True},
+    "a pooler": {**LAYER_NORM, "model.norm_placement": "post", "model.head": "classes", "model.num_labels": 3,
+                 "model.pooler": True, "model.attention": "bidirectional", "model.ffn": "gelu", "model.head_bias": True},
     "tags": {**GROUPED["shared"], "model.head": "tags", "model.num_labels": 7, "model.attention": "bidirectional"},
     "values": {"model.head": "values", "model.num_labels": 3, "model.value_loss": "gaussian", "model.pooling": "last",
                "model.head_bias": True},

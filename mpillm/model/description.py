@@ -81,6 +81,7 @@ class Model:
     head: Literal["words", "masked", "classes", "tags", "values"] = "words"
     num_labels: Positive | None = None
     pooling: Literal["none", "first", "last", "mean"] | None = None
+    pooler: StrictBool = False
     value_loss: Literal["squared", "gaussian"] = "squared"
     head_bias: StrictBool = False
     logit_softcap: Real = 0.0
@@ -215,6 +216,8 @@ def _pools_what_it_answers(model):
         return "pooling none with head classes: a class is one answer a sequence: set pooling to first, last or mean"
     if is_pooled and model.head not in ("classes", "values"):
         return f"pooling {model.pooling} with head {model.head}: it answers at every position: leave it out"
+    if model.pooler and not is_pooled:
+        return f"pooler with head {model.head} and pooling none: it stands before one answer a sequence: leave it out"
 
 
 _RULES = (_groups_heads_evenly, _turns_pairs, _has_what_rotary_needs, _goes_through_many_turns, _adds_beside_one_norm,

@@ -134,9 +134,11 @@ def last_parameters(model):
     width, table = model.hidden_size, []
     if model.has_final_norm:
         table += _norm("norm", model)
-    if model.head == "masked":
+    if model.head == "masked" or model.pooler:
         table += [Parameter("head.transform.weight", (width, width), split="tokens"),
-                  Parameter("head.transform.bias", (width,), 0.0, split="tokens"), *_norm("head.norm", model)]
+                  Parameter("head.transform.bias", (width,), 0.0, split="tokens")]
+    if model.head == "masked":
+        table += _norm("head.norm", model)
     if not model.tie_embeddings:
         table.append(Parameter("head.weight", (model.head_size, width), unit=model.numbers_a_label))
     if model.head_bias:

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu_tanh": (partial(functional.gelu, approximate="tanh"),
                   lambda dy, x: _aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=x)),
     "relu": (functional.relu, lambda dy, x: _aten.threshold_backward.grad_input(dy, x, 0, grad_input=x)),
+    "tanh": (torch.tanh, lambda dy, x: _aten.tanh_backward.grad_input(dy, x.tanh_(), grad_input=x)),
 }
 
 

@@ -1,4 +1,5 @@
-"""The transform before the head of masked words (Devlin et al. 2019): a product, an activation and a norm for each token.
+"""The transform before a head (Devlin et al. 2019), a product and an activation for each token: before masked words with a norm,
+before what is pooled with tanh.
 
 Its weights are whole on every tensor rank, like those of a norm: each rank computes the tokens that lie there.
 Legend: T tokens, D model.
@@ -13,7 +14,8 @@ from mpillm.nn.split import add_over_blocks, later
 
 
 class Transform(nn.Module):
-    """``norm(act(w x + b))`` token by token, with the activation of the model's feed-forward, or of its gate.
+    """``norm(act(w x + b))`` token by token with the activation of the model's feed-forward, or of its gate; as a pooler
+    ``tanh(w x + b)``.
 
     Parameters
     ----------
@@ -24,13 +26,14 @@ class Transform(nn.Module):
 
     def __init__(self, split, model, table):
         super().__init__()
-        self.split, self.activation = split, ACTIVATIONS[model.activation]
+        self.split, self.activation = split, ACTIVATIONS["tanh" if model.pooler else model.activation]
         self.weight, self.bias = (split.parameter(table[f"head.transform.{part}"]) for part in ("weight", "bias"))
         self.norm = make_norm(table, "head.norm", split, model)
 
     def forward(self, x_TD, total):
         """Map the tokens this rank holds of ``total``. Local."""
-        return self.norm(_Transform.apply(x_TD, self.weight, self, total), total)
+        y_TD = _Transform.apply(x_TD, self.weight, self, total)
+        return y_TD if self.norm is None else self.norm(y_TD, total)
 
 
 class _Transform(torch.autograd.Function):

@@ -96,7 +96,7 @@ class TransformerStage(nn.Module):
         self.embedding = Embedding(split, model, first) if self.is_first else None
         self.layers = nn.ModuleList(Layer(i, split, model, modes[i]) for i in range(start, stop))
         self.norm = make_norm(last, "norm", split, model) if self.is_last else None
-        self.transform = Transform(split, model, last) if self.is_last and model.head == "masked" else None
+        self.transform = Transform(split, model, last) if self.is_last and "head.transform.weight" in last else None
         self.scores = None  # of what was evaluated since somebody took them
         head = ValueHead if model.head == "values" else ChoiceHead
         self.head = head(split, model, {**first, **last}) if self.is_last else None

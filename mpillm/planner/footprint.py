@@ -92,9 +92,9 @@ class Footprint:
         kept = np.full(layout.pipeline, float(between + mask) * layout.chunks)
         statistics = self._statistics(layout.microbatch, layout.tensor, layout.sequence_parallel)
         kept[0] += (between + statistics) * model.embedding_norm
-        # Into a transform goes what a norm made; its activation and its norm each keep what goes into them.
-        transforms = len(matrices(ends(model)[1])) - 1
-        kept[-1] += whole + model.has_final_norm * statistics + transforms * (3 * between + statistics)
+        # Into a transform goes what a norm made; its activation, and its norm if it has one, keep what goes into them.
+        transform = model.pooler * 2 * between + (model.head == "masked") * (3 * between + statistics)
+        kept[-1] += whole + model.has_final_norm * statistics + transform
         return kept + self.waiting(layout)
 
     def waiting(self, layout):

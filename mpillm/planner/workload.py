@@ -12,7 +12,7 @@ SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
 CAUSAL_BLOCK = 256  # positions: of the scores that nobody sees, kernels leave out whole blocks (PyTorch's for CPUs, 2.13)
 BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
 LOGITS_TOUCHED, CAP_TOUCHED = 8, 4  # items of a logit: by the loss; by a cap, which is a tanh and its slope
-TRANSFORM_TOUCHED = 6  # items: what the product of a masked head's transform writes, its activation and its norm
+TRANSFORM_TOUCHED = 6  # items: what the product of a masked head's transform writes, its activation and its norm; a pooler less
 
 
 class ActionTimes(NamedTuple):

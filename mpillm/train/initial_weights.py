@@ -12,7 +12,9 @@ from mpillm.hf.gguf import GGUFFile
 from mpillm.hf.reading import HFFolder
 from mpillm.model.parameters import parameters
 
-OF_HEAD = ("head", "num_labels", "pooling", "value_loss", "head_bias", "logit_softcap", "tie_embeddings")  # keys of [model]
+# Keys of [model]: of heads, and those of which one of another value has other weights.
+OF_HEAD = ("head", "num_labels", "pooling", "pooler", "value_loss", "head_bias", "logit_softcap", "tie_embeddings")
+WITH_WEIGHTS = ("head", "num_labels", "pooler", "value_loss", "head_bias")
 
 
 def load_initial_weights(engine, path, comm):
@@ -60,7 +62,7 @@ def open_weights(path):
 def head_left_out(found, model):
     """Return the names of parameters of ``model`` that weights of the model ``found`` are not for: those of the head, if it is
     of another kind or size. Local."""
-    if all(getattr(found, key) == getattr(model, key) for key in ("head", "num_labels", "value_loss", "head_bias")):
+    if all(getattr(found, key) == getattr(model, key) for key in WITH_WEIGHTS):
         return set()
     return {name for name in parameters(model) if name.startswith("head.")}
 

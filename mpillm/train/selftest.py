@@ -140,7 +140,7 @@ def _products(config, multiply, rows):
         answers = tokens if model.pooling == "none" else tokens // config.train.seq_len
         chunks = [answers] if model.head == "values" else counts(answers, loss_chunks(answers, model.head_size))
         shapes |= {(tokens, width) for width in layers} | {(chunk, width) for chunk in chunks for width in labels}
-        if model.head == "masked":
+        if model.head == "masked" or model.pooler:
             shapes |= {(block, model.hidden_size) for block in counts(tokens, blocks)}
     if not _is_offered(multiply, draw(1, 1)):
         yield "a product", torch.zeros(1), torch.ones(1)

@@ -126,6 +126,8 @@ class Reference:
             x = self._norm("norm", x)
         if model.head == "masked":
             x = self._norm("head.norm", ACTIVATIONS[model.ffn](self._linear("head.transform", x)))
+        if model.pooler:
+            x = torch.tanh(self._linear("head.transform", x))
         if model.pooling != "none":
             lengths = [x.shape[1]] * len(x) if lengths_B is None else lengths_B.tolist()
             pool = {"first": lambda row, n: row[0], "last": lambda row, n: row[n - 1], "mean": lambda row, n: row[:n].mean(0)}

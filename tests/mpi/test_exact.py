@@ -26,7 +26,7 @@ MODELS = {
     "tied-and-shared-heads": {**GROUPED["shared"], "model.tie_embeddings": True, "model.num_layers": 4},
     "straddling-heads-and-documents": {**GROUPED["straddling"], "data.mask_documents": True, "model.num_layers": 4},
     **{name: {"model.num_layers": 4, **FAMILIES[name]}
-       for name in ("llama3", "qwen3", "gpt2", "gpt_neox", "bert", "classes", "means", "tags", "values")},
+       for name in ("llama3", "qwen3", "gpt2", "gpt_neox", "bert", "classes", "a pooler", "means", "tags", "values")},
 }
 
 

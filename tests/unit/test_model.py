@@ -41,6 +41,7 @@ def model(request):
     ({"head": "tags", "tie_embeddings": True}, "tie_embeddings with head tags: it has no matrix of words to share"),
     ({"head": "classes", "pooling": "none"}, "pooling none with head classes: a class is one answer a sequence"),
     ({"head": "tags", "pooling": "mean"}, "pooling mean with head tags: it answers at every position"),
+    ({"head": "tags", "pooler": True}, "pooler with head tags and pooling none: it stands before one answer a sequence"),
     ({"norm_placement": "sandwich"}, "norm_placement = \"sandwich\": input should be 'pre', 'post' or 'output'"),
     ({"window": 0}, "window = 0: input should be greater than 0"),
     ({"rope_scaling": {**LINEAR, "kind": "longrope"}}, "rope_scaling.kind = \"longrope\": .* 'linear', 'llama3' or 'yarn'"),

@@ -51,6 +51,7 @@ KEYS = {
     "model.class_position": ({**LABELS, **PATCHES}, {**LABELS, **PATCHES, "model.class_position": True}),
     "model.num_labels": (LABELS, {**LABELS, "model.num_labels": 999}),
     "model.pooling": (VALUES, {**VALUES, "model.pooling": "mean"}),
+    "model.pooler": ({**VALUES, "model.pooling": "mean"}, {**VALUES, "model.pooling": "mean", "model.pooler": True}),
     "model.value_loss": (VALUES, {**VALUES, "model.value_loss": "gaussian"}),
     "model.head_bias": {"model.head_bias": True},
     "model.logit_softcap": {"model.logit_softcap": 30.0}, "model.tie_embeddings": {"model.tie_embeddings": True},
