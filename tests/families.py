@@ -59,13 +59,40 @@ CASES = {
     "bert": ("BertForMaskedLM", SIZES),
     "bert-tanh": ("BertForMaskedLM", {**SIZES, "hidden_act": "gelu_new", "type_vocab_size": 3, "layer_norm_eps": 1e-3}),
 }
+PAD = VOCAB - 1  # which no tokens here have
+LABELS = {"num_labels": 3, "pad_token_id": PAD}
+# The same with other heads.
+HEADS = {
+    "llama-classes": ("LlamaForSequenceClassification", {**GROUPED, **LABELS, "tie_word_embeddings": True}),
+    "llama-values": ("LlamaForSequenceClassification", {**GROUPED, **LABELS, "problem_type": "regression"}),
+    "llama-one-value": ("LlamaForSequenceClassification", {**GROUPED, **LABELS, "num_labels": 1}),
+    "llama-tags": ("LlamaForTokenClassification", {**GROUPED, **LABELS}),
+    "mistral-classes": ("MistralForSequenceClassification", {**GROUPED, **LABELS, "num_labels": 2, "sliding_window": 5}),
+    "mistral-tags": ("MistralForTokenClassification", {**GROUPED, **LABELS, "sliding_window": 5}),
+    "qwen2-classes": ("Qwen2ForSequenceClassification", {**GROUPED, **LABELS, **WINDOW}),
+    "qwen2-tags": ("Qwen2ForTokenClassification", {**GROUPED, **LABELS}),
+    "qwen3-classes": ("Qwen3ForSequenceClassification", {**GROUPED, **LABELS, "head_dim": 10}),
+    "qwen3-tags": ("Qwen3ForTokenClassification", {**GROUPED, **LABELS, "head_dim": 10}),
+    "gemma-classes": ("GemmaForSequenceClassification", {**GROUPED, **LABELS, "head_dim": 6}),
+    "gemma-tags": ("GemmaForTokenClassification", {**GROUPED, **LABELS, "head_dim": 6}),
+    "olmo2-classes": ("Olmo2ForSequenceClassification", {**GROUPED, **LABELS}),
+    "phi3-classes": ("Phi3ForSequenceClassification", {**GROUPED, **LABELS}),
+    "phi3-tags": ("Phi3ForTokenClassification", {**GROUPED, **LABELS, "partial_rotary_factor": 0.67}),
+    "gpt2-classes": ("GPT2ForSequenceClassification", {**GPT2, **LABELS}),
+    "gpt2-tags": ("GPT2ForTokenClassification", {**GPT2, **LABELS}),
+    "gpt_neox-classes": ("GPTNeoXForSequenceClassification", {**SIZES, **LABELS, "hidden_size": 48}),
+    "gpt_neox-tags": ("GPTNeoXForTokenClassification", {**SIZES, **LABELS, "hidden_size": 48}),
+    "bert-classes": ("BertForSequenceClassification", {**SIZES, **LABELS}),
+    "bert-values": ("BertForSequenceClassification", {**SIZES, **LABELS, "problem_type": "regression"}),
+    "bert-tags": ("BertForTokenClassification", {**SIZES, **LABELS, "num_labels": 2}),
+}
 
 
 def make_model(case, dtype=torch.float32, **changes):
     """Return a random model of a case. What is computed with one of float64 takes :func:`in_float64`."""
     import transformers
 
-    name, values = CASES[case]
+    name, values = {**CASES, **HEADS}[case]
     kind = getattr(transformers, name)
     config = kind.config_class(**{**values, **changes, "attn_implementation": "eager"})
     with in_float64() if dtype is torch.float64 else nullcontext():  # for its tables of angles
@@ -98,14 +125,21 @@ def make_run(folder, case):
 
 def make_tokens(seed=0):
     """Return random tokens ``[B, S]``."""
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB, (SEQUENCES, POSITIONS)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, PAD, (SEQUENCES, POSITIONS)))
 
 
 def make_labels(model, tokens):
-    """Return what a model is to predict: the tokens themselves, which its class shifts, or a third of them if it is masked."""
-    if type(model).__name__ != "BertForMaskedLM":
-        return tokens
-    return tokens.masked_fill(torch.from_numpy(np.random.default_rng(1).random(tokens.shape) > 0.3), -100)
+    """Return what a model is to predict: the tokens themselves, which its class shifts, or a third of them if it is masked;
+    labels of sequences, or of a third of the positions; real numbers."""
+    kind, config, draw = type(model).__name__, model.config, np.random.default_rng(1)
+    is_counted = torch.from_numpy(draw.random(tokens.shape) < 0.3)
+    if kind.endswith("ForSequenceClassification"):
+        if config.problem_type == "regression" or config.num_labels == 1:
+            return torch.from_numpy(draw.normal(size=(len(tokens), config.num_labels))).to(next(model.parameters()).dtype)
+        return torch.arange(len(tokens)) % config.num_labels
+    if kind.endswith("ForTokenClassification"):
+        return (tokens % config.num_labels).masked_fill(~is_counted, -100)
+    return tokens.masked_fill(~is_counted, -100) if kind == "BertForMaskedLM" else tokens
 
 
 def reference_of(run, dtype):

@@ -5,6 +5,7 @@ Both sides turn the pairs ``(i, i + N/2)`` of a head, so that rotary positions n
 
 from mpillm.hf.family import Family, Key
 from mpillm.hf.folder import Refused
+from mpillm.hf.heads import with_labels
 from mpillm.hf.rope import Rope
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
@@ -191,5 +192,10 @@ BERT = Family(
     harmless=("directionality", "pooler_*", "type_vocab_size"),
 )
 
+_POOLER = {"bert.pooler.dense": "head.transform", "classifier": "head"}
 # For a model of several, the first is written.
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, OLMO2, PHI3, GPT2, GPT_NEOX, BERT)}
+FAMILIES = {family.model_type: family for family in (
+    with_labels(LLAMA, "Llama"), with_labels(MISTRAL, "Mistral"), with_labels(QWEN2, "Qwen2"), with_labels(QWEN3, "Qwen3"),
+    with_labels(GEMMA, "Gemma"), with_labels(OLMO2, "Olmo2", None), with_labels(PHI3, "Phi3"),
+    with_labels(GPT2, "GPT2", "classifier"), with_labels(GPT_NEOX, "GPTNeoX", "classifier"),
+    with_labels(BERT, "Bert", "classifier", _POOLER, pooling="first", pooler=True, head_bias=True))}

@@ -93,6 +93,8 @@ class Family:
         Parameters to each row of which the first row of a tensor is added. It is written as zeros.
     harmless : tuple of str
         Keys of ``config.json`` that change no number; a ``*`` stands for anything.
+    heads : tuple of Family
+        The same with other heads, for other classes.
     """
 
     model_type: str
@@ -112,6 +114,17 @@ class Family:
     ignored: tuple = ()
     added: dict = field(default_factory=dict)
     harmless: tuple = ()
+    heads: tuple = ()
+
+    @property
+    def all_heads(self):
+        """Itself, and the same with other heads."""
+        return (self, *self.heads)
+
+    def of_class(self, architectures):
+        """Return the family with the head of the class that the ``architectures`` of a file name; itself if it has none such.
+        Local."""
+        return next((one for one in self.heads if architectures in [[name] for name in one.architectures]), self)
 
     def model(self, values, path):
         """Return the model that the values of a ``config.json`` describe.
@@ -123,7 +136,8 @@ class Family:
         ConfigError
             If mpillm does not compute the same, or knows no meaning of a key.
         """
-        only = {"architectures": (*([name] for name in self.architectures), None), **ONLY, **self.only}
+        classes = [[name] for one in self.all_heads for name in one.architectures]
+        only = {"architectures": (*classes, None), **ONLY, **self.only}
         for key, allowed in only.items():
             if key in values and values[key] is not None and values[key] not in allowed:
                 shown = " or ".join(json.dumps(value) for value in allowed if value is not None)

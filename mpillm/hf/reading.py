@@ -177,7 +177,8 @@ def read_model(path):
     kind = values.get("model_type")
     if kind not in [*FAMILIES]:
         raise ConfigError(f"{path}: model_type = {json.dumps(kind)}: mpillm knows {', '.join(FAMILIES)}: convert another model")
-    return FAMILIES[kind], FAMILIES[kind].model(values, path)
+    family = FAMILIES[kind].of_class(values.get("architectures"))
+    return family, family.model(values, path)
 
 
 def _some(names):

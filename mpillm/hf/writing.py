@@ -80,17 +80,18 @@ def to_hf(run, folder, family=None, file_bytes=FILE_BYTES):
 
 
 def _family_of(model, name):
-    """Return the family that computes a model: the one named, or the first."""
+    """Return the family that computes a model, with its head: of the one named, or of the first."""
     if name is not None and name not in FAMILIES:
         raise ConfigError(f"--family {name}: mpillm knows {', '.join(FAMILIES)}")
-    differing = {kind: family.differences(model) for kind, family in FAMILIES.items() if name in (None, kind)}
-    nearest = min(differing, key=lambda kind: len(differing[kind]))
-    if differing[nearest]:
-        values = {key: json.dumps(getattr(model, key), default=vars, allow_nan=False) for key in differing[nearest]}
+    families = [one for kind, family in FAMILIES.items() if name in (None, kind) for one in family.all_heads]
+    nearest = min(families, key=lambda one: len(one.differences(model)))
+    if differing := nearest.differences(model):
+        values = {key: json.dumps(getattr(model, key), default=vars, allow_nan=False) for key in differing}
         keys = ", ".join(f"{key} = {value}" for key, value in values.items())
-        who = f"{name} models do not compute" if name else f"none of {', '.join(FAMILIES)} computes, nearest is {nearest}:"
+        who = (f"{nearest.architectures[0]} does not compute" if name else
+               f"none of {', '.join(FAMILIES)} computes, nearest is {nearest.architectures[0]}:")
         raise ConfigError(f"--to-hf: {who} model.{keys}: share the run itself")
-    return FAMILIES[nearest]
+    return nearest
 
 
 def _values(source, tensor, shape, dtype):
