@@ -1,5 +1,5 @@
-"""The transform before a head (Devlin et al. 2019), a product and an activation for each token: before masked words with a norm,
-before what is pooled with tanh.
+"""The transform before a head (Devlin et al. 2019), a product and an activation for each token: before masked words with a
+norm, before what is pooled with tanh.
 
 Its weights are whole on every tensor rank, like those of a norm: each rank computes the tokens that lie there.
 Legend: T tokens, D model.

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import CASES, HEADS, PAD, POSITIONS, in_float64, make_folder, make_labels, make_tokens, reference_of, relative
+from families import CASES, HEADS, PAD, in_float64, make_folder, make_labels, make_tokens, reference_of, relative
 
 from mpillm import hf
 from mpillm.checkpoint.reading import Checkpoint
@@ -60,8 +60,9 @@ def test_logits_loss_and_gradients(tmp_path, case):
 @pytest.mark.parametrize("case", HEADS)
 def test_sequences_that_end_early(tmp_path, case):
     """What is filled up at the end is not read; answers for whole sequences stand at their ends."""
-    tokens, lengths = make_tokens(), torch.tensor([POSITIONS, 9])
-    is_there = torch.arange(POSITIONS) < lengths[:, None]
+    tokens = make_tokens()
+    lengths = torch.tensor([tokens.shape[1], 9])
+    is_there = torch.arange(tokens.shape[1]) < lengths[:, None]
     model = make_folder(tmp_path / "hf", case, torch.float64)
     hf.from_hf(tmp_path / "run", tmp_path / "hf")
     tokens = tokens.masked_fill(~is_there, PAD)
