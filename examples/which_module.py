@@ -1,6 +1,7 @@
 """A classifier on real text: from which module of Python's standard library is this piece of source?
 
-    mpirun -n 2 python which_module.py DIR      writes DIR/samples.h5, trains on it, prints what it scores
+    mpirun -n 2 python which_module.py DIR              writes DIR/samples.h5, trains on it, prints what it scores
+    mpirun -n 2 python which_module.py DIR MASKED       starts from the body of a run of masked.toml
 
 A sample is a piece of 96 bytes; its label is the module. Held out is the last tenth of every module.
 """
@@ -36,16 +37,17 @@ def write(path):
 
 def main():
     """Write, train, print."""
-    folder, comm = Path(sys.argv[1]), comm_world()
+    folder, start, comm = Path(sys.argv[1]), "".join(sys.argv[2:]), comm_world()
     path = folder / "samples.h5"
     on_rank_0(comm, f"write {path}", lambda: (folder.mkdir(parents=True, exist_ok=True), write(path)))
     config = mpillm.Config.from_dict({
-        "model": {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "ffn_size": 344, "vocab_size": 256,
+        "model": {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "ffn_size": 344, "vocab_size": 258,
                   "max_seq_len": LENGTH, "attention": "bidirectional", "head": "classes", "num_labels": len(MODULES),
                   "pooling": "mean"},
         "data": {"path": str(path)},
         "train": {"run_dir": str(folder / "run"), "seq_len": LENGTH, "global_batch": 64, "microbatch": 16, "steps": 300,
-                  "lr": 1e-3, "warmup_steps": 30, "eval_every": 100, "eval_batches": 0, "checkpoint_every": 0},
+                  "lr": 1e-3, "warmup_steps": 30, "eval_every": 100, "eval_batches": 0, "checkpoint_every": 0,
+                  "init_from": start},
     })
     for metrics in mpillm.Run(config, comm, resume="never"):
         if "accuracy" in metrics and comm.rank == 0:
