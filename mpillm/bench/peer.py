@@ -191,8 +191,11 @@ def make_optimizer(mode, model, work):
 
 
 def clip(mode, model, limit):
-    """Scale the gradient down to the norm ``limit`` over the whole model. Collective over the ranks."""
-    gradients = [p.grad for p in model.parameters()]
+    """Scale the gradient down to the norm ``limit`` over the whole model, unless that is 0; return its norm.
+
+    Collective over the ranks.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if mode in ("single", "ddp"):
         split, whole = [], gradients
     elif mode == "pp":
@@ -205,8 +208,9 @@ def clip(mode, model, limit):
         dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(whole) ** 2).sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in split + whole:
+    for gradient in split + whole if limit else ():
         gradient.mul_(scale)
+    return norm.item()
 
 
 def train(mode, rank, ranks, work):
@@ -222,8 +226,7 @@ def train(mode, rank, ranks, work):
         barrier()
         begin = time.perf_counter()
         loss = trainer.backward(tokens)
-        if work.grad_clip:
-            clip(mode, trainer.model, work.grad_clip)
+        clip(mode, trainer.model, work.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         barrier()

@@ -7,14 +7,16 @@ import statistics
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from mpillm.bench import transformers_peer
 from mpillm.bench.launch import mpiexec, run_job
 from mpillm.config import AXES, Config
 from mpillm.data.sources import with_sizes
 from mpillm.data.tokenizers import token_dtype
-from mpillm.errors import ConfigError
+from mpillm.errors import ConfigError, NumbersError
 from mpillm.files import to_json
 from mpillm.hdf5 import writing
 from mpillm.model.description import Model
@@ -23,6 +25,8 @@ PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp
 # What a configuration may say of an axis is left out of layouts that do not split it.
 _KEYS_OF_AXIS = {"data": ("shares", "bucket_cuts"), "pipeline": ("chunks", "stage_cuts", "schedule")}
 _RANDOM_SAMPLES = 256
+# By how much two programs of equal weights may differ in the first step, of float32.
+_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,15 @@ class Case:
         return self.config.train.global_batch * self.config.train.seq_len
 
 
+class Outcome(NamedTuple):
+    """What a job found: the median time of its steps but the first, its peak memory if that was sampled, and ``loss`` and
+    ``grad_norm`` of the first step, unless the program has weights of its own."""
+
+    step_s: float
+    peak_bytes: int | None = None
+    first: dict | None = None
+
+
 @dataclass(frozen=True)
 class Program:
     """An implementation of a case: the job to start, and where it leaves its times."""
@@ -54,7 +67,7 @@ class Program:
     run_dir: Path | None = None
 
     def run(self, samples_memory=False):
-        """Run the job; return the median time of its steps but the first, in seconds, and its peak memory.
+        """Run the job; return its :class:`Outcome`.
 
         Local: the job is one of its own.
 
@@ -65,10 +78,12 @@ class Program:
         """
         job = run_job(self.command, samples_memory)
         if self.run_dir is None:
-            return json.loads(job.output)["step_s"], job.peak_bytes
+            found = json.loads(job.output)
+            return Outcome(found["step_s"], job.peak_bytes, found if "grad_norm" in found else None)
         lines = (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         shutil.rmtree(self.run_dir)
-        return statistics.median(json.loads(line)["step_s"] for line in lines[1:]), job.peak_bytes
+        first, *others = map(json.loads, lines)
+        return Outcome(statistics.median(line["step_s"] for line in others), job.peak_bytes, first)
 
 
 def make_cases(config, names, default_ranks):
@@ -112,7 +127,7 @@ def prepare(config, steps, folder):
     values = {"train.steps": steps, "train.eval_every": 0, "train.checkpoint_every": 0, "train.trace": False,
               "train.init_from": ""}
     if not Path(config.data.path).exists():
-        if config.model.head != "words":
+        if not config.model.has_words:
             raise ConfigError(f"data.path = {config.data.path}: no such file, and random tokens have no labels for head "
                               f"{config.model.head}: name a file")
         if config.model.vocab_size is None:
@@ -166,11 +181,8 @@ def peer_work(case):
     model, train, ranks = case.config.model, case.config.train, case.ranks
     sizes = model.num_heads, model.num_kv_heads, model.ffn_size
     unable = {
-        f"train.optimizer = {train.optimizer}: it has adamw": train.optimizer != "adamw",
-        f"train.dtype = {train.dtype}: it has float32": train.dtype != "float32",
-        f"train.device = {train.device}: it runs on cpu": train.device == "cuda",
+        **_beyond_pytorch(case.config),
         **{f"model.{key}": True for key in beyond_llama(model)},
-        "data.mask_documents": case.config.data.mask_documents,
         "layout.shares": len(set(case.config.layout.shares)) > 1,
         f"train.global_batch = {train.global_batch} on {ranks} data ranks: they get equal parts":
             case.kind == "data" and train.global_batch % ranks,
@@ -182,9 +194,7 @@ def peer_work(case):
         "multiples of that":
             case.kind == "tensor" and any(size % ranks for size in sizes),
     }
-    faults = [text for text, is_fault in unable.items() if is_fault]
-    if faults:
-        raise ConfigError(f"--peers: the peer of {case.layout} cannot do {'; '.join(faults)}: leave out --peers")
+    _refuse("--peers", f"the peer of {case.layout}", unable)
     return {
         "vocab": model.vocab_size, "hidden": model.hidden_size, "layers": model.num_layers, "heads": model.num_heads,
         "ffn": model.ffn_size, "kv_heads": model.num_kv_heads, "head_dim": model.head_dim,
@@ -192,6 +202,47 @@ def peer_work(case):
         "micro": train.microbatch, "steps": train.steps, "lr": train.lr, "betas": train.betas, "eps": train.eps,
         "weight_decay": train.weight_decay, "grad_clip": train.grad_clip,
     }
+
+
+def transformers_programs(case, folder):
+    """Return the programs by the class of ``transformers`` that computes the model of ``case``, one for each attention.
+
+    Parameters
+    ----------
+    case : Case
+        Of one rank.
+    folder : Path
+        The configuration is written there.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such class, it cannot do this work, or the package is missing.
+    """
+    transformers_peer.library()
+    transformers_peer.family_for(case.config.model)
+    _refuse("--transformers", "transformers", _beyond_pytorch(case.config))
+    path = folder / "transformers.toml"
+    path.write_text(case.config.to_toml(), encoding="utf-8")
+    return tuple(Program(f"hf-{attention}", case, (sys.executable, "-m", transformers_peer.__name__, attention, str(path)))
+                 for attention in transformers_peer.ATTENTIONS)
+
+
+def _beyond_pytorch(config):
+    """Return what no peer does, with whether a configuration asks for it."""
+    train = config.train
+    return {
+        f"train.optimizer = {train.optimizer}: it has adamw": train.optimizer != "adamw",
+        f"train.dtype = {train.dtype}: it has float32": train.dtype != "float32",
+        f"train.device = {train.device}: it runs on cpu": train.device == "cuda",
+        "data.mask_documents": config.data.mask_documents,
+    }
+
+
+def _refuse(option, who, unable):
+    faults = [text for text, is_fault in unable.items() if is_fault]
+    if faults:
+        raise ConfigError(f"{option}: {who} cannot do {'; '.join(faults)}: leave out {option}")
 
 
 def beyond_llama(model):
@@ -205,13 +256,11 @@ def beyond_llama(model):
 def measure(programs, pairs, report):
     """Run every program ``pairs`` times for its time and before that once for its memory.
 
-    Local. A round runs all; the order within a case turns from round to round, so that a machine that slows down
-    slows both alike.
+    Local. A round runs all; the order turns from round to round, so that a machine that slows down slows all alike.
 
     Parameters
     ----------
-    programs : list of tuple of Program
-        For each case its program, with its peer behind it if it has one.
+    programs : list of Program
     pairs : int
     report : callable
         ``report(program, round, step_s)`` after each job; round 0 is that of the memory.
@@ -221,19 +270,41 @@ def measure(programs, pairs, report):
     times_s : dict of Program to list of float
         One a round, step times.
     peak_bytes : dict of Program to int or None
+
+    Raises
+    ------
+    NumbersError
+        If programs that start from the same weights differ in the first step.
     """
-    times_s = {program: [] for case in programs for program in case}
-    peak_bytes = {}
+    times_s, peak_bytes = {program: [] for program in programs}, {}
     for number in range(pairs + 1):
-        for case in programs:
-            for program in case[::-1] if number % 2 == 0 else case:
-                step_s, peak = program.run(samples_memory=number == 0)
-                report(program, number, step_s)
-                if number == 0:
-                    peak_bytes[program] = peak
-                else:
-                    times_s[program].append(step_s)
+        firsts = {}
+        for program in programs[::-1] if number % 2 == 0 else programs:
+            outcome = program.run(samples_memory=number == 0)
+            report(program, number, outcome.step_s)
+            firsts[f"{program.impl} ({program.case.layout})"] = outcome.first
+            if number == 0:
+                peak_bytes[program] = outcome.peak_bytes
+            else:
+                times_s[program].append(outcome.step_s)
+        check_same_work(firsts)
     return times_s, peak_bytes
+
+
+def check_same_work(firsts):
+    """Hold what programs found in the first step against each other; ``None`` is of one that has weights of its own. Local.
+
+    Raises
+    ------
+    NumbersError
+        If two differ.
+    """
+    found = {name: first for name, first in firsts.items() if first is not None}
+    for key, tolerance in _TOLERANCES.items():
+        values = {name: first[key] for name, first in found.items()}
+        if values and max(values.values()) - min(values.values()) > tolerance * abs(min(values.values())):
+            raise NumbersError(f"{key} of the first step: {', '.join(f'{name} {value:.7g}' for name, value in values.items())}"
+                               ": programs that do not compute the same are not compared")
 
 
 def median_interval(values):
@@ -249,22 +320,32 @@ def median_interval(values):
     return statistics.median(ordered), ordered[k], ordered[n - 1 - k], max(coverages[k], 0.0)
 
 
-def make_rows(programs, times_s, peak_bytes):
+def make_rows(programs, beside, times_s, peak_bytes):
     """Return the rows of the report as dicts.
 
-    Local. ``speed_over_peer`` and ``speed_over_single`` (mpillm on one rank) are ratios of tokens per second, above 1
-    where the program of the row is the faster.
+    Local. ``speed_over_peer``, ``speed_over_single`` (mpillm on one rank) and those over the programs ``beside`` are ratios of
+    tokens per second, above 1 where the program of the row is the faster.
+
+    Parameters
+    ----------
+    programs : list of tuple of Program
+        For each case its program, with its peer behind it if it has one.
+    beside : tuple of Program
+        Of the same work in one process; each layout is compared with them.
+    times_s, peak_bytes : dict
+        Of :func:`measure`.
     """
     single = next((case[0] for case in programs if case[0].case.kind == "single"), None)
     rows = []
-    for own, *peers in programs:
-        for program in (own, *peers):
+    for own, *peers in [*programs, *((None, program) for program in beside)]:
+        for program in filter(None, (own, *peers)):
             step_s = statistics.median(times_s[program])
             row = {"impl": program.impl, "layout": program.case.layout, "ranks": program.case.ranks, "step_s": step_s,
                    "tokens_per_s": program.case.tokens / step_s, "peak_bytes": peak_bytes[program],
                    "pairs": len(times_s[program]), "jobs_step_s": times_s[program]}
             if program is own:
-                others = {"peer": peers[0] if peers else None, "single": single if own is not single else None}
+                others = {"peer": peers[0] if peers else None, "single": single if own is not single else None,
+                          **{program.impl: program for program in beside}}
                 row |= {f"speed_over_{name}": _speed(times_s[own], times_s[other])
                         for name, other in others.items() if other}
             rows.append(row)

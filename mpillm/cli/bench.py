@@ -12,9 +12,9 @@ from pathlib import Path
 import click
 import torch
 
+from mpillm.bench import training
 from mpillm.bench.collectives import CLEARLY, OPERATIONS, SIZES_BYTES, choices, far_from_best
 from mpillm.bench.collectives import measure as measure_collectives
-from mpillm.bench.training import make_cases, make_rows, measure, mpillm_program, peer_program, prepare
 from mpillm.cli.options import CONTEXT, with_config
 from mpillm.comm.group import as_group
 from mpillm.comm.limits import usable_cores
@@ -41,6 +41,8 @@ def command():
 @command.command("train", context_settings=CONTEXT)
 @with_config
 @click.option("--peers", is_flag=True, help="measure each layout beside the same work in plain PyTorch over gloo")
+@click.option("--transformers", is_flag=True,
+              help="measure beside the class of transformers that computes the model, with eager attention and with sdpa")
 @click.option("--json", "output", type=click.Path(), metavar="FILE", help="write all figures there")
 @click.option("--pairs", default=5, show_default=True, type=click.IntRange(min=1), help="timed jobs of each program")
 @click.option("--steps", default=6, show_default=True, type=click.IntRange(min=2),
@@ -48,7 +50,7 @@ def command():
 @click.option("--ranks", default=usable_cores, show_default="one a core", type=click.IntRange(min=1),
               help="of layouts that do not say theirs")
 @click.option("--layouts", metavar="NAME[=RANKS],...", help="of single, data, tensor, pipeline; all if not given")
-def bench_train(config, peers, output, pairs, steps, ranks, layouts):
+def bench_train(config, peers, transformers, output, pairs, steps, ranks, layouts):
     """Time training steps of the model of CONFIG, every program a job of its own.
 
     Start it without mpirun, on a machine with nothing else to do. Each job has all cores: single as threads of one
@@ -59,14 +61,16 @@ def bench_train(config, peers, output, pairs, steps, ranks, layouts):
     names = layouts.split(",") if layouts else ["single"] + (["data", "tensor", "pipeline"] if ranks > 1 else [])
     with tempfile.TemporaryDirectory(prefix="mpillm-bench-") as name:
         folder = Path(name)
-        own_path, config = config.data.path, prepare(config, steps, folder)
+        own_path, config = config.data.path, training.prepare(config, steps, folder)
         if config.data.path != own_path:
             click.echo(f"data.path = {own_path}: no such file: measuring on random tokens", err=True)
-        if peers and config.train.device == "auto":
+        if (peers or transformers) and config.train.device == "auto":
             config = config.with_values({"train.device": "cpu"})
-        programs = [(mpillm_program(case, folder), *([peer_program(case, folder)] if peers else []))
-                    for case in make_cases(config, names, ranks)]
-        rows = make_rows(programs, *measure(programs, pairs, lambda *done: _show(pairs, *done)))
+        programs = [(training.mpillm_program(case, folder), *([training.peer_program(case, folder)] if peers else []))
+                    for case in training.make_cases(config, names, ranks)]
+        beside = training.transformers_programs(training.make_cases(config, ["single"], 1)[0], folder) if transformers else ()
+        flat = [program for case in programs for program in case] + [*beside]
+        rows = training.make_rows(programs, beside, *training.measure(flat, pairs, lambda *done: _show(pairs, *done)))
     click.echo(table(rows))
     if output:
         _write_report(output, rows)

@@ -19,6 +19,8 @@ from mpillm.hf.tensors import tensors_of
 
 FILE_BYTES = 5_000_000_000  # of the weights in one safetensors file
 DTYPES = {"float64": "F64", "float32": "F32"}  # of checkpoints, in such a file
+# Special tokens of config.json, which classes would take from models of theirs.
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def to_hf(run, folder, family=None, file_bytes=FILE_BYTES):
@@ -54,7 +56,7 @@ def to_hf(run, folder, family=None, file_bytes=FILE_BYTES):
         refuse_used(folder, "--to-hf")
         source = Checkpoint(run)
         model = source.model()
-        family = _family_of(model, family)
+        family = family_of(model, family)
         tokenizer = load_tokenizer(run, model.vocab_size) if (run / TOKENIZER).is_file() else None
         files_beside = _beside(tokenizer, Settings.beside(run / TOKENIZER) or Settings(), model)
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,15 +74,21 @@ def to_hf(run, folder, family=None, file_bytes=FILE_BYTES):
                                         "weight_map": {name: file for file, names in files.items() for name in names}})
         if tokenizer is not None and tokenizer.kind != "bytes":
             shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
-        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **files_beside.pop(MODEL_CONFIG, {})}
+        tokens = {**NO_TOKENS, **files_beside.pop(MODEL_CONFIG, {})}
         for name, content in files_beside.items():
             (write_json if name.endswith(".json") else write_text)(folder / name, content)
         write_json(folder / MODEL_CONFIG, {**family.config(model), "torch_dtype": dtype, "dtype": dtype, **tokens})
     return family
 
 
-def _family_of(model, name):
-    """Return the family that computes a model, with its head: of the one named, or of the first."""
+def family_of(model, name=None, asked="--to-hf", remedy="share the run itself"):
+    """Return the family that computes a model, with its head: of the one named, or of the first. Local.
+
+    Raises
+    ------
+    ConfigError
+        If none does, saying what ``asked`` for it, and the ``remedy``.
+    """
     if name is not None and name not in FAMILIES:
         raise ConfigError(f"--family {name}: mpillm knows {', '.join(FAMILIES)}")
     families = [one for kind, family in FAMILIES.items() if name in (None, kind) for one in family.all_heads]
@@ -90,7 +98,7 @@ def _family_of(model, name):
         keys = ", ".join(f"{key} = {value}" for key, value in values.items())
         who = (f"{nearest.architectures[0]} does not compute" if name else
                f"none of {', '.join(FAMILIES)} computes, nearest is {nearest.architectures[0]}:")
-        raise ConfigError(f"--to-hf: {who} model.{keys}: share the run itself")
+        raise ConfigError(f"{asked}: {who} model.{keys}: {remedy}")
     return nearest
 
 

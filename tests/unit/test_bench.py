@@ -11,13 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from families import CASES
 from helpers import run_mpi
 
-from mpillm.bench import launch, peer, training
+from mpillm.bench import launch, peer, training, transformers_peer
 from mpillm.cli.bench import behind_best, command
+from mpillm.comm.single import SingleComm
 from mpillm.config import Config
-from mpillm.errors import ConfigError, LaunchError, MpillmError
+from mpillm.errors import ConfigError, LaunchError, MpillmError, NumbersError
+from mpillm.hf.families import FAMILIES
 from mpillm.machine import PRESETS
+from mpillm.train.run import Run
 from mpillm.verify.reference import Reference
 
 MIB = 1 << 20
@@ -127,24 +131,27 @@ def test_coverage_of_the_median_interval_by_enumeration(n):
 def test_rows_compare_round_by_round():
     config = Config.from_dict(TINY)
     single, data = training.make_cases(config, ["single", "data"], 2)
-    one, two, ddp = (training.Program(impl, case, (impl, case.layout))
-                     for impl, case in (("mpillm", single), ("mpillm", data), ("ddp", data)))
-    times_s = {one: [2.0, 4.0, 8.0], two: [1.0, 1.0, 2.0], ddp: [2.0, 3.0, 2.0]}
-    rows = training.make_rows([(one,), (two, ddp)], times_s, {one: 5, two: 6, ddp: None})
+    one, two, ddp, eager = (training.Program(impl, case, (impl, case.layout)) for impl, case in (
+        ("mpillm", single), ("mpillm", data), ("ddp", data), ("hf-eager", single)))
+    times_s = {one: [2.0, 4.0, 8.0], two: [1.0, 1.0, 2.0], ddp: [2.0, 3.0, 2.0], eager: [4.0, 4.0, 8.0]}
+    rows = training.make_rows([(one,), (two, ddp)], (eager,), times_s, {one: 5, two: 6, ddp: None, eager: 7})
     assert [(row["impl"], row["layout"], row["ranks"], row["step_s"], row["tokens_per_s"], row["peak_bytes"])
             for row in rows] == [("mpillm", "single", 1, 4.0, 8.0, 5), ("mpillm", "data=2", 2, 1.0, 32.0, 6),
-                                 ("ddp", "data=2", 2, 2.0, 16.0, None)]
+                                 ("ddp", "data=2", 2, 2.0, 16.0, None), ("hf-eager", "single", 1, 4.0, 8.0, 7)]
     assert rows[1]["speed_over_peer"] == {"median": 2.0, "low": 1.0, "high": 3.0, "coverage": 0.75}
     assert rows[1]["speed_over_single"]["median"] == 4.0
-    assert not {"speed_over_peer", "speed_over_single"} & (rows[0].keys() | rows[2].keys())
+    assert [rows[i]["speed_over_hf-eager"]["median"] for i in (0, 1)] == [1.0, 4.0]
+    assert [[key for key in row if key.startswith("speed_over_")] for row in rows] == [
+        ["speed_over_hf-eager"], ["speed_over_peer", "speed_over_single", "speed_over_hf-eager"], [], []]
 
 
 def test_the_order_turns_from_round_to_round(monkeypatch):
     case, = training.make_cases(Config.from_dict(TINY), ["single"], 2)
     a, b = (training.Program(name, case, (name,)) for name in "ab")
     ran = []
-    monkeypatch.setattr(training.Program, "run", lambda self, samples_memory: (1.0, 7 if samples_memory else None))
-    times_s, peak_bytes = training.measure([(a, b)], 3, lambda program, number, _: ran.append((program.impl, number)))
+    monkeypatch.setattr(training.Program, "run",
+                        lambda self, samples_memory: training.Outcome(1.0, 7 if samples_memory else None))
+    times_s, peak_bytes = training.measure([a, b], 3, lambda program, number, _: ran.append((program.impl, number)))
     assert ran == [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
     assert times_s == {a: [1.0] * 3, b: [1.0] * 3} and peak_bytes == {a: 7, b: 7}
 
@@ -162,6 +169,37 @@ def test_the_peer_is_the_model_of_the_serial_reference():
     tokens = torch.randint(config.model.vocab_size, (3, config.train.seq_len + 1))
     logits = reference.logits(tokens)
     assert (decoder(tokens) - logits).abs().max() < 1e-6 * logits.abs().max()
+
+def test_programs_that_differ_in_the_first_step_are_not_compared():
+    own = {"loss": 4.0, "grad_norm": 0.5}
+    training.check_same_work({"mpillm": own, "hf-eager": {"loss": 4.00003, "grad_norm": 0.5004}, "ddp": None})
+    for key, value in (("loss", 4.0001), ("loss", 3.9999), ("grad_norm", 0.502)):
+        with pytest.raises(NumbersError, match=f"{key} of the first step: mpillm .*, hf-eager {value}"):
+            training.check_same_work({"mpillm": own, "hf-eager": own | {key: value}})
+
+
+@pytest.fixture
+def threads():
+    """Leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_class_of_every_family_does_the_work_of_mpillm(kind, tmp_path, threads):
+    """Gradients, too: initial weights hardly show in the loss."""
+    transformers = pytest.importorskip("transformers")
+    name, values = CASES[kind]
+    described = getattr(transformers, name).config_class(**values).to_dict()
+    config = Config(model=FAMILIES[kind].model(described, kind)).with_values({
+        "data.path": str(tmp_path / "tokens.h5"), "data.mask_token": 3, "train.run_dir": str(tmp_path / "run"),
+        "train.seq_len": 23, "train.global_batch": 3, "train.microbatch": 2, "train.steps": 2, "train.eval_every": 0})
+    config = config.resolve(1)
+    training.write_random_tokens(config.data.path, config.model.vocab_size, 23 * 40 + 1)
+    first, _ = Run(config, SingleComm())
+    for attention in transformers_peer.ATTENTIONS:
+        training.check_same_work({"mpillm": first, attention: transformers_peer.train(config, attention)})
 
 
 @pytest.mark.slow
@@ -201,6 +239,33 @@ def test_bench_train_writes_a_row_for_each_program(tiny, tmp_path):
         assert row["peak_bytes"] > 100 * MIB
         assert f"{row['peak_bytes'] / MIB:.0f}" in job.stdout
     assert not list(tmp_path.glob("mpillm-bench-*"))
+
+
+@pytest.mark.slow
+def test_bench_train_beside_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "tiny.toml"
+    path.write_text(Config.from_dict(TINY, {"model.qk_norm": "head"}).to_toml())
+    job = run_mpi(0, ["-m", "mpillm", "bench", "train", path, "--transformers", "--layouts", "single,data=2", "--pairs", 1,
+                      "--steps", 2, "--json", tmp_path / "bench.json"], timeout=240, cwd=tmp_path)
+    assert job.returncode == 0, job.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["impl"], row["layout"]) for row in rows] == [
+        ("mpillm", "single"), ("mpillm", "data=2"), ("hf-eager", "single"), ("hf-sdpa", "single")]
+    for own in rows[:2]:
+        for other in rows[2:]:
+            assert own[f"speed_over_{other['impl']}"]["median"] == other["step_s"] / own["step_s"]
+
+
+def test_what_transformers_does_not_compute_is_refused(tmp_path, monkeypatch):
+    for values, message in (({"model.norm": "layer"}, "nearest is llama: model.norm = .*leave out --transformers"),
+                            ({"train.optimizer": "sgd"}, "transformers cannot do train.optimizer = sgd")):
+        case, = training.make_cases(Config.from_dict(TINY, values), ["single"], 1)
+        with pytest.raises(ConfigError, match=message):
+            training.transformers_programs(case, tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="--transformers needs the transformers package .*pip install transformers"):
+        training.transformers_programs(case, tmp_path)
 
 
 @pytest.mark.slow
