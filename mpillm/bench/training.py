@@ -26,7 +26,7 @@ PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp
 _KEYS_OF_AXIS = {"data": ("shares", "bucket_cuts"), "pipeline": ("chunks", "stage_cuts", "schedule")}
 _RANDOM_SAMPLES = 256
 # By how much two programs of equal weights may differ in the first step, of float32.
-_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-3}
+_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ those around it (versions 1 and 2); the limits of the process (``ulimit``; Grid 
 was asked for, because not every cluster makes a control group of that. Local but for the shares of ranks.
 """
 
+import ctypes
 import math
 import os
 import re
@@ -15,6 +16,9 @@ from typing import NamedTuple
 SHM_REMEDY = ("give it more (mount -o remount,size=..., docker run --shm-size=...), or clear what is left there, or ask for "
               "more memory, of which it is a part")
 _NODE = "the node"
+# Parameters of the C library's mallopt() by number: what is free at the end of its heap before any of it goes back to the
+# system, and the size from which a block is the system's own. Both are at their limits.
+_MALLOC_LIMITS = {-1: (1 << 31) - 1, -3: 32 << 20}
 UNLIMITED_BYTES = 1 << 60  # what version 1 of control groups writes in place of no limit, less what it rounds off
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
 _USED = ("memory.current", "memory.usage_in_bytes")
@@ -33,6 +37,17 @@ class MemoryLimit(NamedTuple):
     left_bytes: float
     is_shared: bool = True
     taken_bytes: float = 0.0
+
+
+def keep_freed_memory():
+    """Let this process keep memory that it frees, because a step frees what the next one takes again.
+
+    Local. The system would have to fill every page with zeros first, up to 5 % of a step. Blocks of more than 32 MiB go back to
+    it. Of the GNU C library, whose own limits move with what a process happens to free; others stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter, limit in _MALLOC_LIMITS.items() if mallopt else ():
+        mallopt(parameter, limit)
 
 
 def memory_bounds(root="/", environ=os.environ):

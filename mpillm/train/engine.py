@@ -7,6 +7,7 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.devices import pick_device
+from mpillm.comm.limits import keep_freed_memory
 from mpillm.comm.mesh import Mesh
 from mpillm.data.sources import Samples
 from mpillm.errors import ConfigError, half_made
@@ -55,6 +56,7 @@ class Engine:
     def __init__(self, config, comm, trace_folder=None, table=DEFAULT_TABLE):
         train, layout, is_exact = config.train, config.layout, config.train.numerics == "exact"
         self.config = config
+        keep_freed_memory()
         with half_made(comm) as made:
             self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if is_exact else "any",
                              table=table, is_checked=train.checked)

@@ -2,7 +2,10 @@
 
 import math
 import os
+import platform
 import resource
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -11,6 +14,19 @@ from mpillm.comm import limits
 from mpillm.comm.limits import MemoryLimit
 from mpillm.comm.single import SingleComm
 
+STEPS = """
+import resource
+import numpy as np
+from mpillm.comm.limits import keep_freed_memory
+
+def faults_of_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [np.ones(1 << 17) for _ in range(64)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+print(faults_of_step(), faults_of_step(), faults_of_step())
+"""
 NODE, GIB = os.uname().nodename.partition(".")[0], 1 << 30
 MEMINFO = "MemTotal: 67108864 kB\nMemAvailable: 33554432 kB\n"
 STATUS = "VmSize: 2097152 kB\nVmData: 1048576 kB\nVmRSS: 524288 kB\n"
@@ -155,3 +171,10 @@ def test_shared_memory_is_a_part_of_the_memory_that_a_job_has(tmp_path):
     assert limits.shared_memory_bytes(tmp_path, of_job) == 4096.0
     assert limits.shared_memory_bytes(tmp_path, []) == pytest.approx(
         os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize, rel=0.1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
+def test_what_a_step_frees_is_there_for_the_next():
+    job = subprocess.run([sys.executable, "-c", STEPS], check=True, capture_output=True, text=True)
+    first, *others = map(int, job.stdout.split())
+    assert max(others) * 8 < first
