@@ -220,8 +220,10 @@ def transformers_programs(case, folder):
         If there is no such class, it cannot do this work, or the package is missing.
     """
     transformers_peer.library()
-    transformers_peer.family_for(case.config.model)
-    _refuse("--transformers", "transformers", _beyond_pytorch(case.config))
+    model = case.config.model
+    transformers_peer.family_for(model)
+    _refuse("--transformers", "this peer",
+            {f"model.head = {model.head}: it has words and masked": not model.has_words, **_beyond_pytorch(case.config)})
     path = folder / "transformers.toml"
     path.write_text(case.config.to_toml(), encoding="utf-8")
     return tuple(Program(f"hf-{attention}", case, (sys.executable, "-m", transformers_peer.__name__, attention, str(path)))

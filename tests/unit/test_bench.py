@@ -258,8 +258,8 @@ def test_bench_train_beside_transformers(tmp_path):
 
 
 def test_what_transformers_does_not_compute_is_refused(tmp_path, monkeypatch):
-    for values, message in (({"model.norm": "layer"}, "nearest is llama: model.norm = .*leave out --transformers"),
-                            ({"train.optimizer": "sgd"}, "transformers cannot do train.optimizer = sgd")):
+    for values, message in (({"model.norm": "layer"}, "nearest is .*: model.norm = .*leave out --transformers"),
+                            ({"train.optimizer": "sgd"}, "this peer cannot do train.optimizer = sgd")):
         case, = training.make_cases(Config.from_dict(TINY, values), ["single"], 1)
         with pytest.raises(ConfigError, match=message):
             training.transformers_programs(case, tmp_path)
