@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from helpers import assert_all
 from mpi4py import MPI
 from tiny import (
+    FAMILIES,
     GROUPED,
     LAYOUTS,
     asked_at_random,
@@ -343,7 +344,8 @@ GPT = {f"model.{key}": value for key, value in SHAPES["gpt"].items()}
     {**GPT, "model.residual": "parallel"},
     {**GPT, "model.norm_placement": "post", "model.embedding_norm": True, "model.head": "masked",
      "model.head_bias": True, "model.tie_embeddings": True, "train.numerics": "exact", "train.dtype": "float32"},
-], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words"])
+    FAMILIES["a pooler"],
+], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words", "pooler"])
 def test_planned_volume_is_what_is_sent(comm, changes):
     config = tiny({"model.num_layers": 4, **changes})
     for layout in one_for_every_degrees(config, comm.size):

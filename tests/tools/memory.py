@@ -34,6 +34,8 @@ KEYED = {  # models whose layers keep other things
     "norms of all heads": {"model.qk_norm": "whole", "model.norm_placement": "output"},
     "masked words": {"model.norm": "layer", "model.norm_placement": "post", "model.ffn": "gelu", "model.head": "masked",
                      "model.attention": "bidirectional", "model.embedding_norm": True, "model.tie_embeddings": True},
+    "pooled classes": {"model.norm": "layer", "model.norm_placement": "post", "model.attention": "bidirectional",
+                       "model.head": "classes", "model.num_labels": 40, "model.pooler": True},
     "window and cap": {"model.window": 16, "model.ffn": "geglu", "model.norm_offset": True, "model.logit_softcap": 30.0},
 }
 CLOSE, FEW_BYTES = 0.05, 1e6
