@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "llama-classes", "bert-classes", "bert-tags"])
 def test_every_choice_of_degrees(comm, comm_path, case):
     config = comm.bcast(make_run(comm_path, case) if comm.rank == 0 else None)
     config = config.with_values({f"train.{key}": value for key, value in TRAIN.items()})
