@@ -35,7 +35,7 @@ class ConfigSection(SphinxDirective):
             raise self.error(f"[{name}] has the keys {known}; described are {described}")
         rows = [("Key", "Default", "Allowed", "Meaning")]
         for key, schema in keys["properties"].items():
-            default = "required" if key in keys.get("required", ()) else _default(schema["default"])
+            default = "required" if key in keys.get("required", ()) else _default(schema.get("default", {}))
             rows.append((f"``{key}``", default, _allowed(schema), meanings[key]))
         return self.parse_text_to_nodes(_list_table(rows, "16 15 24 45", header_rows=1))
 
@@ -135,6 +135,8 @@ def _allowed(schema):
         return "list: " + ", ".join(map(_allowed, schema["prefixItems"]))
     if schema["type"] == "array":
         return f"list, of {_allowed(schema['items'])}"
+    if schema["type"] == "object":
+        return f"table, of {_allowed(schema['additionalProperties'])}"
     types = {"boolean": "``true``, ``false``", "integer": "whole number", "number": "number", "string": "text"}
     limits = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "below"}
     found = [f" {word} {schema[key]}" for key, word in limits.items() if key in schema]

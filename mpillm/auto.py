@@ -126,7 +126,8 @@ def _written_out(config, ranks_per_node):
     inner = layout.order[layout.order.index("data") + 1:]
     # Gradients are reduced beside backward, layer by layer, where no two data ranks share a node's cores.
     is_apart = math.prod(getattr(layout, axis) for axis in inner) >= ranks_per_node
-    every = tuple(range(model.num_layers + 1)) if layout.data > 1 and is_apart and train.numerics != "exact" else ()
+    is_early = layout.data > 1 and is_apart and train.numerics != "exact" and not train.freeze
+    every = tuple(range(model.num_layers + 1)) if is_early else ()
     found = {"shares": dealt(train.global_batch, train.microbatch, layout.data), "stage_cuts": default_cuts(config),
              "bucket_cuts": every}
     return replace(config, layout=replace(layout, **{

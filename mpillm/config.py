@@ -6,6 +6,8 @@ Keys left out of ``[layout]`` (or ``"auto"``) are filled by :meth:`Config.resolv
 
 import sys
 from dataclasses import field, fields, is_dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Union
 
@@ -15,6 +17,7 @@ from pydantic import StrictBool
 from mpillm.auto import default_microbatch, resolve
 from mpillm.errors import ConfigError, DataError
 from mpillm.model.description import SHAPES, Model
+from mpillm.model.parameters import first_match, is_frozen, parameters
 from mpillm.plain import Count, Fraction, Positive, PositiveReal, Real, Seed, checked, config_section
 
 if sys.version_info >= (3, 11):
@@ -67,6 +70,8 @@ class Train:
     checkpoint_keep: Positive = 3
     checkpoint_background: StrictBool = False
     init_from: str = ""
+    freeze: tuple[str, ...] = ()
+    lr_factors: dict[str, PositiveReal] = field(default_factory=dict)
     trace: StrictBool = False
     checked: StrictBool = False
     hang_limit_s: Real = 300.0
@@ -125,6 +130,10 @@ class Config:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     layout: Layout = field(default_factory=Layout)
+
+    def __post_init__(self):
+        if self.train.freeze or self.train.lr_factors:
+            _check_patterns(self.train, list(parameters(self.model)))
 
     @classmethod
     def load(cls, path, overrides=None):
@@ -195,6 +204,21 @@ class Config:
             [(s, min(s + size, start + share)) for s in range(start, start + share, size)]
             for start, share in zip(starts, shares)
         ]
+
+
+def _check_patterns(train, names):
+    """Refuse patterns of ``[train]`` that stand for nothing, and a model of which nothing is left to train."""
+    for key in ("freeze", "lr_factors"):
+        used = {first_match(name, getattr(train, key)) for name in names}
+        for pattern in getattr(train, key):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"train.{key}: no parameter has a name like {pattern!r}; the nearest is {near}")
+            if key == "lr_factors" and pattern not in used:
+                raise ValueError(f"train.{key}: what {pattern!r} names has its factor from a pattern before it, and the first "
+                                 "counts: put the narrower one first")
+    if all(is_frozen(name, train.freeze) for name in names):
+        raise ValueError(f"train.freeze = {list(train.freeze)}: names all parameters of the model: nothing is left to train")
 
 
 def _plain(value):

@@ -70,6 +70,19 @@ FAMILIES = {
                 "model.positions": "learned", "model.max_seq_len": 12, "model.attention": "bidirectional",
                 "model.head": "classes", "model.num_labels": 4, "model.ffn": "gelu"},
     "a series": {"model.inputs": "patches", "model.patch_size": 3, "model.head": "values"},
+    "frozen up to a layer and in parts behind it, learning rates by name": {
+        **LAYER_NORM, **GROUPED["straddling"], "model.qk_norm": "head", "model.norm_placement": "output",
+        "train.freeze": ["embedding.*", "layers.0.*", "layers.1.attention.[qk]*", "layers.1.attention.value.weight",
+                         "layers.2.ffn.up.weight", "layers.2.attention_norm.bias", "layers.3.ffn.down.*",
+                         "layers.3.attention.query.bias", "norm.weight"],
+        "train.lr_factors": {"layers.1.*": 0.5, "head.*": 3.0, "*.bias": 0.1}},
+    "frozen tied ends, frozen products of the first layer": {
+        **GROUPED["shared"], "model.tie_embeddings": True, "model.qk_norm": "whole", "model.head_bias": True,
+        "train.freeze": ["embedding.*", "layers.0.attention.*", "layers.0.attention_norm.*", "layers.[12].ffn.*"]},
+    "parallel, a trained embedding, all biases of a frozen layer": {
+        **LAYER_NORM, "model.residual": "parallel", "model.positions": "learned", "model.ffn": "gelu",
+        "train.freeze": ["positions.*", "layers.[02].*.weight", "head.*"], "train.lr_factors": {"*embedding*": 0.2}},
+    "a head alone": {"model.head_bias": True, "train.freeze": ["embedding.*", "layers.*", "norm.*"]},
     "yarn": {
         "model.rope_theta": 100.0,
         "model.rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16, "beta_fast": 2.0, "beta_slow": 0.5}},

@@ -192,7 +192,9 @@ def _cut(shards):
 
 
 def _as_numpy(tensor):
-    return np.ascontiguousarray(tensor.detach().cpu().numpy() if torch.is_tensor(tensor) else tensor)
+    if torch.is_tensor(tensor):  # frozen weights have no wider masters, and numpy no bfloat16
+        tensor = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+    return np.ascontiguousarray(tensor)
 
 
 def _write_manifest(folder, manifest):

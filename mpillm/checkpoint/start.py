@@ -119,11 +119,14 @@ def check_same(start, config, fingerprint):
             f"checkpoint {start.path}: its run takes samples in the order {order_of(saved)!r}, this mpillm knows "
             f"{', '.join(ORDERS)}: go on with the mpillm that wrote it, or start anew with train.init_from"
         )
-    for key, value in (("seed", saved["seed"]), ("seq_len", saved["data"].get("seq_len", train.seq_len))):
-        if value != getattr(train, key):  # its place in the data would be another
+    # Its place in the data would be another; what was frozen has no state to go on with.
+    for key, value, wanted in (("seed", saved["seed"], train.seed),
+                               ("seq_len", saved["data"].get("seq_len", train.seq_len), train.seq_len),
+                               ("freeze", saved.get("freeze", []), list(train.freeze))):
+        if value != wanted:
             raise CheckpointError(
-                f"checkpoint {start.path}: of train.{key} = {value}, this run has {getattr(train, key)}: set it "
-                "back, or start anew with train.init_from"
+                f"checkpoint {start.path}: of train.{key} = {value}, this run has {wanted}: set it back, or start anew with "
+                "train.init_from"
             )
 
 

@@ -66,7 +66,8 @@ class Digests:
     def _sums(self):
         """Return the sum of the words of each tensor by kind and name."""
         tensors = {}
-        for bucket in self._engine.gradients.updated:
+        gradients = self._engine.gradients
+        for bucket in gradients.updated + gradients.frozen:
             low, high = bucket.range if bucket.is_one_copy else (0, bucket.size)
             for p, offset in zip(bucket.parameters, bucket.offsets):
                 start, stop = max(low, offset), min(high, offset + p.numel())

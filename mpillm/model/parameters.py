@@ -7,6 +7,7 @@ along their input (``output``, ``down``) are stored input-first, so that what a 
 import hashlib
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -109,6 +110,28 @@ def parameters(model):
     for index in range(model.num_layers):
         table.update({parameter.name: parameter for parameter in layer_parameters(model, index).values()})
     return {**table, **last_parameters(model)}
+
+
+def first_match(name, patterns):
+    """Return the first of some patterns, such as ``layers.0.*``, that a parameter's name matches, or ``None``. Local."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def is_frozen(name, freeze):
+    """Tell whether ``train.freeze`` keeps a parameter as it is. Local."""
+    return first_match(name, freeze) is not None
+
+
+@lru_cache(maxsize=64)
+def trained_from(model, freeze):
+    """Return where the first parameter stands that is trained: at a layer, -1 before all of them, or behind the last. Local.
+
+    Gradients go back to there and no further.
+    """
+    groups = [first_parameters(model)] + [{one.name: one for one in layer_parameters(model, index).values()}
+                                          for index in range(model.num_layers if freeze else 0)]
+    return next((place for place, table in enumerate(groups, -1) if not all(is_frozen(name, freeze) for name in table)),
+                model.num_layers)
 
 
 def first_parameters(model):

@@ -133,7 +133,7 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weight, projection, head_dim, batch, turns):
-        ctx.save_for_backward(x_TD)
+        ctx.save_for_backward(x_TD if projection.is_trained else None)
         ctx.projection, ctx.head_dim, ctx.batch, ctx.turns = projection, head_dim, batch, turns
         q, k, v = _by_head(projection, projection.forward(x_TD), head_dim, batch)
         for x in (q, k) if turns else ():
@@ -143,7 +143,7 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads_BHSN):
         (x_TD,), projection = ctx.saved_tensors, ctx.projection
-        grads = projection.empty(x_TD)
+        grads = projection.empty(ctx.batch.tokens, grads_BHSN[0])
         q, k, v = parts = _by_head(projection, grads, ctx.head_dim, ctx.batch)
         for part, grad in zip(parts, grads_BHSN):
             part.copy_(grad)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
+from mpillm.nn.split import first_trained
 
 _aten = torch.ops.aten
 # Each function, and what puts the gradient of its input in the place of the input, of (gradient of the output, input).
@@ -55,8 +56,13 @@ class FeedForward(nn.Module):
     def parts(self, x_TD, batch):
         """Return each block's partial output ``[T, D]`` for all tokens, without the bias."""
         function = _Plain if self.gate is None else _Gated
-        return [function.apply(x, up.weight, up, down, self.activation)
+        return [function.apply(x, first_trained(up.weight, down.weight), up, down, self.activation)
                 for (up, down), x in zip(self._blocks, self.split.enter(x_TD, batch.tokens))]
+
+
+def _goes_on(ctx):
+    """Tell whether backward goes on behind the product down: to weights that are not frozen, or to the input."""
+    return ctx.up_projection.is_trained or ctx.needs_input_grad[0]
 
 
 class _Gated(torch.autograd.Function):
@@ -67,7 +73,7 @@ class _Gated(torch.autograd.Function):
         outputs = up_projection.forward(x_TD)
         gate_TF, up_TF = up_projection.parts(outputs)
         ctx.up_projection, ctx.down_projection, ctx.activation = up_projection, down_projection, activation
-        ctx.save_for_backward(x_TD, *outputs)
+        ctx.save_for_backward(x_TD if up_projection.is_trained else None, *outputs)
         return down_projection.forward(activation[0](gate_TF).mul_(up_TF))[0]
 
     @staticmethod
@@ -77,7 +83,9 @@ class _Gated(torch.autograd.Function):
         act, act_backward = ctx.activation
         gate_TF, up_TF = ctx.up_projection.parts(outputs)
         act_TF = act(gate_TF)
-        slope_TF = ctx.down_projection.backward(act_TF * up_TF, [dy_TD])
+        slope_TF = ctx.down_projection.backward(act_TF * up_TF, [dy_TD], _goes_on(ctx))
+        if slope_TF is None:
+            return (None,) * 5
         act_backward(slope_TF * up_TF, gate_TF)
         torch.mul(act_TF, slope_TF, out=up_TF)
         return ctx.up_projection.backward(x_TD, outputs, ctx.needs_input_grad[0]), None, None, None, None
@@ -90,7 +98,7 @@ class _Plain(torch.autograd.Function):
     def forward(ctx, x_TD, weight, up_projection, down_projection, activation):
         (up_TF,) = up_projection.forward(x_TD)
         ctx.up_projection, ctx.down_projection, ctx.activation = up_projection, down_projection, activation
-        ctx.save_for_backward(x_TD, up_TF)
+        ctx.save_for_backward(x_TD if up_projection.is_trained else None, up_TF)
         return down_projection.forward(activation[0](up_TF))[0]
 
     @staticmethod
@@ -98,6 +106,8 @@ class _Plain(torch.autograd.Function):
         """Compute once more what lies between. The gradient of up takes its place, so this runs once."""
         x_TD, up_TF = ctx.saved_tensors
         act, act_backward = ctx.activation
-        slope_TF = ctx.down_projection.backward(act(up_TF), [dy_TD])
+        slope_TF = ctx.down_projection.backward(act(up_TF), [dy_TD], _goes_on(ctx))
+        if slope_TF is None:
+            return (None,) * 5
         act_backward(slope_TF, up_TF)
         return ctx.up_projection.backward(x_TD, [up_TF], ctx.needs_input_grad[0]), None, None, None, None

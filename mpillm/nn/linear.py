@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mpillm.nn.products import add_product
-from mpillm.nn.split import add_over_blocks, gradient_of, is_in_flat_storage, later
+from mpillm.nn.split import add_over_blocks, first_trained, gradient_of, is_in_flat_storage, later, trained
 
 
 class ColumnParallelLinear(nn.Module):
@@ -99,8 +99,8 @@ class Projection:
     nodes are made of.
 
     Local. In flat storage the weights of a layer lie one behind the other; those of one input are then one matrix, and one
-    product takes the place of several, forward and backward. ``exact`` gives each weight a product of its own, whose bits do
-    not depend on what lies beside it.
+    product takes the place of several, forward and backward, unless some are frozen and others not. ``exact`` gives each
+    weight a product of its own, whose bits do not depend on what lies beside it.
 
     Parameters
     ----------
@@ -111,7 +111,9 @@ class Projection:
     Attributes
     ----------
     weight : Parameter
-        The first one, for nodes to take as an input, so that their outputs have gradients whatever ``x`` has.
+        The first one that is trained, for nodes to take as an input, so that their outputs have gradients whatever ``x`` has.
+    is_trained : bool
+        Whether any is. Otherwise backward needs no input, and ``x`` need not be kept.
     """
 
     def __init__(self, split, *parts):
@@ -119,7 +121,8 @@ class Projection:
         self._parts = [(layer.weight, rows) for layer, rows in parts]
         self._biases = [(layer.bias, rows) for layer, rows in parts if self.is_transposed and layer.bias is not None]
         self._widths = [stop - start for _, (start, stop) in parts]
-        self.weight = self._parts[0][0]
+        self.weight = first_trained(*(weight for weight, _ in self._parts + self._biases))
+        self.is_trained = self.weight.requires_grad
         self._places, self._factors, self._added, self._gradients = None, [], [], None
 
     def forward(self, x_TD):
@@ -136,7 +139,8 @@ class Projection:
         ``grads`` are those of the outputs of :meth:`forward`, which may wait as they are until a ``W`` action. The input
         gradients of several are summed in one buffer.
         """
-        self.split.weight_gradients.add(later(_accumulate, self, x_TD.detach(), grads))
+        if self.is_trained:
+            self.split.weight_gradients.add(later(_accumulate, self, x_TD.detach(), grads))
         dx = None
         if needs_dx:
             multiply = self.split.multiply
@@ -144,25 +148,28 @@ class Projection:
                 dx = multiply(dy, left) if dx is None else add_product(dx, dy, left, multiply)
         return dx
 
-    def empty(self, x_TD):
-        """Return room for the gradients of the outputs."""
-        return [x_TD.new_empty(len(x_TD), right.shape[1]) for right, _ in self._factors]
+    def empty(self, tokens, like):
+        """Return room for the gradients of the outputs of so many tokens, of the type of a tensor."""
+        return [like.new_empty(tokens, right.shape[1]) for right, _ in self._factors]
 
     def parts(self, outputs):
         """Return views of the outputs, or of their gradients, one for each part."""
         return outputs if len(outputs) == len(self._parts) else outputs[0].split(self._widths, 1)
 
     def gradients(self):
-        """Return where the gradients of the weights are kept, one for each product, and of the biases, where there are some.
+        """Return where the gradients of the weights are kept, one for each product, and of the biases, where there are some;
+        of those that are frozen ``None``.
         """
-        return self._gradients or [[gradient_of(*part) for part in own] for own in (self._parts, self._biases)]
+        return self._gradients or [[gradient_of(*part) if part[0].requires_grad else None for part in own]
+                                   for own in (self._parts, self._biases)]
 
     def _find(self):
         """Find the factors of the products, right ones of forward and of backward, and what is added; in flat storage once,
         since there they stay as long as weights and gradients lie where they did."""
         parts = self._parts + self._biases
-        is_flat = all(is_in_flat_storage(weight) for weight, _ in parts)
-        places = is_flat and [x.data_ptr() for weight, _ in parts for x in (weight, weight.main_grad)]
+        weights = [weight for weight, _ in parts]
+        is_flat = all(map(is_in_flat_storage, trained(*weights)))
+        places = is_flat and [x.data_ptr() for x in weights + [weight.main_grad for weight in trained(*weights)]]
         if is_flat and places == self._places:
             return
         found = [[weight.detach()[slice(*rows)] for weight, rows in own] for own in (self._parts, self._biases)]
@@ -184,7 +191,7 @@ def project(x_TD, projection):
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, projection):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if projection.is_trained else None)
         ctx.projection = projection
         return projection.forward(x)[0]
 
@@ -198,14 +205,18 @@ def _accumulate(projection, x, grads):
     """Add the gradients of a projection's weights and biases."""
     of_weights, of_biases = projection.gradients()
     for gradient, dy in zip(of_weights, grads, strict=True):
-        left, right = (dy, x) if projection.is_transposed else (x, dy)
-        add_product(gradient, left.t(), right, projection.split.multiply)
+        if gradient is not None:
+            left, right = (dy, x) if projection.is_transposed else (x, dy)
+            add_product(gradient, left.t(), right, projection.split.multiply)
     for gradient, dy in zip(of_biases, grads):
-        gradient.add_(dy.sum(0, dtype=gradient.dtype))
+        if gradient is not None:
+            gradient.add_(dy.sum(0, dtype=gradient.dtype))
 
 
 def lie_together(tensors):
-    """Tell whether contiguous tensors lie one behind the other in one storage. Local."""
+    """Tell whether contiguous tensors lie one behind the other in one storage, or there are none (``None``) at all. Local."""
+    if any(x is None for x in tensors):
+        return all(x is None for x in tensors)
     storages = {x.untyped_storage().data_ptr() for x in tensors}
     return len(storages) <= 1 and all(x.data_ptr() + x.nbytes == following.data_ptr() for x, following in pairwise(tensors))
 
@@ -213,4 +224,6 @@ def lie_together(tensors):
 def joined(tensors):
     """Return matrices of equal width, or vectors, that :func:`lie_together` as one. Local."""
     first = tensors[0]
+    if first is None:
+        return None
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

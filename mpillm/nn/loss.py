@@ -12,7 +12,7 @@ from torch import nn
 from mpillm.comm import collectives
 from mpillm.nn.linear import ColumnParallelLinear, Projection, project
 from mpillm.nn.products import add_product
-from mpillm.nn.split import gradient_of, is_in_flat_storage, later
+from mpillm.nn.split import first_trained, gradient_of, is_in_flat_storage, later, trained
 from mpillm.schedules.blocks import bounds, loss_chunks
 from mpillm.schedules.tree import tree_sum
 
@@ -51,12 +51,14 @@ class ChoiceHead(nn.Module):
         there is no ``main_grad``, nor in ``exact``, which sums microbatches along a tree: backward adds it then, to any
         gradient of the loss, and each microbatch in flight holds a gradient as large as the weight.
         """
-        return _HeadLoss.apply(x_TD, self.weight, self, targets_T, scale, torch.is_grad_enabled())
+        weight = first_trained(self.weight, self.linear.bias)
+        return _HeadLoss.apply(x_TD, weight, self, targets_T, scale, torch.is_grad_enabled())
 
     @property
     def adds_at_once(self):
-        """Tell whether forward adds the weight's gradient to that of the other microbatches."""
-        return not self.split.is_exact and is_in_flat_storage(self.weight)
+        """Tell whether forward adds the gradients of weight and bias, unless frozen, to those of the other microbatches."""
+        own = trained(self.weight, self.linear.bias)
+        return not self.split.is_exact and bool(own) and all(map(is_in_flat_storage, own))
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
@@ -68,19 +70,19 @@ class ChoiceHead(nn.Module):
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, head, targets, scale, is_recorded):
-        parameters = [parameter for parameter in (weight, head.linear.bias) if parameter is not None]
+        parameters = trained(head.weight, head.linear.bias)
         wide = torch.promote_types(x.dtype, torch.float32)
-        dx, own, sums = None, [], None
+        dx, own, sums = None, [], {}
         if is_recorded and any(ctx.needs_input_grad[:2]):
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             if not head.adds_at_once:
                 own = [torch.empty_like(parameter, dtype=wide) for parameter in parameters]  # chunks add up in float32 at least
-            sums = own or [gradient_of(parameter) for parameter in parameters]
+            sums = dict(zip(parameters, own or [gradient_of(parameter) for parameter in parameters]))
         count = loss_chunks(len(x), head.size, x.device.type)
         chunks = [bounds(len(x), count, i) for i in range(count)]
         losses = [_chunk(head, x[low:high], targets[low:high], scale, dx if dx is None else dx[low:high], sums,
                          is_new=low == 0 and bool(own)) for low, high in chunks]
-        ctx.split, ctx.gradients = head.split, (dx, list(zip(parameters, own)))
+        ctx.split, ctx.gradients, ctx.has_added = head.split, (dx, list(zip(parameters, own))), bool(sums) and not own
         return torch.stack(losses).sum() * scale
 
     @staticmethod
@@ -88,7 +90,8 @@ class _HeadLoss(torch.autograd.Function):
         (dx, own), ctx.gradients = ctx.gradients, None
         if own:
             ctx.split.weight_gradients.add(later(_accumulate, own, grad))
-            dx = dx.mul_(grad)  # without asking whether it is one, which would have the host wait for a GPU
+        if not ctx.has_added:
+            dx = dx if dx is None else dx.mul_(grad)  # without asking whether it is one, for which the host waits for a GPU
         elif grad.device.type == "cpu" and grad != 1:
             raise ValueError(f"backward from {float(grad):.4g} times the head's loss: forward has added the weight's "
                              "gradient to main_grad already; give the head the factor as its scale")
@@ -96,8 +99,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunk(head, x, targets, scale, dx, sums, is_new):
-    """Return the summed loss of a chunk of tokens; set ``dx`` and add to the ``sums`` of the parameters' gradients, or set
-    them where they are ``is_new``, unless these are None. A call a chunk, so that none holds the logits of the one before."""
+    """Return the summed loss of a chunk of tokens; set ``dx``, unless it is None, and add to the ``sums``, by parameter, of
+    gradients, or set them where they are ``is_new``. A call a chunk, so that none holds the logits of the one before."""
     wide, multiply, softcap = torch.promote_types(x.dtype, torch.float32), head.split.multiply, head.softcap
     weight, bias = head.weight.detach(), head.linear.bias
     rows = [slice(*block) for _, block in head.blocks]
@@ -108,15 +111,18 @@ def _chunk(head, x, targets, scale, dx, sums, is_new):
         logits = [part.div_(softcap).tanh_() for part in logits]
         capped, logits = logits, [part * softcap for part in logits]
     loss = _cross_entropy(logits, targets, head, scale)
-    if dx is not None:
+    if dx is not None or sums:
         if softcap:
             logits = [part.mul_(1 - tanh.square_()) for part, tanh in zip(logits, capped)]
         slopes = [part.to(x.dtype) for part in logits]
-        dx.copy_(tree_sum([multiply(slope, weight[own]) for slope, own in zip(slopes, rows)], torch.add))
+        if dx is not None:
+            dx.copy_(tree_sum([multiply(slope, weight[own]) for slope, own in zip(slopes, rows)], torch.add))
         for slope, own in zip(slopes, rows):
-            add_product(sums[0][own], slope.t(), x, multiply, is_new)
-            for total in sums[1:]:
-                torch.add(0 if is_new else total[own], slope.sum(0, dtype=wide), out=total[own])
+            if head.weight in sums:
+                add_product(sums[head.weight][own], slope.t(), x, multiply, is_new)
+            if bias in sums:
+                total = sums[bias][own]
+                torch.add(0 if is_new else total, slope.sum(0, dtype=wide), out=total)
     return loss
 
 

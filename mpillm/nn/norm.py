@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpillm.comm.buffers import HALF_TYPES
-from mpillm.nn.split import add_over_blocks, later
+from mpillm.nn.split import add_over_blocks, first_trained, later
 
 
 def make_norm(table, name, split, model):
@@ -40,7 +40,7 @@ class Norm(nn.Module):
     def forward(self, x_TD, total):
         """Normalise the tokens this rank holds of ``total``."""
         function = _RMSNorm if self.bias is None else _LayerNorm
-        return function.apply(x_TD, self.weight, self, total)
+        return function.apply(x_TD, first_trained(self.weight, self.bias), self, total)
 
     def scale(self, dtype):
         """Return what each number of a row is multiplied by."""

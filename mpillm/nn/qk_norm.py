@@ -10,7 +10,7 @@ from mpillm.comm import collectives
 from mpillm.comm.sums import combine_tree
 from mpillm.model.parameters import in_groups
 from mpillm.nn.norm import inverse_rms, rms_gradients
-from mpillm.nn.split import add_over_blocks, gradient_of, later
+from mpillm.nn.split import add_over_blocks, later
 
 
 class HeadNorms(nn.Module):
@@ -133,7 +133,7 @@ QK_NORMS = {"head": HeadNorms, "whole": WholeNorms}
 
 def _accumulate(weight, parts):
     """Add the gradients of a weight's consecutive parts."""
-    gradient_of(weight).add_(torch.cat(parts))
+    add_over_blocks(weight, [torch.cat(parts)])
 
 
 def _block_scales(norms, rows, dtype):

@@ -14,7 +14,7 @@ from torch import nn
 
 from mpillm.autograd.regions import allgather_to, copy_to, reduce_from, reduce_scatter_from
 from mpillm.comm.sums import combine_tree
-from mpillm.model.parameters import Parameter, held
+from mpillm.model.parameters import Parameter, held, is_frozen
 from mpillm.nn.products import plain
 from mpillm.schedules.blocks import bounds, counts
 from mpillm.schedules.tree import tree_sum
@@ -91,16 +91,18 @@ class TensorSplit:
         Of the weights.
     multiply : callable
         Two matrices, in one of the ways of :mod:`mpillm.nn.products`.
+    freeze : tuple of str
+        Patterns of the names of weights that are not trained: they require no gradient.
     """
 
     def __init__(self, group, sequence_parallel=False, blocks=None, dtype=torch.float32, device="cpu",
-                 multiply=plain):
+                 multiply=plain, freeze=()):
         self.group, self.rank, self.size = group, group.rank, group.size
         self.sequence_parallel = sequence_parallel and group.size > 1
         self.blocks = group.size if blocks is None else blocks
         self.is_exact = blocks is not None
         self.local_blocks = self.blocks // group.size
-        self.dtype, self.device, self.multiply = dtype, device, multiply
+        self.dtype, self.device, self.multiply, self.freeze = dtype, device, multiply, freeze
         self.weight_gradients = WeightGradients()
 
     def owned(self, units):
@@ -117,7 +119,8 @@ class TensorSplit:
         if whole is None:
             return None
         start, stop, *flags = held(whole, self.size, self.rank, self.is_exact, self.sequence_parallel)
-        weight = nn.Parameter(torch.empty((stop - start, *whole.shape[1:]), dtype=self.dtype, device=self.device))
+        values = torch.empty((stop - start, *whole.shape[1:]), dtype=self.dtype, device=self.device)
+        weight = nn.Parameter(values, requires_grad=not is_frozen(whole.name, self.freeze))
         row = math.prod(whole.shape[1:])
         weight.shard = Shard(whole, start * row, stop * row, *flags)
         return weight
@@ -198,6 +201,17 @@ class _FanIn(torch.autograd.Function):
         return (grad,) * ctx.count
 
 
+def trained(*weights):
+    """Return those of some weights, of which some may be ``None``, that are not frozen. Local."""
+    return [weight for weight in weights if weight is not None and weight.requires_grad]
+
+
+def first_trained(*weights):
+    """Return the first weight that is not frozen, or the first: what an autograd node takes as its input, so that it has a
+    backward if it needs one."""
+    return (trained(*weights) or weights)[0]
+
+
 def is_in_flat_storage(weight):
     """Tell whether ``weight`` and its gradient lie in flat storage, which says so by a ``main_grad``."""
     return getattr(weight, "main_grad", None) is not None
@@ -218,7 +232,10 @@ def gradient_of(weight, rows=None):
 
 
 def add_over_blocks(weight, gradients):
-    """Add the gradients that blocks gave to the weight's, along the tree; ``None`` where a block had nothing to do."""
+    """Add the gradients that blocks gave to the weight's, along the tree; ``None`` where a block had nothing to do. Those of a
+    frozen weight go nowhere."""
+    if not weight.requires_grad:
+        return
     total = tree_sum(gradients, torch.add)
     if total is not None:
         gradient_of(weight).add_(total)

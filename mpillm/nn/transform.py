@@ -10,7 +10,7 @@ from torch import nn
 
 from mpillm.nn.feed_forward import ACTIVATIONS
 from mpillm.nn.norm import make_norm
-from mpillm.nn.split import add_over_blocks, later
+from mpillm.nn.split import add_over_blocks, first_trained, later
 
 
 class Transform(nn.Module):
@@ -32,14 +32,14 @@ class Transform(nn.Module):
 
     def forward(self, x_TD, total):
         """Map the tokens this rank holds of ``total``. Local."""
-        y_TD = _Transform.apply(x_TD, self.weight, self, total)
+        y_TD = _Transform.apply(x_TD, first_trained(self.weight, self.bias), self, total)
         return y_TD if self.norm is None else self.norm(y_TD, total)
 
 
 class _Transform(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, transform, total):
-        split = transform.split
+    def forward(ctx, x, _, transform, total):
+        split, weight = transform.split, transform.weight.detach()
         y = torch.cat([split.multiply(block, weight.t()) for block in split.token_blocks(x, total)]).add_(transform.bias)
         ctx.transform, ctx.total = transform, total
         ctx.save_for_backward(x, y)
@@ -60,5 +60,6 @@ def _accumulate(transform, slopes, inputs):
     """Add the gradients of weight and bias, those of blocks of tokens along the tree."""
     wide = torch.promote_types(slopes[0].dtype, torch.float32)
     pairs = [(slope, x) if len(x) else None for slope, x in zip(slopes, inputs)]
-    add_over_blocks(transform.weight, [pair and transform.split.multiply(pair[0].t(), pair[1]).to(wide) for pair in pairs])
+    if transform.weight.requires_grad:
+        add_over_blocks(transform.weight, [pair and transform.split.multiply(pair[0].t(), pair[1]).to(wide) for pair in pairs])
     add_over_blocks(transform.bias, [pair and pair[0].sum(0, dtype=wide) for pair in pairs])

@@ -61,6 +61,8 @@ class _Pass:
     def execute(self, action):
         """Run one action: wait for its input, compute, send its output on."""
         stage, microbatch = self.runner.stages[action.stage], action.microbatch
+        if action.kind in "BIW" and not stage.has_backward:
+            return
         key = self._input_of(action)
         x = self._receive(key, action) if key else None
         with self.trace.span(action.kind, str(action)):
@@ -74,7 +76,7 @@ class _Pass:
                 stage.compute_weight_gradients(microbatch)
             else:
                 dx = stage.backward(microbatch, x, keep_weights=action.kind == "I")
-                if not stage.is_first:
+                if stage.passes_gradient:
                     self._send((BACKWARD, action.stage - 1, microbatch), dx)
             if action.kind in "BW":
                 self.runner.gradients.microbatch_done(action.stage, microbatch)
@@ -91,7 +93,7 @@ class _Pass:
         """Return the message an action needs, ``(kind, stage it is for, microbatch)``, or None."""
         if action.kind == "F" and action.stage > 0:
             return FORWARD, action.stage, action.microbatch
-        if action.kind in "BI" and action.stage < self.last:
+        if action.kind in "BI" and action.stage < self.last and self.runner.stages[action.stage].has_backward:
             return BACKWARD, action.stage, action.microbatch
         return None
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mpillm.model.parameters import trained_from
 from mpillm.nn.positions import Batch
 
 
@@ -28,11 +29,20 @@ class Stage:
     ----------
     index, num_stages : int
     module : TransformerStage
+
+    Attributes
+    ----------
+    has_backward, passes_gradient : bool
+        Whether something is trained in this stage or before it, and whether before it. Otherwise there is no gradient to
+        come, or none to send on.
     """
 
     def __init__(self, index, num_stages, module):
         self.index, self.num_stages, self.module = index, num_stages, module
         self.is_first, self.is_last = index == 0, index == num_stages - 1
+        first = trained_from(module.model, module.split.freeze)
+        self.has_backward = self.is_last or first < module.stop
+        self.passes_gradient = not self.is_first and first < module.start
         self._in_flight, self._kept = {}, {}
 
     def when_gradients(self, module, function):
@@ -57,18 +67,19 @@ class Stage:
         if self.is_first:
             x = microbatch.inputs
         elif torch.is_grad_enabled():
-            x = x.requires_grad_()
+            x = x.requires_grad_(self.passes_gradient)
         y = self.module(x, microbatch.batch)
         if self.is_last:
             y = self.module.loss(y, microbatch.batch, microbatch.targets, microbatch.scale)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.has_backward:
             self._in_flight[number] = (x, y)
         return y.detach()
 
     def backward(self, number, dy, keep_weights=False):
-        """Return the gradient of the stage's input (``None`` on the first), from the output's or, last, from the loss.
+        """Return the gradient of the stage's input (``None`` if nobody needs it), from the output's or, last, from the loss.
 
-        With ``keep_weights`` the weights' gradients wait for :meth:`compute_weight_gradients`.
+        Of a stage that :attr:`has_backward`. With ``keep_weights`` the weights' gradients wait for
+        :meth:`compute_weight_gradients`.
         """
         x, y = self._in_flight.pop(number)
         pending = self.module.split.weight_gradients
@@ -77,7 +88,7 @@ class Stage:
         torch.autograd.backward(y, dy)
         if keep_weights:
             self._kept[number] = pending.take()
-        return None if self.is_first else x.grad
+        return x.grad if self.passes_gradient else None
 
     def compute_weight_gradients(self, number):
         """Compute what :meth:`backward` kept."""

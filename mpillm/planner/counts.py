@@ -7,11 +7,22 @@ Below the configuration, which cuts a pipeline by it where nobody says how.
 from functools import lru_cache
 from typing import NamedTuple
 
-from mpillm.model.parameters import first_parameters, held, in_groups, last_parameters, layer_parameters
+from mpillm.model.parameters import (
+    first_parameters,
+    held,
+    in_groups,
+    is_frozen,
+    last_parameters,
+    layer_parameters,
+    trained_from,
+)
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}  # vectors of optimiser state a parameter
 OF_MOMENTUM = {"sgd": 1, "rmsprop": 1}  # of which so many are there with momentum alone
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+# A layer's products: what weights of the same input make together.
+PRODUCTS = {"heads": ("attention.query", "attention.key", "attention.value"), "output": ("attention.output",),
+            "ups": ("ffn.gate", "ffn.up"), "down": ("ffn.down",)}
 
 
 class Sizes(NamedTuple):
@@ -22,6 +33,25 @@ class Sizes(NamedTuple):
     layer: int
     last: int
     shared: int
+
+
+class Trained(NamedTuple):
+    """How many of the numbers of :class:`Sizes` are trained, of every layer by itself."""
+
+    first: int
+    layers: tuple
+    last: int
+    shared: int
+
+
+class LayerTrained(NamedTuple):
+    """What of a layer is trained: of each of its products some weights; whether backward comes to it at all."""
+
+    heads: bool = True
+    output: bool = True
+    ups: bool = True
+    down: bool = True
+    has_backward: bool = True
 
 
 class Crossings(NamedTuple):
@@ -75,6 +105,37 @@ def held_sizes(model, tensor=1, is_exact=False):
 
 
 @lru_cache(maxsize=1024)
+def trained_sizes(model, freeze, tensor=1, is_exact=False):
+    """Return the :class:`Trained` of the fullest of so many tensor ranks. Local; arguments as of :func:`held_sizes`, and the
+    patterns of ``train.freeze``."""
+    def size(table):
+        return sum(held_size(one, held(one, tensor, tensor - 1, is_exact, False)) for one in table
+                   if not is_frozen(one.name, freeze))
+
+    first, last = ends(model)
+    indices = range(model.num_layers) if freeze else [0]
+    layers = [size(layer_parameters(model, index).values()) for index in indices]
+    return Trained(size(first), tuple(layers) if freeze else (*layers,) * model.num_layers, size(last),
+                   size(first[:1] * model.tie_embeddings))
+
+
+@lru_cache(maxsize=1024)
+def trained_layers(model, freeze):
+    """Return the :class:`LayerTrained` of every layer. Local."""
+    if not freeze:
+        return (LayerTrained(),) * model.num_layers
+    begin, found = trained_from(model, freeze), []
+    for index in range(model.num_layers):
+        own = {name for name, one in layer_parameters(model, index).items() if not is_frozen(one.name, freeze)}
+        weights = {product: {f"{layer}.weight" for layer in layers} for product, layers in PRODUCTS.items()}
+        for product in ("heads", "ups"):  # the biases of others are added behind the sum over tensor ranks
+            weights[product] |= {f"{layer}.bias" for layer in PRODUCTS[product]}
+        found.append(LayerTrained(**{product: bool(names & own) for product, names in weights.items()},
+                                  has_backward=index >= begin))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
 def layer_rows(model, tensor, is_exact):
     """Return how many rows of every matrix of a layer a tensor rank multiplies with at most, by name: of keys and values
     that it holds those of the heads that its queries ask, unless a norm goes over the width of all. Local."""
@@ -99,6 +160,33 @@ def crossings(model):
     """
     leaves = 1 if model.residual == "parallel" else 2
     return Crossings(2, leaves, leaves - (model.norm_placement == "pre"))
+
+
+def crossings_back(model, freeze, index):
+    """Return by how many of the places where layer ``index`` enters what is split, and where it leaves it, backward comes; and
+    whether it comes by the norms of queries and keys. Local."""
+    begin, each = trained_from(model, freeze), crossings(model)
+    if index != begin:
+        return (each.enters, each.leaves, True) if index > begin else (0, 0, False)
+    trained = {name for name in layer_parameters(model, index) if not is_frozen(f"layers.{index}.{name}", freeze)}
+    behind = {"attention.output.bias", "ffn.down.bias"}  # where the layer has left what is split
+    halves = []
+    for half in ("attention", "ffn"):
+        own = {name for name in trained if name.startswith((f"{half}.", f"{half}_norm."))}
+        norm = any(name.startswith(f"{half}_norm.") for name in own)
+        is_entered = norm and model.norm_placement == "pre"
+        halves.append((is_entered, is_entered or any(name.startswith(f"{half}.") for name in own - behind), bool(own)))
+    (enters_attention, leaves_attention, is_any), (enters_ffn, leaves_ffn, _) = halves
+    norms = enters_attention or any(name.startswith(("attention.query", "attention.key")) for name in trained)
+    if model.residual == "parallel":
+        return enters_attention + enters_ffn, int(leaves_attention or leaves_ffn), norms
+    return enters_attention + (is_any or enters_ffn), leaves_attention + (is_any or leaves_ffn), norms
+
+
+def passes_head(model, freeze):
+    """Tell whether a gradient goes from the head's product to what stands before it. Local."""
+    before = [one.name for one in ends(model)[1] if one.name.startswith(("norm.", "head.transform.", "head.norm."))]
+    return trained_from(model, freeze) < model.num_layers or not all(is_frozen(name, freeze) for name in before)
 
 
 def divided_norms(model, tensor, is_exact):
@@ -156,10 +244,12 @@ def _product_flops(table):
     return 2 * sum(matrix.size for matrix in matrices(table))
 
 
-def step_flops(model, seq_len, tokens):
-    """Return the FLOPs of a training step: forward, and twice that backward (Narayanan et al. 2021).
+@lru_cache(maxsize=64)
+def trained_flops(model, seq_len, freeze=()):
+    """Return the FLOPs of a training step per token, of every layer and of the head.
 
-    Local.
+    Local. Forward, and twice that backward (Narayanan et al. 2021). Frozen weights have no gradient; nor has what goes into a
+    layer up to the first that is trained.
 
     Parameters
     ----------
@@ -167,11 +257,24 @@ def step_flops(model, seq_len, tokens):
         With ``vocab_size``.
     seq_len : int
         Tokens of a sequence.
-    tokens : int
-        Of the whole batch.
+    freeze : tuple of str
+        The patterns of ``train.freeze``.
 
     Returns
     -------
-    int
+    list of int, int
     """
-    return 3 * tokens * (model.num_layers * layer_flops(model, seq_len) + head_flops(model))
+    def of_weights(table):
+        return _product_flops(one for one in table if not is_frozen(one.name, freeze))
+
+    begin, layer, head = trained_from(model, freeze), layer_flops(model, seq_len), head_flops(model)
+    inputs = 2 * layer - _product_flops(layer_parameters(model).values())  # with attention, which has no weights
+    layers = [layer + (index > begin) * inputs + of_weights(layer_parameters(model, index).values())
+              for index in range(model.num_layers)]
+    return layers, head + (begin < model.num_layers) * head + of_weights(ends(model)[1])
+
+
+def step_flops(model, seq_len, tokens, freeze=()):
+    """Return the FLOPs of a training step of so many tokens: int. Local; arguments as of :func:`trained_flops`."""
+    layers, head = trained_flops(model, seq_len, freeze)
+    return tokens * (sum(layers) + head)

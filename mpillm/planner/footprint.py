@@ -7,8 +7,20 @@ from typing import NamedTuple
 import numpy as np
 
 from mpillm.config import AXES
-from mpillm.model.parameters import in_groups, layer_parameters
-from mpillm.planner.counts import ITEM_BYTES, ends, held_sizes, layer_rows, matrices, num_answers, num_states
+from mpillm.model.parameters import in_groups, is_frozen, layer_parameters, trained_from
+from mpillm.planner.counts import (
+    ITEM_BYTES,
+    PRODUCTS,
+    LayerTrained,
+    ends,
+    held_sizes,
+    layer_rows,
+    matrices,
+    num_answers,
+    num_states,
+    passes_head,
+    trained_sizes,
+)
 from mpillm.planner.workload import SCORES_KEPT
 from mpillm.schedules.blocks import loss_chunks
 from mpillm.schedules.pipeline import groups, zero_bubble_kinds
@@ -57,20 +69,20 @@ class Footprint:
         self.is_exact = config.train.numerics == "exact"
         self._layer = lru_cache(None)(self._make_layer)
 
-    def layer(self, layout, mode):
-        """Return the :class:`LayerBytes` of a layer with one way to recompute."""
-        return self._layer(layout.microbatch, layout.tensor, layout.sequence_parallel, mode)
+    def layer(self, layout, mode, trained=LayerTrained()):  # noqa: B008 (a tuple, which nobody changes)
+        """Return the :class:`LayerBytes` of a layer with one way to recompute, of which so much is trained."""
+        return self._layer(layout.microbatch, layout.tensor, layout.sequence_parallel, mode, trained)
 
     def fixed(self, layout, sizes):
         """Return what every pipeline rank holds but for activations of layers in flight; ``sizes`` are the layers of
         every stage."""
-        parameters, gradients = self._parameters(layout, sizes)
+        parameters, gradients, updated = self._parameters(layout, sizes)
         train, shards = self.config.train, layout.data if layout.zero else 1
         copies = layout.data if self._keeps_one_copy(layout) else 1
         states = num_states(train)
-        held = parameters * (self.item / copies + self.wide * (states + (self.item < self.wide)) / shards)
+        held = parameters * self.item / copies + updated * self.wide * (states + (self.item < self.wide)) / shards
         if train.checkpoint_background:  # a copy of what a rank saves
-            held += parameters * self.wide * (1 + states) / layout.data
+            held += ((parameters - updated) * self.item + updated * self.wide * (1 + states)) / layout.data
         return held + gradients * self.wide + self._windows(layout) + self._passing(layout)
 
     def beside(self, layout, modes, is_split):
@@ -83,7 +95,7 @@ class Footprint:
         most[-1] = np.maximum(most[-1], self._head_forward(layout))
         return most
 
-    def ends(self, layout):
+    def ends(self, layout, sizes):
         """Return what a microbatch in flight on every pipeline rank keeps beside its layers, until its input half: what
         was sent on, the mask as it is added to scores, on the first and last rank what their norms keep, and on the last
         what the head does."""
@@ -91,10 +103,12 @@ class Footprint:
         mask = self._masked(self._tokens(layout)) * self.item
         kept = np.full(layout.pipeline, float(between + mask) * layout.chunks)
         statistics = self._statistics(layout.microbatch, layout.tensor, layout.sequence_parallel)
-        kept[0] += (between + statistics) * model.embedding_norm
+        begin, passes = trained_from(model, self.config.train.freeze), passes_head(model, self.config.train.freeze)
+        kept *= (np.cumsum(sizes) > begin).reshape(-1, layout.pipeline).sum(0) / layout.chunks  # others have no backward
+        kept[0] += (between + statistics) * model.embedding_norm * (begin < 0)
         # Into a transform goes what a norm made; its activation, and its norm if it has one, keep what goes into them.
         transform = model.pooler * 2 * between + (model.head == "masked") * (3 * between + statistics)
-        kept[-1] += whole + model.has_final_norm * statistics + transform
+        kept[-1] += passes * (whole + model.has_final_norm * statistics + transform + between * (begin == model.num_layers))
         return kept + self.waiting(layout)
 
     def waiting(self, layout):
@@ -102,7 +116,8 @@ class Footprint:
         exact, where microbatches are summed along a tree, the gradient of the head's weight. Local."""
         kept = np.zeros(layout.pipeline)
         if self.is_exact:
-            kept[-1] = matrices(ends(self.config.model)[1])[-1].size / layout.tensor * self.wide
+            head = matrices(ends(self.config.model)[1])[-1]
+            kept[-1] = head.size / layout.tensor * self.wide * (not is_frozen(head.name, self.config.train.freeze))
         return kept
 
     def peaks(self, layout, sizes, kept, split, beside, held, microbatches):
@@ -142,19 +157,27 @@ class Footprint:
             largest = max(one.size for one in (*sum(ends(model), []), *layer_parameters(model).values()))
             return np.full(layout.pipeline, 16 * largest / layout.tensor)
         passes = 2 if train.optimizer == "rmsprop" else 0
-        return passes * self.wide * self._parameters(layout, sizes)[0] / (layout.data if layout.zero else 1)
+        return passes * self.wide * self.updated(layout, sizes) / (layout.data if layout.zero else 1)
+
+    def updated(self, layout, sizes):
+        """Return how many parameters every pipeline rank trains. Local."""
+        return self._parameters(layout, sizes)[2]
 
     def _parameters(self, layout, sizes):
-        """Return the parameters of every pipeline rank, and its gradients: those of a matrix that embedding and head
-        share are apart until the end."""
-        each = held_sizes(self.config.model, layout.tensor, self.is_exact)
-        gradients = np.add.reduce(np.reshape(sizes, (-1, layout.pipeline)), 0) * each.layer
-        gradients[0] += each.first
-        gradients[-1] += each.last
-        parameters = gradients.copy()
-        if layout.pipeline == 1:
-            parameters[0] -= each.shared
-        return parameters, gradients
+        """Return the parameters of every pipeline rank; its gradients, of what is trained: those of a matrix that embedding
+        and head share are apart until the end; and how many parameters it trains."""
+        model, is_one = self.config.model, layout.pipeline == 1
+        each = held_sizes(model, layout.tensor, self.is_exact)
+        trained = trained_sizes(model, self.config.train.freeze, layout.tensor, self.is_exact)
+        counts = []
+        for layers, found in (((each.layer,) * model.num_layers, each), (trained.layers, trained)):
+            stages = np.add.reduceat(layers, np.cumsum(sizes) - sizes)
+            own = stages.reshape(-1, layout.pipeline).sum(0)
+            own[0] += found.first
+            own[-1] += found.last
+            counts += [own, own - np.eye(1, len(own), dtype=int)[0] * found.shared * is_one]
+        _, parameters, gradients, updated = counts
+        return parameters, gradients, updated
 
     def _masked(self, tokens):
         """Return of how many pairs of positions the mask of a microbatch of so many tokens says whether they see each other:
@@ -211,8 +234,10 @@ class Footprint:
         last = is_half * rows * columns * self.item + max(slopes, product)
         return self._activation(layout)[0] + (1 + is_capped) * logits + max(is_capped * logits, last)
 
-    def _make_layer(self, microbatch, tensor, sequence_parallel, mode):
+    def _make_layer(self, microbatch, tensor, sequence_parallel, mode, trained):
         """Return the :class:`LayerBytes` of a layer."""
+        if not trained.has_backward:
+            return LayerBytes(0.0, 0.0, 0.0, 0.0, 0.0)
         model, item = self.config.model, self.item
         tokens = microbatch * self.config.train.seq_len
         cut = tensor if sequence_parallel else 1
@@ -223,7 +248,7 @@ class Footprint:
         heads, kv_heads = (rows[f"attention.{part}.weight"] // model.head_dim for part in ("query", "key"))
         # What goes into a norm lies between the regions, what goes into a half of a layer is whole: first or last, a norm
         # has the layer's input, its half's output or their sum to itself; those of a parallel layer have the same input.
-        between, entered = (1 if is_parallel else 2) * whole / cut, 2 * whole
+        between, entered = (1 if is_parallel else 2) * whole / cut, (trained.heads + trained.ups) * whole
         norms = 2 * self._statistics(microbatch, tensor, sequence_parallel)
         is_normed = model.qk_norm != "none"
         if is_normed:
@@ -238,8 +263,11 @@ class Footprint:
             apart = 2 * queries - (keys * is_normed if is_one else 2 * keys)
         plain = between + entered + norms + 2 * queries + 2 * keys + ups_kept
         kept = {"none": plain + apart + scores, "selective": plain, "full": whole / cut}
-        # Of every product what goes in and the gradient of what comes out; of a parallel layer both halves' is one.
-        halves = tokens * item * sum(rows.values()) + entered + (1 if is_parallel else 2) * whole
+        # Of every trained product what goes in and the gradient of what comes out; of a parallel layer both halves' is one.
+        multiplied = sum(rows.get(f"{layer}.weight", 0) for key, layers in PRODUCTS.items() for layer in layers
+                         if getattr(trained, key))
+        left = trained.output or trained.down if is_parallel else trained.output + trained.down
+        halves = tokens * item * multiplied + entered + left * whole
         again = kept["none"] - kept["full"] if mode == "full" else 0.0
         slope = whole / cut + (whole if tensor > 1 else 0)
         product = model.hidden_size * rows["ffn.up.weight"] * (item + self.wide) if item < self.wide else 0

@@ -7,8 +7,17 @@ from functools import lru_cache
 import numpy as np
 
 from mpillm.config import AXES
+from mpillm.model.parameters import is_frozen
 from mpillm.planner.balance import balance
-from mpillm.planner.counts import ITEM_BYTES, held_sizes, num_states, step_flops
+from mpillm.planner.counts import (
+    ITEM_BYTES,
+    LayerTrained,
+    num_states,
+    passes_head,
+    step_flops,
+    trained_layers,
+    trained_sizes,
+)
 from mpillm.planner.footprint import Footprint, in_flight, points
 from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
@@ -71,6 +80,7 @@ class Pricer:
     def __init__(self, config, machine, ranks):
         self.config, self.machine, self.ranks = config, machine, ranks
         self.item, self.is_exact = ITEM_BYTES[config.train.dtype], config.train.numerics == "exact"
+        self.freeze = config.train.freeze
         self.price, self.played = lru_cache(None)(self._price), lru_cache(None)(self._played)
         self.synthesised, self.timeline = lru_cache(None)(self._synthesised), lru_cache(None)(self._timeline)
         self._schedule = lru_cache(32)(self._make_schedule)
@@ -80,12 +90,14 @@ class Pricer:
         self.reduction = Reduction(config, machine, self.work)
         self.footprint = Footprint(config, machine, self.reduction.keeps_one_copy)
 
-    def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel):
+    def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel, trained=LayerTrained()):  # noqa: B008
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
         ranks = TensorRanks(tensor, machine.level_for(reach), sequence_parallel, self.is_exact)
         is_masked = self.config.data.mask_documents or model.has_band(seq_len)
-        return (layer_work(model, machine, ranks, seq_len, tokens, self.item, recompute, is_masked),
-                head_work(model, machine, ranks, seq_len, tokens, self.item))
+        weight = "embedding.weight" if model.tie_embeddings else "head.weight"
+        gradients = not is_frozen(weight, self.freeze), passes_head(model, self.freeze)
+        return (layer_work(model, machine, ranks, seq_len, tokens, self.item, recompute, is_masked, trained),
+                head_work(model, machine, ranks, seq_len, tokens, self.item, gradients))
 
     def shares(self, layout):
         """Return the sequences of every data rank, ``None`` where all have as many. Local."""
@@ -118,7 +130,8 @@ class Pricer:
     def stage_sizes(self, layout):
         """Return the layers of every stage: as many each, but the last fewer by what the head weighs. Local.
 
-        Where ranks are unequal, the dynamic program of :mod:`mpillm.planner.stages` decides; given cuts are kept.
+        Where ranks are unequal, or something is frozen, the dynamic program of :mod:`mpillm.planner.stages` decides; given
+        cuts are kept.
         """
         num_layers, stages = self.config.model.num_layers, layout.pipeline * layout.chunks
         given = self.config.layout.stage_cuts
@@ -127,10 +140,11 @@ class Pricer:
         if stages == 1:
             return [num_layers]
         layer, head = self.work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
-        weight = (head.forward_s + head.input_s + head.weight_s) / (layer.forward_s + layer.input_s + layer.weight_s)
-        if self.machine.speeds:
+        weight = sum(head) / sum(layer)
+        if self.machine.speeds or self.freeze:
             speeds = np.tile(self._speeds(layout)[1], layout.chunks)
-            cuts = balanced_cuts([1.0] * (num_layers - 1) + [1 + weight], stages, self.num_microbatches(layout), speeds)
+            costs = (self._layer_works(layout).sum(0) / sum(layer)).tolist()
+            cuts = balanced_cuts([*costs[:-1], costs[-1] + weight], stages, self.num_microbatches(layout), speeds)
             return np.diff([0, *cuts, num_layers]).tolist()
         even, most, others = (num_layers - weight * (stages - 1)) / stages, num_layers - stages + 1, stages - 1
         last = min((min(most, max(1, size)) for size in (math.ceil(even), math.floor(even))),
@@ -138,18 +152,28 @@ class Pricer:
         each, extra = divmod(num_layers - last, others)
         return [each + 1] * extra + [each] * (others - extra) + [last]
 
-    def work(self, layout, mode):
-        """Return what a layer with one way to recompute costs a microbatch, and the head. Local."""
+    def work(self, layout, mode, trained=LayerTrained()):  # noqa: B008 (a tuple, which nobody changes)
+        """Return what a layer, of which so much is trained, with one way to recompute costs a microbatch, and the head. Local.
+        """
         return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor,
-                           layout.tensor * layout.stride("tensor"), mode, layout.sequence_parallel)
+                           layout.tensor * layout.stride("tensor"), mode, layout.sequence_parallel, trained)
+
+    def _layers(self, layout):
+        """Return of every layer how it recomputes, and what of it is trained."""
+        model, modes = self.config.model, layout.recompute
+        modes = (modes,) * model.num_layers if isinstance(modes, str) else modes
+        return zip(modes, trained_layers(model, self.freeze))
+
+    def _layer_works(self, layout):
+        """Return forward, input and weight half of every layer: shape (3, layers)."""
+        return np.array([self.work(layout, *layer)[0] for layer in self._layers(layout)]).T
 
     def _stage_works(self, layout):
         """Return forward, input and weight half of the layers of every stage: shape (3, stages)."""
         sizes, modes = np.array(self.stage_sizes(layout)), layout.recompute
-        if isinstance(modes, str):
+        if isinstance(modes, str) and not self.freeze:
             return np.outer(self.work(layout, modes)[0], sizes)
-        each = np.array([self.work(layout, mode)[0] for mode in modes]).T
-        return np.add.reduceat(each, np.cumsum(sizes) - sizes, axis=1)
+        return np.add.reduceat(self._layer_works(layout), np.cumsum(sizes) - sizes, axis=1)
 
     def stage_times(self, layout):
         """Return seconds of forward, input and weight half of every stage, messages driven by it included; of a message,
@@ -192,7 +216,7 @@ class Pricer:
         input, weight)."""
         layout = Candidate(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
         sizes, head = self.stage_sizes(layout), self.work(layout, "none")[1]
-        if isinstance(recompute, str) and not self.machine.speeds:
+        if isinstance(recompute, str) and not self.machine.speeds and not self.freeze:
             layer, (most, own) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)
             first, last = ([count * each for each in layer] for count in (most, own))
             last = [each + more for each, more in zip(last, head)]
@@ -304,11 +328,14 @@ class Pricer:
                        gradients_s=gradients_s, bubble_fraction=timeline.bubble_fraction, bucket_cuts=cuts)
 
     def parameters(self, layout, layers):
-        """Return the parameters of the fullest rank. Local."""
-        sizes, (first, last) = held_sizes(self.config.model, layout.tensor, self.is_exact), layers
+        """Return the parameters that the fullest rank trains. Local."""
+        if self.freeze:  # of every layer others
+            return int(self.footprint.updated(layout, self.stage_sizes(layout)).max())
+        sizes, (first, last) = trained_sizes(self.config.model, (), layout.tensor, self.is_exact), layers
+        layer = sizes.layers[0]
         if layout.pipeline == 1:
-            return first * sizes.layer + sizes.first + sizes.last - sizes.shared
-        return max(first * sizes.layer + sizes.first, last * sizes.layer + sizes.last)
+            return first * layer + sizes.first + sizes.last - sizes.shared
+        return max(first * layer + sizes.first, last * layer + sizes.last)
 
     def _clip_s(self, layout, parameters):
         """Return the seconds of the norm of the gradient, which reads it, and of scaling it down."""
@@ -338,13 +365,12 @@ class Pricer:
     def kept(self, layout):
         """Return the bytes that a microbatch in flight keeps on every pipeline rank before its input half, and after it;
         and what the rank needs beside. Local."""
-        footprint, sizes, modes = self.footprint, self.stage_sizes(layout), layout.recompute
-        modes = (modes,) * self.config.model.num_layers if isinstance(modes, str) else modes
-        each = {mode: footprint.layer(layout, mode) for mode in set(modes)}
+        footprint, sizes, layers = self.footprint, self.stage_sizes(layout), list(self._layers(layout))
+        each = {layer: footprint.layer(layout, *layer) for layer in set(layers)}
         kept, split = (np.add.reduceat(row, np.cumsum(sizes) - sizes).reshape(layout.chunks, -1).sum(0) for row in zip(
-            *((each[mode].kept, each[mode].split) for mode in modes)))
-        beside = footprint.beside(layout, each, self.is_split(layout))
-        return kept + footprint.ends(layout), split + footprint.waiting(layout), beside
+            *((each[layer].kept, each[layer].split) for layer in layers)))
+        beside = footprint.beside(layout, {mode for mode, _ in layers}, self.is_split(layout))
+        return kept + footprint.ends(layout, sizes), split + footprint.waiting(layout), beside
 
     def held(self, layout):
         """Return the microbatches in flight of every pipeline rank, as :func:`mpillm.planner.footprint.in_flight`. Local."""
@@ -355,7 +381,7 @@ class Pricer:
     def bound_s(self):
         """Return a time that no layout can beat: all products at the best rate, shared as ranks are fast. Local."""
         train = self.config.train
-        flops = step_flops(self.config.model, train.seq_len, train.global_batch * train.seq_len)
+        flops = step_flops(self.config.model, train.seq_len, train.global_batch * train.seq_len, train.freeze)
         return flops / (sum(self.machine.speeds) or self.ranks) / max(rate for _, rate in self.machine.matmul)
 
 

@@ -82,7 +82,7 @@ def _mix(pricer, layout, limit_bytes, ways):
     time_s = np.array([sum(work) for work in works])
     starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
     held = pricer.held(plain)
-    fixed = footprint.peaks(plain, sizes, footprint.ends(plain), np.zeros(p),
+    fixed = footprint.peaks(plain, sizes, footprint.ends(plain, sizes), np.zeros(p),
                             footprint.beside(plain, ways, pricer.is_split(plain)), held, pricer.num_microbatches(plain))
     kept = held[:, :, :2] @ np.transpose([(layer.kept, layer.split) for layer in each]) / layout.chunks
     for rank in range(p):

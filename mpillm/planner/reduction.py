@@ -8,7 +8,7 @@ import numpy as np
 
 from mpillm.planner.buckets import bucket_cuts
 from mpillm.planner.collective_costs import collective_s
-from mpillm.planner.counts import ITEM_BYTES, held_sizes
+from mpillm.planner.counts import ITEM_BYTES, trained_sizes
 from mpillm.planner.timeline import BucketTimes
 
 
@@ -40,8 +40,8 @@ class Reduction:
     def price_s(self, layout, parameters, most_layers, is_split):
         """Return the seconds that it adds to the pipeline's, less what backward hides of it. Local.
 
-        Hidden is what has arrived when backward ends, if every layer has its bucket. ``parameters`` and layers are
-        those of the fullest rank; ``is_split`` tells whether input and weight halves are actions of their own.
+        Hidden is what has arrived when backward ends, if every layer has its bucket. ``parameters``, those that are trained,
+        and layers are those of the fullest rank; ``is_split`` tells whether input and weight halves are actions of their own.
         """
         if layout.data == 1:
             return 0.0
@@ -50,7 +50,7 @@ class Reduction:
         if self.overlaps(layout) and self.config.layout.bucket_cuts != ():
             sizes = self._sizes(layout)
             count = most_layers if layout.pipeline == 1 and not sizes.shared else most_layers - 1
-            last = (sizes.layer + sizes.first) * self._wide
+            last = (sizes.layers[0] + sizes.first) * self._wide
             modes = {layout.recompute} if isinstance(layout.recompute, str) else set(layout.recompute)
             hidden_s = count * min(_completes_s(self._work(layout, mode)[0], is_split) for mode in modes)
             added_s = max(added_s - hidden_s, half_s(last))
@@ -71,8 +71,9 @@ class Reduction:
 
     def overlaps(self, layout):
         """Tell whether gradients are reduced beside backward: where no two data ranks share a node, whose cores would
-        have to do it. Local."""
-        return self._inside(layout) == 1 < layout.data and self.config.train.numerics != "exact"
+        have to do it, and nothing is frozen. Local."""
+        train = self.config.train
+        return self._inside(layout) == 1 < layout.data and train.numerics != "exact" and not train.freeze
 
     def level(self, layout):
         """Return the level over which the data axis reaches. Local."""
@@ -127,7 +128,7 @@ class Reduction:
         num_layers, modes, sizes = self.config.model.num_layers, layout.recompute, self._sizes(layout)
         modes = (modes,) * num_layers if isinstance(modes, str) else modes
         found = [(stop, self._work(layout, "none")[1], sizes.last)] * (stop == num_layers)
-        found += [(place, self._work(layout, modes[place])[0], sizes.layer) for place in range(stop - 1, start - 1, -1)]
+        found += [(place, self._work(layout, modes[place])[0], sizes.layers[place]) for place in range(stop - 1, start - 1, -1)]
         after = np.cumsum([_completes_s(work, is_split) for _, work, _ in found])
         if start == 0:
             found, after = found + [(-1, None, sizes.first)], np.append(after, after[-1])
@@ -135,8 +136,9 @@ class Reduction:
         return places, after[-1] - after, [count * self._wide for count in counts]
 
     def _sizes(self, layout):
-        """Return what the fullest tensor rank has of the parameters."""
-        return held_sizes(self.config.model, layout.tensor, self.config.train.numerics == "exact")
+        """Return what the fullest tensor rank trains of the parameters."""
+        train = self.config.train
+        return trained_sizes(self.config.model, train.freeze, layout.tensor, train.numerics == "exact")
 
 
 def _together(machine, count, stride):

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mpillm.planner.counts import ITEM_BYTES, head_flops, held_sizes, layer_flops, num_states
+from mpillm.planner.counts import ITEM_BYTES, num_states, trained_flops, trained_sizes
 
 # What a core computes while it moves a byte: measured were 178 GFLOP/s in products and 14 to 38 GB/s in lookup and
 # update, in float32 on one core while the other had nothing to do.
@@ -117,8 +117,8 @@ def step_costs(config):
     model, train = config.model, config.train
     tokens, item_bytes = train.global_batch * train.seq_len, ITEM_BYTES[train.dtype]
     update = FLOPS_PER_BYTE * (4 * (3 + 2 * num_states(train)) + 4 + item_bytes)  # of a parameter
-    sizes = held_sizes(model)
-    costs = [3 * tokens * layer_flops(model, train.seq_len) + update * sizes.layer] * model.num_layers
+    sizes, (layers, head) = trained_sizes(model, train.freeze), trained_flops(model, train.seq_len, train.freeze)
+    costs = [tokens * flops + update * size for flops, size in zip(layers, sizes.layers)]
     costs[0] += update * sizes.first + FLOPS_PER_BYTE * tokens * LOOKUP_ITEMS * model.hidden_size * item_bytes
-    costs[-1] += update * sizes.last + 3 * tokens * head_flops(model)
+    costs[-1] += update * sizes.last + tokens * head
     return costs

@@ -5,8 +5,18 @@ from collections import Counter
 from functools import lru_cache
 from itertools import groupby
 
-from mpillm.model.parameters import held, layer_parameters, parameters
-from mpillm.planner.counts import ITEM_BYTES, crossings, divided_norms, ends, held_size, num_answers
+from mpillm.model.parameters import first_parameters, held, is_frozen, layer_parameters, parameters, trained_from
+from mpillm.planner.counts import (
+    ITEM_BYTES,
+    crossings,
+    crossings_back,
+    divided_norms,
+    ends,
+    held_size,
+    num_answers,
+    passes_head,
+    trained_layers,
+)
 from mpillm.schedules.blocks import ALIGNMENT, align, counts, loss_chunks
 
 
@@ -52,6 +62,7 @@ class Volume:
         self.item = ITEM_BYTES[config.train.dtype]
         self.is_exact = config.train.numerics == "exact"
         self.is_sharded_by_tokens = self.layout.sequence_parallel and self.layout.tensor > 1
+        self.freeze, self.begin = config.train.freeze, trained_from(self.model, config.train.freeze)
         self.last = self.layout.pipeline * self.layout.chunks - 1
         cuts = [0, *self.layout.stage_cuts, self.model.num_layers]
         self.stages = {index: range(cuts[index], cuts[index + 1])
@@ -87,24 +98,34 @@ class Volume:
         here = self._mine(tokens) if self.is_sharded_by_tokens else tokens
         width = self.model.hidden_size * self.item
         if layout.pipeline > 1:
-            sent["pipeline", "send"] = ((index > 0) + (index < self.last)) * here * width
-        layers = self.stages[index]
+            passes_gradient = index > 0 and self.stages[index].start > self.begin
+            sent["pipeline", "send"] = (passes_gradient + (index < self.last)) * here * width
+        layers, layer, trained = self.stages[index], crossings(self.model), trained_layers(self.model, self.freeze)
         is_whole = isinstance(layout.recompute, str)
-        again = sum((layout.recompute if is_whole else layout.recompute[layer]) == "full" for layer in layers)
-        # Into the split regions of layers and out of them; also out of the embedding and into the head.
-        layer = crossings(self.model)
-        both = len(layers) * (layer.enters + layer.leaves) + (index == self.last) + (index == 0)
-        sums = both + again * layer.leaves_again
+        again = sum((layout.recompute if is_whole else layout.recompute[place]) == "full" and trained[place].has_backward
+                    for place in layers)
+        # Into the split regions of layers and out of them; also out of the embedding and into the head. Where a sum is in
+        # forward its backward hands out, and the other way.
+        back = [crossings_back(self.model, self.freeze, place) for place in layers]
+        enters, leaves, norms = (sum(places) for places in zip(*back))
+        given = len(layers) * layer.enters + leaves + (index == self.last) + (index == 0 and self._trains_embedding())
+        sums = len(layers) * layer.leaves + enters + (index == 0) + again * layer.leaves_again
+        sums += index == self.last and passes_head(self.model, self.freeze)
         if self.is_sharded_by_tokens:
-            sent["tensor", "allgather"] = (both + again * layer.enters) * (layout.tensor - 1) * here * width
+            sent["tensor", "allgather"] = (given + again * layer.enters) * (layout.tensor - 1) * here * width
             sent["tensor", "reduce_scatter"] = sums * (tokens - here) * width
         else:
             sent["tensor", "allreduce"] = sums * _allreduce(tokens * width, layout.tensor)
         squares = tokens * divided_norms(self.model, layout.tensor, self.is_exact) * max(4, self.item)
-        sent["tensor", "allreduce"] += (2 * len(layers) + again) * _allreduce(squares, layout.tensor)
+        sent["tensor", "allreduce"] += (len(layers) + norms + again) * _allreduce(squares, layout.tensor)
         if index == self.last:
             sent["tensor", "allreduce"] += self._loss(tokens)
         return sent
+
+    def _trains_embedding(self):
+        """Tell whether something is trained of what is summed before the first layer."""
+        return any(not is_frozen(name, self.freeze) for name in first_parameters(self.model)
+                   if name != "patches.bias" and not name.startswith("embedding_norm."))
 
     def _loss(self, tokens):
         """Return what the loss sends: the largest logit; the sum of exponentials and the target's logit. A GPU has fewer
@@ -136,25 +157,33 @@ class Volume:
     def _buckets(self):
         """Yield for every bucket what :meth:`_held` says of its parameters, whether it is of the matrix that embedding and
         head share, and whether of a copy of it that is not updated."""
-        model, cuts = self.model, self.layout.bucket_cuts
-        first, last = map(self._held, ends(model))
-        layer, shared = self._held(layer_parameters(model).values()), []
+        model, cuts, shared = self.model, self.layout.bucket_cuts, []
+        first, last = ends(model)
         if model.tie_embeddings:
-            shared, first, last = first[:1], first[1:], last[:-1]
+            shared, first, last = self._held(first[:1]), first[1:], last[:-1]
+        first, last = self._held(first), self._held(last)
+        layer = [self._held(layer_parameters(model, place).values())
+                 for place in (range(model.num_layers) if self.freeze else [0])]
+        layer = layer if self.freeze else layer * model.num_layers
         for index, layers in self.stages.items():
             is_first, is_last = index == 0, index == self.last
-            places = [*[(-1, first)] * is_first, *((place, layer) for place in layers), *[(model.num_layers, last)] * is_last]
+            places = [*[(-1, first)] * is_first, *((place, layer[place]) for place in layers),
+                      *[(model.num_layers, last)] * is_last]
             for _, part in groupby(places, lambda place: bisect_right(cuts, place[0])):
-                yield sum((own for _, own in part), []), False, False
+                if own := sum((own for _, own in part), []):
+                    yield own, False, False
             if shared and is_first:
                 yield shared, True, False
             if shared and is_last:
                 yield shared, True, 0 in self.stages
 
     def _held(self, table):
-        """Return of every parameter how many numbers its place on this rank takes, and whether their gradients are partial."""
+        """Return of every parameter that is trained how many numbers its place on this rank takes, and whether their gradients
+        are partial."""
         found = []
         for one in table:
+            if is_frozen(one.name, self.freeze):
+                continue
             own = held(one, self.layout.tensor, self.tensor, self.is_exact, self.is_sharded_by_tokens)
             found.append((align(held_size(one, own), ALIGNMENT), own.is_partial_grad))
         return found

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from mpillm.machine import Level
 from mpillm.planner.collective_costs import collective_s
-from mpillm.planner.counts import crossings, divided_norms, ends, layer_rows, matrices, num_answers
+from mpillm.planner.counts import LayerTrained, crossings, divided_norms, ends, layer_rows, matrices, num_answers
 from mpillm.schedules.blocks import loss_chunks
 
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
@@ -44,7 +44,7 @@ class TensorRanks(NamedTuple):
         return 0.0, self.meeting_s("allreduce", n_bytes)
 
 
-def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is_masked=False):
+def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is_masked=False, trained=LayerTrained()):  # noqa: B008
     """Price a layer for a microbatch on one tensor rank.
 
     Local. Products at the machine's rate for their sizes; attention at the rate for its head size; elementwise work by the
@@ -64,6 +64,8 @@ def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is
     recompute : {"none", "selective", "full"}
     is_masked : bool
         Whether attention is told by a mask who sees whom.
+    trained : LayerTrained
+        Other products have no weight half, and a layer without backward has a forward alone.
 
     Returns
     -------
@@ -72,8 +74,9 @@ def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is
     rows = layer_rows(model, ranks.size, ranks.is_exact)
     queries, keys = rows["attention.query.weight"], rows["attention.key.weight"]
     shapes = list(_products(model.hidden_size, rows))
-    products, inputs, weights = (sum(map(machine.product_s, *zip(*sizes))) for sizes in (
-        [(tokens, k, n) for k, n in shapes], [(tokens, n, k) for k, n in shapes], [(k, tokens, n) for k, n in shapes]))
+    products, inputs = (sum(map(machine.product_s, *zip(*sizes))) for sizes in (
+        [(tokens, k, n) for k, n in shapes], [(tokens, n, k) for k, n in shapes]))
+    weights = sum(machine.product_s(k, tokens, n) for (k, n), is_trained in zip(shapes, trained) if is_trained)
     # A causal kernel leaves out scores that nobody sees; its rate is that of a half of them.
     if machine.keeps_scores:
         whole_scores = 4
@@ -95,6 +98,8 @@ def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is
     squares = ranks.meeting_s("allreduce", count * tokens * max(4, item_bytes)) if count else 0.0
     forward = machine.with_call(products + attention + elementwise) + enters * given + leaves * added + squares
     again_s = attention + SCORES_TOUCHED * item_bytes * scores / machine.memory_bytes_per_s
+    if not trained.has_backward:
+        return ActionTimes(forward, 0.0, 0.0)
     again = {"none": 0.0, "selective": again_s, "full": forward}[recompute]
     backward = (machine.with_call(inputs + 2 * attention + BACKWARD_BYTES * elementwise)
                 + (leaves * given + enters * added) * (1.25 if ranks.sequence_parallel else 1) + squares)
@@ -109,7 +114,7 @@ def _products(width, rows):
         yield outward, width
 
 
-def head_work(model, machine, ranks, seq_len, tokens, item_bytes):
+def head_work(model, machine, ranks, seq_len, tokens, item_bytes, gradients=(True, True)):
     """Price the output head and the loss of a microbatch on one tensor rank.
 
     Local. Its forward makes the gradients of input and weight too, so that no logits are kept. What is left is to add
@@ -120,6 +125,8 @@ def head_work(model, machine, ranks, seq_len, tokens, item_bytes):
     ----------
     model, machine, ranks, seq_len, tokens, item_bytes
         As for :func:`layer_work`.
+    gradients : (bool, bool)
+        Whether there is one of the weight, and one of the input.
 
     Returns
     -------
@@ -142,5 +149,9 @@ def head_work(model, machine, ranks, seq_len, tokens, item_bytes):
     own = tokens / (ranks.size if ranks.sequence_parallel else 1)
     transform = sum(machine.product_s(own, width, matrix.shape[0]) for matrix in transforms)
     between = len(transforms) * TRANSFORM_TOUCHED * own * width * item_bytes / elementwise_bytes_per_s
-    return ActionTimes(3 * product + loss + losses + given + transform + between,
+    if not gradients[0]:
+        adding = 0.0
+    if not gradients[1]:
+        return ActionTimes(2 * product + loss + losses + given + transform + between, 0.0, adding)
+    return ActionTimes((2 + gradients[0]) * product + loss + losses + given + transform + between,
                        added + transform + BACKWARD_BYTES * between, adding + transform)

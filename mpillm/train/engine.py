@@ -79,7 +79,7 @@ class Engine:
             self.reads_tokens = any(stage.is_first or stage.is_last for stage in self.stages)
             self.gradients = GradientStore(config, self.mesh, self.stages, self.trace)
             made.callback(self.gradients.free)
-            self.optimizer = ShardedOptimizer(train, self.gradients.updated)
+            self.optimizer = ShardedOptimizer(train, self.gradients.updated + self.gradients.frozen)
             self.digests = Digests(self, is_on=train.digests)
             self.runner = PipelineRunner(self.stages, self.mesh.group("pipeline"), self.trace, self.gradients)
             self._tables = rotary_tables(config.model, range(train.seq_len), getattr(torch, train.dtype), self.device)
@@ -129,7 +129,7 @@ class Engine:
         if math.isfinite(loss) and math.isfinite(norm):  # the same on all ranks, because both were summed over all
             with self.trace.span("update", "weights"):
                 self.optimizer.step(self._reduced, lr)
-                self.distribute_weights()
+                self._distribute(self.gradients.updated)
         return loss, norm
 
     def loss(self, read, count):
@@ -161,17 +161,16 @@ class Engine:
         return self._sum_losses(losses, first, total), self._take_scores()
 
     def distribute_weights(self):
-        """Give every data rank the updated weights."""
-        for bucket in self.gradients.updated:
-            bucket.distribute()
-        self.digests.take()
+        """Give every data rank the weights, the frozen ones too, as its pieces of them were set."""
+        self._distribute(self.gradients.updated + self.gradients.frozen)
 
     def gradient_ranges(self):
         """Return ``{name: [(start, flat values)]}``: what this rank holds of the last step's clipped gradients.
 
         Local. Values are views, and begin at element ``start`` of the row-major order of the whole tensor.
         """
-        return _by_name((piece, self._reduced[bucket][piece.low:]) for bucket, piece in self.optimizer.entries)
+        return _by_name((piece, self._reduced[bucket][piece.low:]) for bucket, piece in self.optimizer.entries
+                        if bucket in self._reduced)
 
     def weight_ranges(self):
         """Return ``{name: [(start, flat values)]}``: what this rank holds of the weights, in ``train.dtype``.
@@ -188,6 +187,11 @@ class Engine:
         self.stages, self.runner, self.optimizer, self._reduced = [], None, None, {}
         self.gradients.free()
         self.mesh.free()
+
+    def _distribute(self, buckets):
+        for bucket in buckets:
+            bucket.distribute()
+        self.digests.take()
 
     def _schedule(self, num_microbatches):
         """Build, or read, and check the pipeline schedule of this data rank."""
@@ -270,7 +274,7 @@ def make_stages(config, mesh, device, multiply):
     blocks, stages = train.exact_blocks if train.numerics == "exact" else None, []
     for index in range(mesh.coord("pipeline"), num_stages, layout.pipeline):
         split = TensorSplit(mesh.group("tensor"), layout.sequence_parallel, blocks, getattr(torch, train.dtype), device,
-                            multiply)
+                            multiply, train.freeze)
         module = TransformerStage(model, split, cuts[index], cuts[index + 1], layout.recompute)
         stages.append(Stage(index, num_stages, module))
     return stages

@@ -3,6 +3,8 @@
 Where data ranks share a node the buffers lie in shared memory: gradients are reduced where they lie, and of weights
 whose optimiser is sharded there is one copy, which every rank reads and of which each updates its shard.
 
+Frozen parameters lie in buffers of their own, without gradients.
+
 Every parameter starts on a multiple of 16 elements, and so does every shard: fused optimisers then compute the same
 bits on a shard as on the whole.
 """
@@ -36,7 +38,7 @@ class Piece:
 
 
 def bucket_parts(stage, cuts):
-    """Return the modules of a stage in forward order, each with its parameters, as lists of those that share a bucket.
+    """Return the modules of a stage in forward order, each with what it trains, as lists of those that share a bucket.
 
     ``cuts`` are layers at which another bucket begins: 0 parts the embedding, the number of layers what stands behind the
     last one. Matrices that embedding and head share are left out, and modules that have nothing else.
@@ -44,14 +46,15 @@ def bucket_parts(stage, cuts):
     behind = [(stage.stop, part) for part in (stage.norm, stage.transform, stage.head)]
     places = [(-1, stage.embedding), *enumerate(stage.layers, stage.start), *behind]
     tied = set(stage.tied)
-    found = [(place, module, [p for p in module.parameters() if p not in tied]) for place, module in places if module]
+    found = [(place, module, [p for p in module.parameters() if p.requires_grad and p not in tied])
+             for place, module in places if module]
     found = [each for each in found if each[2]]
     return [[each[1:] for each in part] for _, part in groupby(found, lambda at: bisect_right(cuts, at[0]))]
 
 
 def make_buckets(stages, mesh, layout, is_tied):
     """Return ``{stage index: its buckets}``, last to first as backward completes them, and one for a matrix that two
-    stages share: the head's is the first, the embedding's the last.
+    stages share: the head's is the first, the embedding's the last. Behind them those of frozen parameters.
 
     Collective over the mesh. Weights are zeros until :meth:`Bucket.fill`.
     """
@@ -60,13 +63,16 @@ def make_buckets(stages, mesh, layout, is_tied):
         module = stage.module
         own = [Bucket([p for _, parameters in part for p in parameters], mesh, is_sharded, first_module=part[0][0])
                for part in bucket_parts(module, layout.bucket_cuts)]
+        tied = set(module.tied)
+        frozen = [p for p in module.parameters() if not p.requires_grad and p not in tied]
         if is_tied and module.is_first:
             embedding = Bucket([module.embedding.words.weight], mesh, is_sharded, first_module=module.embedding)
             own.insert(0, embedding)
         if is_tied and module.is_last:
             own.append(Bucket([module.head.weight], mesh, is_sharded, is_counted=False, tied_to=embedding,
                               first_module=module.norm or module.transform or module.head))
-        buckets[stage.index] = own[::-1]
+        own = own[::-1] + ([Bucket(frozen, mesh, is_sharded)] if frozen else [])
+        buckets[stage.index] = sorted(own, key=lambda bucket: not bucket.is_trained)
     return buckets
 
 
@@ -88,6 +94,12 @@ class Bucket:
     first_module : Module, optional
         Of those that have the parameters, the first in forward: once backward has the gradient of its input, it has
         these gradients.
+
+    Attributes
+    ----------
+    is_trained : bool
+        Whether the parameters are. If not, there is no gradient, nor an optimiser's state or masters: :meth:`distribute`
+        gives every rank what was loaded.
     """
 
     def __init__(self, parameters, mesh, is_sharded, is_counted=True, tied_to=None, first_module=None):
@@ -102,7 +114,8 @@ class Bucket:
         self.num_partial = sum(align(p.numel(), ALIGNMENT) for p in self.parameters if p.shard.is_partial_grad)
         self.size = align(end, ALIGNMENT * self.group.size)
         dtype, device = self.parameters[0].dtype, self.parameters[0].device
-        wide = torch.promote_types(dtype, torch.float32)
+        self.is_trained = self.parameters[0].requires_grad
+        wide = torch.promote_types(dtype, torch.float32) if self.is_trained else dtype
         node = self.group.node if device.type == "cpu" else None
         if tied_to:
             self.data, self.is_one_copy = tied_to.data, tied_to.is_one_copy
@@ -110,12 +123,10 @@ class Bucket:
             shared = if_room(lambda: node.one_copy(self.size, dtype)) if node and is_sharded else None
             self.is_one_copy = shared is not None
             self.data = torch.zeros(self.size, dtype=dtype, device=device) if shared is None else shared
-        memory = self.group.memory if device.type == "cpu" else None
-        grad = if_room(lambda: memory.empty(self.size, wide)) if memory else None
-        self.grad = torch.zeros(self.size, dtype=wide, device=device) if grad is None else grad.zero_()
-        self._reduction = self.group.bind("reduce_scatter", self.grad)
-        self._gathering = self.group.bind("allgather", self.data)
-        self._gathering_grad = self.group.bind("allgather", self.grad)
+        self.grad, self._wide, self._gathering = None, wide, self.group.bind("allgather", self.data)
+        self._bound = [self._gathering]
+        if self.is_trained:
+            self._make_gradient(device)
         self._make_views()
         self.range = bounds(self.size, self.group.size, self.group.rank) if is_sharded else (0, self.size)
         self.is_sharded = is_sharded
@@ -130,17 +141,28 @@ class Bucket:
             self.group.node.barrier()
         self.load_master()
 
+    def _make_gradient(self, device):
+        """Make the gradient buffer, and what sums it."""
+        memory = self.group.memory if device.type == "cpu" else None
+        grad = if_room(lambda: memory.empty(self.size, self._wide)) if memory else None
+        self.grad = torch.zeros(self.size, dtype=self._wide, device=device) if grad is None else grad.zero_()
+        self._reduction = self.group.bind("reduce_scatter", self.grad)
+        self._gathering_grad = self.group.bind("allgather", self.grad)
+        self._bound += [self._reduction, self._gathering_grad]
+
     def _make_views(self):
         """Let the parameters and their gradients lie in the buffers."""
         for p, offset in zip(self.parameters, self.offsets):
             part = slice(offset, offset + p.numel())
-            p.data, p.main_grad = self.data[part].view(p.shape), self.grad[part].view(p.shape)
+            p.data = self.data[part].view(p.shape)
+            if self.is_trained:
+                p.main_grad = self.grad[part].view(p.shape)
 
     def free(self):
         """Let go of the buffers, whose memory may be shared and about to go: parameters become empty."""
         if self.data is None:
             return
-        for bound in (self._reduction, self._gathering, self._gathering_grad):
+        for bound in self._bound:
             bound.free()
         self.data = self.grad = self.master = self.first_module = None
         for p in self.parameters:
@@ -149,7 +171,7 @@ class Bucket:
     def load_master(self):
         """Take the data as they are for the optimiser to start from."""
         shard = self.data[slice(*self.range)]
-        self.master = shard if self.data.dtype == self.grad.dtype else shard.to(self.grad.dtype)
+        self.master = shard if shard.dtype == self._wide else shard.to(self._wide)
 
     def pieces(self):
         """Return the pieces of parameters in this rank's range."""
@@ -197,7 +219,7 @@ class Bucket:
     def distribute(self):
         """Give every rank the updated parameters. Collective over the data axis."""
         own = self.data[slice(*self.range)]
-        if self.data.dtype != self.grad.dtype:
+        if own.dtype != self._wide:
             own.copy_(self.master)
         if self.is_one_copy:
             self.group.node.barrier()

@@ -14,7 +14,7 @@ import torch
 
 from mpillm.comm import collectives
 from mpillm.comm.p2p import TIED, irecv, isend, tag_of
-from mpillm.model.parameters import parameters
+from mpillm.model.parameters import is_frozen, parameters
 from mpillm.nn.init import initialise
 from mpillm.schedules.tree import TreeAccumulator
 from mpillm.train.flat_buffers import make_buckets
@@ -36,27 +36,32 @@ class GradientStore:
     Attributes
     ----------
     buckets : list of Bucket
-        All, in the order in which backward completes them. Every data rank starts their collectives in this order,
-        though with other numbers of microbatches they are complete at other times: on one communicator the order must
-        be the same.
+        All that have gradients, in the order in which backward completes them. Every data rank starts their collectives
+        in this order, though with other numbers of microbatches they are complete at other times: on one communicator the
+        order must be the same.
     updated : list of Bucket
-        Those that have weights of their own: all but a head's that uses the embedding's.
+        Those of them that have weights of their own: all but a head's that uses the embedding's.
+    frozen : list of Bucket
+        Those of weights that stay as they are, with weights of their own.
     """
 
     def __init__(self, config, mesh, stages, trace):
         self.mesh, self.model, self._trace = mesh, config.model, trace
         self.is_exact = config.train.numerics == "exact"
         # Data ranks that share a node reduce in its memory, on the cores that backward runs on; exact sums trees of
-        # microbatches. Neither gains by starting early.
-        self._overlaps = not self.is_exact and mesh.size("data") > 1 and all(
+        # microbatches. Neither gains by starting early. Where weights are frozen backward may not come to a bucket's input.
+        self._overlaps = not self.is_exact and not config.train.freeze and mesh.size("data") > 1 and all(
             mesh.world.comm.allgather(mesh.group("data").memory is None))
-        is_tied = self.model.tie_embeddings
-        self._of_stage = make_buckets(stages, mesh, config.layout, is_tied)
+        is_tied = self.model.tie_embeddings and not is_frozen("embedding.weight", config.train.freeze)
+        made = make_buckets(stages, mesh, config.layout, self.model.tie_embeddings)
+        self._made = [bucket for own in reversed(made.values()) for bucket in own]
+        self._of_stage = {index: [bucket for bucket in own if bucket.is_trained] for index, own in made.items()}
         self.buckets = [bucket for own in reversed(self._of_stage.values()) for bucket in own]
         self.updated = [bucket for bucket in self.buckets if bucket.tied_to is None]
+        self.frozen = [bucket for bucket in self._made if not bucket.is_trained and bucket.tied_to is None]
         embedding, head = self._of_stage.get(0), self._of_stage.get(stages[0].num_stages - 1)
         self._tied = (embedding and embedding[-1], head and head[0]) if is_tied else (None, None)
-        for bucket in self.updated:
+        for bucket in self.updated + self.frozen:
             bucket.fill(lambda parameter: initialise(parameter, config.train.seed))
         self._numbers, self._trees = range(0), {}
         self._missing, self._waiting, self._under_way, self._at_end = {}, deque(), {}, {}
@@ -141,7 +146,7 @@ class GradientStore:
 
     def free(self):
         """Let go of weights and gradients. Local; once is enough."""
-        for bucket in self.buckets:
+        for bucket in self._made:
             bucket.free()
 
     def _follow_backward(self, stages):

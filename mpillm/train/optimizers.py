@@ -7,6 +7,8 @@ from torch.optim.adamw import adamw
 from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
 
+from mpillm.model.parameters import first_match, is_frozen
+
 
 def state_kinds(train):
     """Return the names of the tensors that the optimiser keeps beside each weight: those of PyTorch's state."""
@@ -60,7 +62,8 @@ def decays(shape):
 class ShardedOptimizer:
     """Updates this rank's pieces of its buckets.
 
-    Local. State exists only for the pieces; it is named and ranged like them, so that checkpoints fit any layout.
+    Local. State exists only for the pieces; it is named and ranged like them, so that checkpoints fit any layout. Pieces of
+    frozen parameters have none and stay as they are.
 
     Parameters
     ----------
@@ -77,18 +80,22 @@ class ShardedOptimizer:
         self._tensors = []
         for bucket, piece in self.entries:
             weight = bucket.master[piece.low:piece.high]
-            self._tensors.append({"weight": weight, **{kind: torch.zeros_like(weight) for kind in state_kinds(train)}})
+            kinds = () if is_frozen(piece.name, train.freeze) else state_kinds(train)
+            self._tensors.append({"weight": weight, **{kind: torch.zeros_like(weight) for kind in kinds}})
         self._steps = [torch.zeros((), device=bucket.master.device) for bucket, _ in self.entries]
-        self._groups = {}  # weight decay to the numbers of its pieces
+        self._groups = {}  # weight decay and factor of the learning rate to the numbers of their pieces
         for index, (_, piece) in enumerate(self.entries):
-            self._groups.setdefault(train.weight_decay if decays(piece.shape) else 0.0, []).append(index)
+            if not is_frozen(piece.name, train.freeze):
+                decay = train.weight_decay if decays(piece.shape) else 0.0
+                factor = train.lr_factors.get(first_match(piece.name, train.lr_factors), 1.0)
+                self._groups.setdefault((decay, factor), []).append(index)
 
     def step(self, gradients, lr):
         """Update from the reduced gradients, one a bucket as its range holds them."""
-        for weight_decay, members in self._groups.items():
+        for (weight_decay, factor), members in self._groups.items():
             state = {kind: [self._tensors[index][kind] for index in members] for kind in state_kinds(self.train)}
             parts = [gradients[bucket][piece.low:piece.high] for bucket, piece in (self.entries[i] for i in members)]
-            update(self.train, lr, weight_decay, [self._tensors[index]["weight"] for index in members], parts, state,
+            update(self.train, factor * lr, weight_decay, [self._tensors[index]["weight"] for index in members], parts, state,
                    [self._steps[index] for index in members])
 
     def state(self):

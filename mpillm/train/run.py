@@ -251,7 +251,7 @@ class Run:
                                  "samples_seen": self.samples_seen,
                                  "seq_len": self.config.train.seq_len},
                         "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
-                        "seed": self.config.train.seed}
+                        "seed": self.config.train.seed, "freeze": list(self.config.train.freeze)}
             # The one before is known to train, this one is not; and where numbers are not finite, none is to go.
             keep = None if self.skipped_in_a_row else max(2, self.config.train.checkpoint_keep)
             self._saving = saving.Saving(self.folder / "checkpoints", self.step_number, shards, manifest, self.comm,

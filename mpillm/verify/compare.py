@@ -1,5 +1,6 @@
 """``verify``: a layout against the serial reference, tensor by tensor, in float64."""
 
+import fnmatch
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -51,26 +52,30 @@ class ReferenceTrainer:
                 for name in self.reference.parameters.keys() - head_left_out(model, config.model):
                     weight = self.reference.parameters[name]
                     weight.copy_(torch.as_tensor(source.read(name)).view(weight.shape))
-        weights = self.reference.parameters.values()
-        self.optimizer = make_optimizer(config.train, [
-            {"params": [w for w in weights if decays(w.shape)], "weight_decay": config.train.weight_decay},
-            {"params": [w for w in weights if not decays(w.shape)], "weight_decay": 0.0},
-        ])
+        train, groups = config.train, {}
+        for name, weight in self.reference.parameters.items():
+            weight.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in train.freeze))
+            factors = [factor for pattern, factor in train.lr_factors.items() if fnmatch.fnmatchcase(name, pattern)]
+            if weight.requires_grad:
+                decay = train.weight_decay if decays(weight.shape) else 0.0
+                groups.setdefault((decay, [*factors, 1.0][0]), []).append(weight)
+        self.optimizer = make_optimizer(train, [{"params": own, "weight_decay": decay, "factor": factor}
+                                                for (decay, factor), own in groups.items()])
         self.steps = 0
 
     def step(self, *samples):
         """Train one step on :class:`mpillm.data.sources.Samples`; return the loss, the gradient norm, the unclipped gradients
-        and the weights by name."""
+        (of what is not frozen) and the weights by name."""
         self.steps += 1
         tensors = [None if part is None else torch.as_tensor(part) for part in samples]
         weights = self.reference.parameters
         loss = self.reference.loss(*tensors)
         self.optimizer.zero_grad()
         loss.backward()
-        gradients = {name: weight.grad.clone() for name, weight in weights.items()}
+        gradients = {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), self.train.grad_clip or float("inf"))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.train, self.steps)
+            group["lr"] = group["factor"] * learning_rate(self.train, self.steps)
         self.optimizer.step()
         return loss.item(), norm.item(), gradients, {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -100,13 +105,13 @@ def compare_layout(config, comm, batches, expected):
     group, names, errors, ranges = as_group(comm), [], [], {}
     for step, (batch, wanted) in enumerate(zip(batches, expected), 1):
         loss, norm = engine.train_step(batch.part, learning_rate(config.train, step), counted=counted(batch.targets))
-        loss_wanted, norm_wanted, shapes = comm.bcast(wanted and (*wanted[:2], _shapes(wanted[3])))
+        loss_wanted, norm_wanted, *shapes = comm.bcast(wanted and (*wanted[:2], *map(_shapes, wanted[2:])))
         names.append(f"step {step}: loss")
         errors.append(_relative(loss, loss_wanted))
         gradients = _unclipped(engine.gradient_ranges(), norm, config.train.grad_clip)
         for place, kind, own in ((2, "gradient", gradients), (3, "weight", engine.weight_ranges())):
             least = LEAST[kind] * comm.bcast(wanted and max(float(tensor.abs().max()) for tensor in wanted[place].values()))
-            for name, shape in reversed(shapes.items()):  # backward computes the last layer's first
+            for name, shape in reversed(shapes[place - 2].items()):  # backward computes the last layer's first
                 tensor = wanted[place][name] if wanted else torch.empty(shape, dtype=torch.float64)
                 flat = collectives.bcast(tensor, group).reshape(-1)
                 names.append(f"step {step}: {kind} of {name}")

@@ -20,13 +20,14 @@ from mpillm.train.engine import Engine
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
+FROZEN = "frozen up to a layer and in parts behind it, learning rates by name"
 EXACT = {"train.numerics": "exact", "train.dtype": "float32"}
 MODELS = {
     "odd": {},
     "tied-and-shared-heads": {**GROUPED["shared"], "model.tie_embeddings": True, "model.num_layers": 4},
     "straddling-heads-and-documents": {**GROUPED["straddling"], "data.mask_documents": True, "model.num_layers": 4},
     **{name: {"model.num_layers": 4, **FAMILIES[name]}
-       for name in ("llama3", "qwen3", "gpt2", "gpt_neox", "bert", "classes", "a pooler", "means", "tags", "values")},
+       for name in ("llama3", "qwen3", "gpt2", "gpt_neox", "bert", "classes", "a pooler", "means", "tags", "values", FROZEN)},
 }
 
 

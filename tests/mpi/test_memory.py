@@ -15,9 +15,12 @@ CASES = {
     "layers again": {"layout.recompute": "full", "layout.schedule": "1f1b", "train.global_batch": 4},
     "layers again, in halves": {"layout.recompute": "full", "layout.schedule": "zb-h1", "train.global_batch": 8},
     "tokens apart": {"layout.sequence_parallel": True, "train.dtype": "bfloat16"},
+    "frozen layers": {"train.freeze": ["embedding.*", "layers.[0-4].*"], "layout.schedule": "1f1b", "train.global_batch": 8},
+    "frozen parts": {"train.freeze": ["*.ffn.*", "embedding.*"], "layout.schedule": "zb-h1", "train.global_batch": 8},
+    "a frozen body": {"train.freeze": ["embedding.*", "layers.*", "norm.*"], "train.dtype": "bfloat16"},
     "one copy": {"model.tie_embeddings": True, "model.vocab_size": 8192},
 }
-AXIS = {"tokens apart": "tensor", "one copy": "data"}
+AXIS = {"tokens apart": "tensor", "a frozen body": "data", "one copy": "data"}
 
 
 @pytest.mark.parametrize("name", CASES)

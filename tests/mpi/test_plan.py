@@ -345,7 +345,9 @@ GPT = {f"model.{key}": value for key, value in SHAPES["gpt"].items()}
     {**GPT, "model.norm_placement": "post", "model.embedding_norm": True, "model.head": "masked",
      "model.head_bias": True, "model.tie_embeddings": True, "train.numerics": "exact", "train.dtype": "float32"},
     FAMILIES["a pooler"],
-], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words", "pooler"])
+    *({**FAMILIES[name], "layout.bucket_cuts": [1, 3]} for name in FAMILIES if "train.freeze" in FAMILIES[name]),
+], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words", "pooler", "frozen",
+        "frozen-ends", "frozen-parallel", "frozen-body"])
 def test_planned_volume_is_what_is_sent(comm, changes):
     config = tiny({"model.num_layers": 4, **changes})
     for layout in one_for_every_degrees(config, comm.size):

@@ -21,6 +21,8 @@ ZERO_BUBBLE = {"layout.pipeline": 2, "layout.schedule": "zb-h1"}
 DATA = {"layout.data": 2, "layout.zero": 1}
 WHOLE = {"layout.data": 2, "layout.zero": 0}
 TIED = {"model.tie_embeddings": True}
+FROZEN = {"train.freeze": ["embedding.*", "layers.0.*", "layers.1.ffn.*"],
+          "train.lr_factors": {"layers.3.*": 0.5, "layers.*": 2.0, "head.*": 3.0}}
 FAULTS = Faults()
 fault = FAULTS.fault
 
@@ -199,6 +201,42 @@ def the_learning_rate_is_a_step_late(patch, config):
 @fault(TENSOR, "weight of norm.weight")
 def norms_decay(patch, config):
     patch.setattr(optimizers, "decays", lambda shape: True)
+
+
+@fault(DATA | FROZEN, "weight of layers.1.ffn.down.weight")
+def a_frozen_weight_moves(patch, config):
+    """It decays."""
+    right = optimizers.ShardedOptimizer.step
+
+    def wrong(self, reduced, lr):
+        right(self, reduced, lr)
+        for _, tensors in self.state():
+            if tensors.keys() == {"weight"}:
+                tensors["weight"].mul_(1 - lr * config.train.weight_decay)
+
+    patch.setattr(optimizers.ShardedOptimizer, "step", wrong)
+
+
+@fault(TENSOR | FROZEN, "gradient norm")
+def frozen_weights_count_in_the_norm(patch, config):
+    patch.setattr(split, "is_frozen", lambda name, freeze: False)
+
+
+@fault(PIPELINE | FROZEN | {"layout.stage_cuts": [2]}, "gradient of layers.1.ffn_norm.weight")
+def the_gradient_stops_a_layer_too_early(patch, config):
+    right = stage.trained_from
+    patch.setattr(stage, "trained_from", lambda model, freeze: right(model, freeze) + 1)
+
+
+@fault(DATA | FROZEN, "weight of head.weight")
+def a_factor_of_the_learning_rate_is_not_applied(patch, config):
+    patch.setattr(optimizers, "first_match", lambda name, patterns: None)
+
+
+@fault(TENSOR | FROZEN, "weight of layers.3.ffn.down.weight")
+def the_last_factor_that_matches_counts(patch, config):
+    right = optimizers.first_match
+    patch.setattr(optimizers, "first_match", lambda name, patterns: right(name, [*patterns][::-1]))
 
 
 @fault(DATA, "weight of head.weight")

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from helpers import assert_all
 from tiny import LAYOUTS, configure, everything, same, tiny, unpack, write_token_file
 
@@ -16,6 +17,7 @@ from mpillm.config import Config
 from mpillm.errors import DataError, MpillmError
 from mpillm.guard.stop import StopRequest
 from mpillm.inference.generator import Generator
+from mpillm.model.parameters import is_frozen
 from mpillm.nn.attention import KeyValueCache
 from mpillm.train import optimizers
 from mpillm.train.learning_rate import learning_rate
@@ -92,6 +94,27 @@ def test_resume_at_other_layouts_and_rank_counts(comm, data_path, move, optimize
     whole = run_at(before, comm, data_path, "whole", 4, **more)
     found = run_at(before, comm, data_path, "moved", 2, **more) + run_at(after, comm, data_path, "moved", 4, **more)
     assert_all(np.allclose(found, whole, rtol=tolerance, atol=0), f"{found} {whole}", comm)
+
+
+FROZEN = {"train.freeze": ["embedding.*", "layers.0.*", "*norm*"], "train.lr_factors": {"head.*": 2.0}}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_frozen_weights_are_in_checkpoints_and_stay_as_they_were_loaded(comm, data_path, dtype):
+    """With nothing beside them, whatever else is trained or restored; and a run on other layouts goes on from them."""
+    run(comm, data_path, "first", 2, **{"train.dtype": dtype})
+    more = {**FROZEN, "train.dtype": dtype, "train.init_from": str(data_path / "first")}
+    whole = run(comm, data_path, "whole", 6, **more)
+    parts = run(comm, data_path, "parts", 3, **more) + run(comm, data_path, "parts", 6, **more)
+    first, last = everything(data_path, "first"), everything(data_path, "whole")
+    frozen = {name for _, name in last if is_frozen(name, FROZEN["train.freeze"])}
+    as_is = [torch.from_numpy(first["weight", name]).to(getattr(torch, dtype)).to(torch.from_numpy(first["weight", name]).dtype)
+             for name in frozen]
+    kept = all(np.array_equal(last["weight", name], values) for name, values in zip(frozen, as_is))
+    moved = all(not np.array_equal(last["weight", name], first["weight", name]) for kind, name in last if name not in frozen)
+    apart = all(kind == "weight" for kind, name in last if name in frozen)
+    assert_all(len(frozen) > 9 and kept and moved and apart, f"{frozen} {kept} {moved} {apart}", comm)
+    assert_all(parts == whole and same(data_path, "whole", "parts"), f"{parts} {whole}", comm)
 
 
 class Forgetful:
@@ -176,7 +199,7 @@ def test_weights_of_version_0_1_0_generate(comm, data_path, lacks):
 
 @pytest.mark.parametrize("change, word", [
     ({"model.ffn_size": 55}, "ffn_size"), ({"train.optimizer": "sgd"}, "optimizer"), ({"train.seed": 1}, "seed"),
-    ({"train.seq_len": 10}, "seq_len"),
+    ({"train.seq_len": 10}, "seq_len"), ({"train.freeze": ["layers.0.*"]}, r"train.freeze = \[\], this run has .*init_from"),
 ])
 def test_another_run_is_refused(comm, data_path, change, word):
     run(comm, data_path, "first", 2)

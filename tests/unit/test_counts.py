@@ -10,8 +10,15 @@ import pytest
 
 from mpillm.config import Config
 from mpillm.model.description import Model
-from mpillm.model.parameters import held, parameters
-from mpillm.planner.counts import head_flops, held_sizes, layer_flops, layer_rows
+from mpillm.model.parameters import held, is_frozen, parameters, trained_from
+from mpillm.planner.counts import (
+    head_flops,
+    held_sizes,
+    layer_flops,
+    layer_rows,
+    step_flops,
+    trained_sizes,
+)
 from mpillm.planner.volume import Volume, step_volume
 from mpillm.schedules.blocks import align
 
@@ -57,6 +64,41 @@ def test_sizes_are_those_of_the_table_on_the_fullest_rank(seed):
                      for rank in range(tensor)]
             found = held_sizes(model, tensor, is_exact)
             assert found.first + model.num_layers * found.layer + found.last - found.shared == max(sizes)
+
+
+PATTERNS = ["embedding.*", "layers.0.*", "*norm*", "*.bias", "*.ffn.*", "layers.*.attention.[qk]*", "head.*", "layers.*"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_trained_is_what_no_pattern_names(seed):
+    model, rng = described(seed), random.Random(seed)
+    freeze = tuple(rng.sample(PATTERNS, rng.randint(0, 3)))
+    for tensor in (1, 3):
+        sizes = [sum(own_size(p, held(p, tensor, rank, False, False)) for name, p in parameters(model).items()
+                     if not is_frozen(name, freeze)) for rank in range(tensor)]
+        found = trained_sizes(model, freeze, tensor)
+        assert len(found.layers) == model.num_layers
+        assert found.first + sum(found.layers) + found.last - found.shared == max(sizes)
+    first = next((name for name in parameters(model) if not is_frozen(name, freeze)), None)
+    place = int(first.split(".")[1]) if first and first.startswith("layers") else None
+    if place is not None:
+        assert trained_from(model, freeze) == place
+    elif first:
+        is_behind = first.startswith(("norm", "head"))
+        assert trained_from(model, freeze) == (model.num_layers if is_behind else -1)
+
+
+def test_frozen_weights_spare_the_flops_of_their_gradients_and_of_what_goes_into_them():
+    model = Model(hidden_size=40, num_layers=3, num_heads=5, ffn_size=54, vocab_size=257)
+    layer, head, ffn, attention = layer_flops(model, 16), head_flops(model), 2 * 3 * 40 * 54, 2 * 40 * 16 * 1
+    products = layer - attention
+    assert products == ffn + 2 * 4 * 40 * 40
+    for freeze, wanted in (
+        ((), 9 * layer + 3 * head), (("embedding.*", "layers.*", "norm.*"), 3 * layer + 2 * head),
+        (("layers.*.ffn.*",), 9 * layer - 3 * ffn + 3 * head),
+        (("embedding.*", "layers.0.*"), layer + (layer + products) + 3 * layer + 3 * head),
+    ):
+        assert step_flops(model, 16, 7, freeze) == 7 * wanted, freeze
 
 
 @pytest.mark.parametrize("seed", range(40))

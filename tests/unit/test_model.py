@@ -20,7 +20,8 @@ MODELS = {"llama": {}, **FAMILIES}
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
 def model(request):
-    return tiny({"model.num_layers": 2, **request.param}).model
+    own = {key: value for key, value in request.param.items() if key.startswith("model.")}
+    return tiny({"model.num_layers": 2, **own}).model
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -177,6 +177,26 @@ def test_restored_on_other_shards_it_goes_on_with_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_factor_is_one_of_the_rate_and_what_is_frozen_stays(name):
+    flat, offsets = flat_storage(torch.float32)
+
+    def weights(**values):
+        train = replace(tiny({"train.optimizer": name}).train, **values)
+        bucket = fake_bucket(flat, offsets, 1, 0)
+        optimizer = ShardedOptimizer(train, [bucket])
+        optimizer.step({bucket: torch.ones_like(flat)}, train.lr)
+        state = {piece.name: set(tensors) for piece, tensors in optimizer.state()}
+        sizes = {shard: torch.Size(shape).numel() for shard, shape in SHAPES.items()}
+        return {shard: bucket.master[offsets[shard]:offsets[shard] + size] for shard, size in sizes.items()}, state
+
+    (plain, _), (fast, _) = weights(), weights(lr=3e-2)
+    found, state = weights(lr_factors={"u*": 3.0}, freeze=("n*",))
+    assert torch.equal(found["up"], fast["up"]) and not torch.equal(found["up"], plain["up"])
+    assert torch.equal(found["norm"], flat[offsets["norm"]:offsets["norm"] + len(found["norm"])])
+    assert state["norm"] == {"weight"} and state["up"] > {"weight"} or name == "sgd"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_and_the_decay_matter(name):
     """Guards the comparisons above: they would see a rate or a decay that is not used."""
     flat, offsets = flat_storage(torch.float32)

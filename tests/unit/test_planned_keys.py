@@ -71,6 +71,7 @@ KEYS = {
     "train.seed": A_NUMBER, "train.log_every": "a line or none", "train.eval_every": NOT_A_STEP,
     "train.eval_batches": NOT_A_STEP, "train.checkpoint_every": NOT_A_STEP, "train.checkpoint_keep": "files on a disk",
     "train.checkpoint_background": {"train.checkpoint_background": True},
+    "train.freeze": {"train.freeze": ["layers.0.*"]}, "train.lr_factors": A_NUMBER,
     "train.init_from": "which weights they are", "train.trace": "lines beside a step, some microseconds each",
     "train.checked": "for finding faults: a plan is for the run without it", "train.hang_limit_s": "when to give up",
     "train.skip_limit": "when to give up", "train.digests": {"train.digests": True},
@@ -106,6 +107,13 @@ def test_a_plan_depends_on_the_key(key):
         assert key in str(error)  # it is refused
         return
     assert found != predicted(before)
+
+
+def test_a_frozen_body_costs_less_time_and_memory():
+    frozen = ["embedding.*", "layers.*", "norm.*"]
+    for layout in ({}, {"layout.zero": 1}, {"train.numerics": "exact"}, {"layout.schedule": "zb-h1"}):
+        (plain_s, plain_bytes), (frozen_s, frozen_bytes) = predicted(layout), predicted({**layout, "train.freeze": frozen})
+        assert frozen_s < 0.7 * plain_s and frozen_bytes < 0.7 * plain_bytes, layout
 
 
 def test_a_window_costs_a_mask_that_a_microbatch_has_once():
