@@ -238,6 +238,8 @@ def _beyond_pytorch(config):
         f"train.dtype = {train.dtype}: it has float32": train.dtype != "float32",
         f"train.device = {train.device}: it runs on cpu": train.device == "cuda",
         "data.mask_documents": config.data.mask_documents,
+        "train.freeze": bool(train.freeze),
+        "train.lr_factors": bool(train.lr_factors),
     }
 
 
