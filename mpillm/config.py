@@ -71,7 +71,7 @@ class Train:
     checkpoint_background: StrictBool = False
     init_from: str = ""
     freeze: tuple[str, ...] = ()
-    lr_factors: dict[str, PositiveReal] = field(default_factory=dict)
+    lr_factors: dict[str, PositiveReal] = field(default_factory=dict, hash=False)
     trace: StrictBool = False
     checked: StrictBool = False
     hang_limit_s: Real = 300.0

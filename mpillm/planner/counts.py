@@ -54,6 +54,9 @@ class LayerTrained(NamedTuple):
     has_backward: bool = True
 
 
+ALL_TRAINED = LayerTrained()
+
+
 class Crossings(NamedTuple):
     """How often a layer enters what tensor ranks split, and leaves it; and how often it leaves once more where it is
     recomputed, which ends with the last number that backward needs."""
@@ -113,9 +116,8 @@ def trained_sizes(model, freeze, tensor=1, is_exact=False):
                    if not is_frozen(one.name, freeze))
 
     first, last = ends(model)
-    indices = range(model.num_layers) if freeze else [0]
-    layers = [size(layer_parameters(model, index).values()) for index in indices]
-    return Trained(size(first), tuple(layers) if freeze else (*layers,) * model.num_layers, size(last),
+    layers = tuple(size(layer_parameters(model, index).values()) for index in range(model.num_layers if freeze else 1))
+    return Trained(size(first), layers if freeze else layers * model.num_layers, size(last),
                    size(first[:1] * model.tie_embeddings))
 
 
@@ -123,7 +125,7 @@ def trained_sizes(model, freeze, tensor=1, is_exact=False):
 def trained_layers(model, freeze):
     """Return the :class:`LayerTrained` of every layer. Local."""
     if not freeze:
-        return (LayerTrained(),) * model.num_layers
+        return (ALL_TRAINED,) * model.num_layers
     begin, found = trained_from(model, freeze), []
     for index in range(model.num_layers):
         own = {name for name, one in layer_parameters(model, index).items() if not is_frozen(one.name, freeze)}
@@ -168,19 +170,20 @@ def crossings_back(model, freeze, index):
     begin, each = trained_from(model, freeze), crossings(model)
     if index != begin:
         return (each.enters, each.leaves, True) if index > begin else (0, 0, False)
-    trained = {name for name in layer_parameters(model, index) if not is_frozen(f"layers.{index}.{name}", freeze)}
-    behind = {"attention.output.bias", "ffn.down.bias"}  # where the layer has left what is split
-    halves = []
-    for half in ("attention", "ffn"):
-        own = {name for name in trained if name.startswith((f"{half}.", f"{half}_norm."))}
-        norm = any(name.startswith(f"{half}_norm.") for name in own)
-        is_entered = norm and model.norm_placement == "pre"
-        halves.append((is_entered, is_entered or any(name.startswith(f"{half}.") for name in own - behind), bool(own)))
-    (enters_attention, leaves_attention, is_any), (enters_ffn, leaves_ffn, _) = halves
-    norms = enters_attention or any(name.startswith(("attention.query", "attention.key")) for name in trained)
+    trained = {name for name, one in layer_parameters(model, index).items() if not is_frozen(one.name, freeze)}
+    inside = trained - {"attention.output.bias", "ffn.down.bias"}  # those are added where the layer has left what is split
+
+    def has(names, *beginnings):
+        return any(name.startswith(beginnings) for name in names)
+
+    is_pre = model.norm_placement == "pre"
+    into_attention, into_ffn = is_pre and has(trained, "attention_norm."), is_pre and has(trained, "ffn_norm.")
+    out_of_attention, out_of_ffn = into_attention or has(inside, "attention."), into_ffn or has(inside, "ffn.")
+    norms = into_attention or has(trained, "attention.query", "attention.key")
     if model.residual == "parallel":
-        return enters_attention + enters_ffn, int(leaves_attention or leaves_ffn), norms
-    return enters_attention + (is_any or enters_ffn), leaves_attention + (is_any or leaves_ffn), norms
+        return into_attention + into_ffn, int(out_of_attention or out_of_ffn), norms
+    through_ffn = has(trained, "attention")  # its norm, too: what comes of attention goes into the other half
+    return into_attention + (through_ffn or into_ffn), out_of_attention + (through_ffn or out_of_ffn), norms
 
 
 def passes_head(model, freeze):
@@ -271,7 +274,7 @@ def trained_flops(model, seq_len, freeze=()):
     inputs = 2 * layer - _product_flops(layer_parameters(model).values())  # with attention, which has no weights
     layers = [layer + (index > begin) * inputs + of_weights(layer_parameters(model, index).values())
               for index in range(model.num_layers)]
-    return layers, head + (begin < model.num_layers) * head + of_weights(ends(model)[1])
+    return layers, head + passes_head(model, freeze) * head + of_weights(ends(model)[1])
 
 
 def step_flops(model, seq_len, tokens, freeze=()):

@@ -9,9 +9,9 @@ import numpy as np
 from mpillm.config import AXES
 from mpillm.model.parameters import in_groups, is_frozen, layer_parameters, trained_from
 from mpillm.planner.counts import (
+    ALL_TRAINED,
     ITEM_BYTES,
     PRODUCTS,
-    LayerTrained,
     ends,
     held_sizes,
     layer_rows,
@@ -69,7 +69,7 @@ class Footprint:
         self.is_exact = config.train.numerics == "exact"
         self._layer = lru_cache(None)(self._make_layer)
 
-    def layer(self, layout, mode, trained=LayerTrained()):  # noqa: B008 (a tuple, which nobody changes)
+    def layer(self, layout, mode, trained=ALL_TRAINED):
         """Return the :class:`LayerBytes` of a layer with one way to recompute, of which so much is trained."""
         return self._layer(layout.microbatch, layout.tensor, layout.sequence_parallel, mode, trained)
 

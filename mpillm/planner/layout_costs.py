@@ -10,8 +10,8 @@ from mpillm.config import AXES
 from mpillm.model.parameters import is_frozen
 from mpillm.planner.balance import balance
 from mpillm.planner.counts import (
+    ALL_TRAINED,
     ITEM_BYTES,
-    LayerTrained,
     num_states,
     passes_head,
     step_flops,
@@ -90,7 +90,7 @@ class Pricer:
         self.reduction = Reduction(config, machine, self.work)
         self.footprint = Footprint(config, machine, self.reduction.keeps_one_copy)
 
-    def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel, trained=LayerTrained()):  # noqa: B008
+    def _make_works(self, tokens, tensor, reach, recompute, sequence_parallel, trained=ALL_TRAINED):
         model, machine, seq_len = self.config.model, self.machine, self.config.train.seq_len
         ranks = TensorRanks(tensor, machine.level_for(reach), sequence_parallel, self.is_exact)
         is_masked = self.config.data.mask_documents or model.has_band(seq_len)
@@ -152,7 +152,7 @@ class Pricer:
         each, extra = divmod(num_layers - last, others)
         return [each + 1] * extra + [each] * (others - extra) + [last]
 
-    def work(self, layout, mode, trained=LayerTrained()):  # noqa: B008 (a tuple, which nobody changes)
+    def work(self, layout, mode, trained=ALL_TRAINED):
         """Return what a layer, of which so much is trained, with one way to recompute costs a microbatch, and the head. Local.
         """
         return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from mpillm.machine import Level
 from mpillm.planner.collective_costs import collective_s
-from mpillm.planner.counts import LayerTrained, crossings, divided_norms, ends, layer_rows, matrices, num_answers
+from mpillm.planner.counts import ALL_TRAINED, crossings, divided_norms, ends, layer_rows, matrices, num_answers
 from mpillm.schedules.blocks import loss_chunks
 
 # A score is written, scaled with softmax, dropped out and read again; softmax, its mask and the dropped are kept.
@@ -44,7 +44,7 @@ class TensorRanks(NamedTuple):
         return 0.0, self.meeting_s("allreduce", n_bytes)
 
 
-def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is_masked=False, trained=LayerTrained()):  # noqa: B008
+def layer_work(model, machine, ranks, seq_len, tokens, item_bytes, recompute, is_masked=False, trained=ALL_TRAINED):
     """Price a layer for a microbatch on one tensor rank.
 
     Local. Products at the machine's rate for their sizes; attention at the rate for its head size; elementwise work by the
@@ -149,9 +149,6 @@ def head_work(model, machine, ranks, seq_len, tokens, item_bytes, gradients=(Tru
     own = tokens / (ranks.size if ranks.sequence_parallel else 1)
     transform = sum(machine.product_s(own, width, matrix.shape[0]) for matrix in transforms)
     between = len(transforms) * TRANSFORM_TOUCHED * own * width * item_bytes / elementwise_bytes_per_s
-    if not gradients[0]:
-        adding = 0.0
-    if not gradients[1]:
-        return ActionTimes(2 * product + loss + losses + given + transform + between, 0.0, adding)
-    return ActionTimes((2 + gradients[0]) * product + loss + losses + given + transform + between,
-                       added + transform + BACKWARD_BYTES * between, adding + transform)
+    of_weight, of_input = gradients
+    return ActionTimes((1 + of_weight + of_input) * product + loss + losses + given + transform + between,
+                       of_input * (added + transform + BACKWARD_BYTES * between), of_weight * adding + of_input * transform)
