@@ -83,6 +83,9 @@ FAMILIES = {
         **LAYER_NORM, "model.residual": "parallel", "model.positions": "learned", "model.ffn": "gelu",
         "train.freeze": ["positions.*", "layers.[02].*.weight", "head.*"], "train.lr_factors": {"*embedding*": 0.2}},
     "a head alone": {"model.head_bias": True, "train.freeze": ["embedding.*", "layers.*", "norm.*"]},
+    "a frozen body, a pooler's bias": {
+        "model.head": "classes", "model.num_labels": 3, "model.pooler": True, "model.attention": "bidirectional",
+        "train.freeze": ["embedding.*", "layers.*", "norm.*", "head.transform.weight"]},
     "yarn": {
         "model.rope_theta": 100.0,
         "model.rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16, "beta_fast": 2.0, "beta_slow": 0.5}},

@@ -347,7 +347,7 @@ GPT = {f"model.{key}": value for key, value in SHAPES["gpt"].items()}
     FAMILIES["a pooler"],
     *({**FAMILIES[name], "layout.bucket_cuts": [1, 3]} for name in FAMILIES if "train.freeze" in FAMILIES[name]),
 ], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words", "pooler", "frozen",
-        "frozen-ends", "frozen-parallel", "frozen-body"])
+        "frozen-ends", "frozen-parallel", "frozen-body", "frozen-pooler"])
 def test_planned_volume_is_what_is_sent(comm, changes):
     config = tiny({"model.num_layers": 4, **changes})
     for layout in one_for_every_degrees(config, comm.size):
