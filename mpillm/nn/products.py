@@ -8,13 +8,13 @@ start (:mod:`mpillm.train.selftest`); what ``fast`` takes the processors decide 
 import torch
 
 from mpillm.comm.devices import leaves_instructions_unused
+from mpillm.schedules.blocks import SUM_BYTES
 
 MEMORY_ALIGNMENT = 64  # bytes on whose multiples PyTorch allocates
 # Where oneDNN gains, measured on an AMD Zen 5. It takes 10 us to begin; one row is bound by memory, and it would copy weights.
 _LEAST_WORK, _LEAST_ROWS = 1 << 20, 4  # multiplications a thread; rows of the left factor
 # A sum is added in a pass of its own, which needs more terms to be worth it, and one thread alone transposes the left factor.
 _LEAST_SUM_WORK, _LEAST_TERMS, _LEAST_COLUMNS = 1 << 22, 32, 128  # multiplications and columns a thread
-_SUM_BYTES = 2 << 20  # of a part of a sum with its factor, twice: added while in the cache; more would come from the system
 
 
 def plain(left, right):
@@ -58,7 +58,7 @@ def add_product(out, left, right, multiply=plain, is_new=False):
     GPUs, whose products of half types can end in float32."""
     beta = 0 if is_new else 1
     if multiply is by_size and _sum_gains(left, right):
-        rows = max(1, _SUM_BYTES // (out[0].nbytes + 2 * left[0].nbytes))
+        rows = max(1, SUM_BYTES // (out[0].nbytes + 2 * left[0].nbytes))
         for part, factor in zip(out.split(rows), left.t().split(rows, 1)):
             # A transposed matrix is copied fast only where all of it lies together
             add_product(part, factor.contiguous().t(), right, by_onednn, is_new)

@@ -22,7 +22,7 @@ from mpillm.planner.counts import (
     trained_sizes,
 )
 from mpillm.planner.workload import SCORES_KEPT
-from mpillm.schedules.blocks import loss_chunks
+from mpillm.schedules.blocks import SUM_BYTES, loss_chunks
 from mpillm.schedules.pipeline import groups, zero_bubble_kinds
 from mpillm.schedules.tree import split
 
@@ -86,13 +86,13 @@ class Footprint:
         return held + gradients * self.wide + self._windows(layout) + self._passing(layout)
 
     def beside(self, layout, modes, is_split):
-        """Return what every pipeline rank needs beside what it keeps, at most, where layers recompute in these ways: after
-        forward or an input half, and where backward or an input half begins; shape (ranks, 2)."""
+        """Return what every pipeline rank needs beside what it keeps, at most, where layers recompute in these ways: behind
+        backward or its halves, behind forward, and where backward or an input half begins; shape (ranks, 3)."""
         works = [self.layer(layout, mode) for mode in modes]
-        needs = [(work.input_end, work.input) if is_split else (work.backward, work.backward) for work in works]
-        most = np.tile(np.max(needs, 0), (layout.pipeline, 1))
-        most[-1, 1] -= sum(self._activation(layout))  # the last rank no longer has what the head kept
-        most[-1] = np.maximum(most[-1], self._head_forward(layout))
+        begins, ends = np.max([(work.input, work.input_end) if is_split else (work.backward,) * 2 for work in works], 0)
+        most = np.tile((ends, ends, begins), (layout.pipeline, 1))
+        most[-1, 2] -= sum(self._activation(layout))  # the last rank no longer has what the head kept
+        most[-1, 1:] = np.maximum(most[-1, 1:], self._head_forward(layout))
         return most
 
     def ends(self, layout, sizes):
@@ -221,17 +221,26 @@ class Footprint:
         blocks = max(1, self.config.train.exact_blocks // layout.tensor) if self.is_exact else 1
         return n_bytes * (blocks + (math.ceil(math.log2(blocks)) + 1 if blocks > 1 else 0))
 
+    def _added(self, rows, tokens):
+        """Return the bytes of what is there of a product while it is added to a weight's gradient of so many rows: in a half
+        type all of it, in both types; in float32, where oneDNN multiplies, a part with its factor. A sum in one pass needs
+        nothing."""
+        width = self.config.model.hidden_size
+        if self.item < self.wide:
+            return width * rows * (self.item + self.wide)
+        is_in_parts = self.item == MASTER_BYTES and not self.is_exact
+        return is_in_parts * min(SUM_BYTES, rows * (width + 2 * tokens) * self.item)
+
     def _head_forward(self, layout):
         """Return what the head's forward needs beside what it keeps: its input, and the logits of a chunk, which in a
-        half type are there in both, as is the product that is added to the weight's gradient. Logits that are capped are
-        there twice, and their slope once."""
+        half type are there in both, and what is added to the weight's gradient. Logits that are capped are there twice,
+        and their slope once."""
         model, size = self.config.model, self.config.model.head_size
         answers = num_answers(model, self.config.train.seq_len, self._tokens(layout))
         rows, columns = math.ceil(answers / loss_chunks(answers, size)), size / layout.tensor
         is_half, is_capped, logits = self.item < self.wide, model.logit_softcap > 0, rows * columns * self.wide
-        product = model.hidden_size * columns * (self.item + self.wide) if is_half else 0
         slopes = self._blocks(layout, rows * model.hidden_size * self.item)
-        last = is_half * rows * columns * self.item + max(slopes, product)
+        last = is_half * rows * columns * self.item + max(slopes, self._added(columns, rows))
         return self._activation(layout)[0] + (1 + is_capped) * logits + max(is_capped * logits, last)
 
     def _make_layer(self, microbatch, tensor, sequence_parallel, mode, trained):
@@ -270,14 +279,13 @@ class Footprint:
         halves = tokens * item * multiplied + entered + left * whole
         again = kept["none"] - kept["full"] if mode == "full" else 0.0
         slope = whole / cut + (whole if tensor > 1 else 0)
-        product = model.hidden_size * rows["ffn.up.weight"] * (item + self.wide) if item < self.wide else 0
         if self.is_exact:
             layout_blocks = max(1, self.config.train.exact_blocks // tensor)
             summed = whole * (layout_blocks + math.ceil(math.log2(layout_blocks)) + 1 if layout_blocks > 1 else 1)
             backward = slope + max((ups + inner) / layout_blocks, summed - ups_kept)
             inputs = slope + max(2 * ups / layout_blocks, summed)
         else:
-            backward, inputs = slope + max(ups + inner, product), slope + 2 * ups
+            backward, inputs = slope + max(ups + inner, self._added(rows["ffn.up.weight"], tokens)), slope + 2 * ups
         # By the end of an input half all that it computed again has become what the weight half needs, but for this layer.
         ending = max(kept[mode] + again - halves + inputs, slope)
         return LayerBytes(kept[mode], halves, again + backward, again + inputs, ending)
@@ -286,15 +294,15 @@ class Footprint:
 @lru_cache(maxsize=4096)
 def in_flight(name, ranks, microbatches, chunks):
     """Return how many pairs of stage and microbatch are in flight: of every rank the points that are the most it comes to,
-    each (before, after their input half; 1 where backward or an input half begins there), shape (ranks, points, 3).
-    Local; ``name`` is a textbook's schedule."""
+    each (before, after their input half; 0 behind backward or its halves, 1 behind forward, 2 where backward or an input half
+    begins), shape (ranks, points, 3). Local; ``name`` is a textbook's schedule."""
     if name in ("zb-h1", "zb-h2"):  # of whose actions, thousands on many ranks, only the kinds matter
         return _most(zero_bubble_kinds(ranks, min(microbatches, PERIODS * ranks), name == "zb-h2"))
     pairs = microbatches * chunks
     if name == "gpipe":
-        return np.tile([pairs, 0, 1], (ranks, 1, 1))
+        return np.tile([pairs, 0, 2], (ranks, 1, 1))
     warmups = groups(ranks, microbatches, chunks)[1]
-    return np.array([[[min(pairs, warmup + 1), 0, 1]] for warmup in warmups])
+    return np.array([[[min(pairs, warmup + 1), 0, 2]] for warmup in warmups])
 
 
 def points(schedule):
@@ -308,10 +316,10 @@ def _most(rows):
     for row in rows:
         kinds = np.frombuffer(row.encode(), np.uint8)
         before, after = _CHANGES[:, kinds].cumsum(1)
-        most = np.full((2, after.max(initial=0) + 1), -1)
-        begins = np.isin(kinds[1:], _BEGINNING, kind="table")
-        np.maximum.at(most, (np.r_[begins, False].astype(int), after), before)
-        of_ranks.append([(n, held, begin) for begin in (0, 1) for held, n in enumerate(most[begin].tolist()) if n >= 0])
+        most = np.full((3, after.max(initial=0) + 1), -1)
+        begins = np.r_[np.isin(kinds[1:], _BEGINNING, kind="table"), False]
+        np.maximum.at(most, (np.where(begins, 2, kinds == ord("F")), after), before)
+        of_ranks.append([(n, held, place) for place in range(3) for held, n in enumerate(most[place].tolist()) if n >= 0])
     width = max(map(len, of_ranks))
     return np.array([points + points[:1] * (width - len(points)) for points in of_ranks])
 

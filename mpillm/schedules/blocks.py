@@ -10,6 +10,8 @@ from functools import lru_cache
 ALIGNMENT = 16  # elements on whose multiples every parameter and shard of the flat storage starts
 # Float32 logits of a chunk, over the whole vocabulary: what stays in a core's cache; what keeps a GPU busy.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Of a part of a weight's gradient with its factor, twice: added while in the cache; more would come from the system.
+SUM_BYTES = 2 << 20
 
 
 def bounds(n, p, i):

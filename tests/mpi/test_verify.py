@@ -65,7 +65,7 @@ def test_every_optimizer_sharded_and_not(comm, optimizer):
 def test_products_that_go_by_their_size(comm, monkeypatch):
     """In float32, with oneDNN from such sizes on that this model has larger and smaller ones, and sums in several parts."""
     for name, value in {"_LEAST_WORK": 5000, "_LEAST_SUM_WORK": 5000, "_LEAST_TERMS": 13, "_LEAST_COLUMNS": 16,
-                        "_SUM_BYTES": 5000}.items():
+                        "SUM_BYTES": 5000}.items():
         monkeypatch.setattr(products, name, value)
     multiply, asked = products.by_onednn, set()
     monkeypatch.setattr(products, "by_onednn", lambda left, right: asked.add(left.dtype) or multiply(left, right))

@@ -217,7 +217,7 @@ def test_what_fast_multiplies_by_is_the_processor_s_to_say(monkeypatch, vendor, 
 @pytest.mark.parametrize("parts_bytes", [1, 5_000, 1 << 22])
 def test_fast_products_add_in_parts(monkeypatch, parts_bytes):
     """Small ones are PyTorch's to the bit, and larger ones right, whatever the number of parts."""
-    monkeypatch.setattr(products, "_SUM_BYTES", parts_bytes)
+    monkeypatch.setattr(products, "SUM_BYTES", parts_bytes)
     generator = torch.Generator().manual_seed(0)
     for tokens, width, inner in ((24, 10, 40), (0, 10, 40), (3, 700, 513), (80, 130, 513), (80, 257, 513)):
         x, weight, slope = (torch.randn(shape, generator=generator) for shape in (
