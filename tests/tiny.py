@@ -31,8 +31,8 @@ GROUPED = {
     "straddling": {"model.num_heads": 6, "model.num_kv_heads": 3, "model.head_dim": 8},
 }
 LAYER_NORM = {"model.norm": "layer", "model.attention_bias": True, "model.output_bias": True, "model.ffn_bias": True}
-# A key or more off its default in each, by the families that people know; and what no family has, but the keys can say.
-FAMILIES = {
+# A key or more off its default in each of the families that people know.
+KNOWN = {
     "llama3": {**GROUPED["straddling"], "model.rope_theta": 100.0, "model.attention_bias": True, "model.output_bias": True,
                "model.rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 8, "low_freq_factor": 0.25,
                                       "high_freq_factor": 1.0}},
@@ -50,6 +50,10 @@ FAMILIES = {
     "bert": {**LAYER_NORM, "model.norm_placement": "post", "model.positions": "learned", "model.max_seq_len": 21,
              "model.attention": "bidirectional", "model.ffn": "gelu", "model.embedding_norm": True, "model.head": "masked",
              "model.head_bias": True, "model.tie_embeddings": True},
+}
+# And what no family has, but the keys can say.
+FAMILIES = {
+    **KNOWN,
     "documents in a window that sees both ways": {
         "data.mask_documents": True, "model.window": 4, "model.attention": "bidirectional", "model.head": "masked",
         "model.ffn": "relu", "model.ffn_bias": True},

@@ -1,10 +1,12 @@
 """Is the memory that a plan predicts the memory that a run takes? ``memory.py`` has the whole table."""
 
 import gc
+from itertools import product
 
 import pytest
 from helpers import assert_all
 from memory import CLOSE, compare, config_of, machine_of, measured_bytes
+from tiny import KNOWN
 
 from mpillm.comm import shared
 
@@ -29,8 +31,19 @@ def test_memory_that_is_predicted_is_memory_that_is_taken(comm, name):
     if comm.size == 1:
         overrides.pop("layout.sequence_parallel", None)
     rows = compare(config_of(overrides, comm), machine_of(comm), comm)
-    ok = all(abs(predicted - measured) <= CLOSE * measured for _, predicted, measured in rows)
-    assert_all(ok, f"pipeline rank, predicted, measured: {rows}", comm)
+    assert_all(all(abs(row.predicted - row.measured) <= CLOSE * row.measured for row in rows), rows, comm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", KNOWN)
+def test_activations_of_every_family_are_within_a_tenth(comm, family):
+    if comm.size != 2:
+        pytest.skip("two ranks have all of it")
+    sizes, found = {"model.head_dim": 32, "model.max_seq_len": 128, "train.global_batch": 8}, []
+    for axis, more in product(("pipeline", "tensor"), ({}, {"layout.recompute": "full"}, {"train.dtype": "bfloat16"})):
+        config = config_of({**KNOWN[family], **sizes, f"layout.{axis}": 2, **more}, comm)
+        found += compare(config, machine_of(comm), comm)
+    assert_all(all(abs(row.activations - 1) <= 0.1 for row in found), [round(row.activations, 3) for row in found], comm)
 
 
 def test_freeing_an_engine_gives_its_memory_back(comm, monkeypatch):

@@ -2,9 +2,10 @@
 
     mpiexec -n N python tests/tools/memory.py [WORD ...]
 
-Prints a line for the fullest rank of every case whose name contains all WORDs; the exit code says whether each
-prediction is within 5 % or 1 MB. What is measured is exact and repeats: what PyTorch's allocator handed out, and shared
-memory, each window counted to the ranks that share it in equal parts. What MPI and the interpreter take is not in it.
+Prints a line for the fullest rank of every case whose name contains all WORDs: predicted, measured, their ratio, and that of
+activations alone; the exit code says whether each prediction is within 5 % or 1 MB. What is measured is exact and repeats: what
+PyTorch's allocator handed out, and shared memory, each window counted to the ranks that share it in equal parts. What MPI and
+the interpreter take is not in it.
 """
 
 import gc
@@ -12,7 +13,9 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mpillm.comm import handover, shared
@@ -41,6 +44,20 @@ KEYED = {  # models whose layers keep other things
 CLOSE, FEW_BYTES = 0.05, 1e6
 STEPS, STEPS_SPAN = 2, "steps"
 MEMORY_EVENT = "[memory]"  # as the profiler calls what PyTorch takes or gives back
+
+
+class Row(NamedTuple):
+    """Bytes of a pipeline rank: predicted and measured, and those of the prediction that are always there."""
+
+    place: int
+    predicted: float
+    measured: float
+    fixed: float
+
+    @property
+    def activations(self):
+        """Return what of the prediction is not always there, beside what of the measured is not."""
+        return (self.predicted - self.fixed) / (self.measured - self.fixed)
 
 
 class Windows:
@@ -156,21 +173,23 @@ def config_of(overrides, comm):
 
 
 def compare(config, machine, comm):
-    """Return ``[(pipeline rank, predicted, measured)]``, each of the fullest of its data and tensor ranks. Collective."""
+    """Return a :class:`Row` of every pipeline rank, each of the fullest of its data and tensor ranks. Collective."""
     measured, _, stage = measured_bytes(config, comm)
     layout = config.layout
     asked = Candidate(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.schedule, config.train.microbatch,
                    layout.zero, layout.sequence_parallel, layout.recompute, layout.order)
-    predicted = Pricer(config, machine, comm.size).memory_bytes(asked)
+    pricer = Pricer(config, machine, comm.size)
+    predicted = pricer.memory_bytes(asked)
+    fixed = np.broadcast_to(pricer.footprint.fixed(asked, pricer.stage_sizes(asked)), predicted.shape)
     fullest = {}
     for place, taken in comm.allgather((stage, float(measured))):
         fullest[place] = max(taken, fullest.get(place, 0.0))
-    return [(place, float(predicted[place]), taken) for place, taken in sorted(fullest.items())]
+    return [Row(place, float(predicted[place]), taken, float(fixed[place])) for place, taken in sorted(fullest.items())]
 
 
-def is_close(predicted, measured):
+def is_close(row):
     """Tell whether a prediction is good enough."""
-    return abs(predicted - measured) <= max(CLOSE * measured, FEW_BYTES)
+    return abs(row.predicted - row.measured) <= max(CLOSE * row.measured, FEW_BYTES)
 
 
 def main():
@@ -182,10 +201,10 @@ def main():
         if not all(word in name for word in words):
             continue
         rows = compare(config_of(overrides, comm), machine, comm)
-        wrong += sum(not is_close(*row[1:]) for row in rows)
+        wrong += sum(not is_close(row) for row in rows)
         if comm.rank == 0:
-            shown = "  ".join(f"{predicted / 1e6:8.2f} {measured / 1e6:8.2f} {predicted / measured:5.3f}"
-                              + (" " if is_close(predicted, measured) else "!") for _, predicted, measured in rows)
+            shown = "  ".join(f"{row.predicted / 1e6:8.2f} {row.measured / 1e6:8.2f} {row.predicted / row.measured:5.3f} "
+                              f"{row.activations:5.3f}" + (" " if is_close(row) else "!") for row in rows)
             print(f"{name:45} {shown}", flush=True)
     sys.exit(wrong > 0)
 
