@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from mpillm.config import AXES
-from mpillm.model.parameters import is_frozen
+from mpillm.model.parameters import is_frozen, trained_from
 from mpillm.planner.balance import balance
 from mpillm.planner.counts import (
     ALL_TRAINED,
@@ -23,7 +23,7 @@ from mpillm.planner.reduction import Reduction
 from mpillm.planner.stages import balanced_cuts
 from mpillm.planner.synthesis import synthesise
 from mpillm.planner.timeline import play, unhindered_s
-from mpillm.planner.workload import TensorRanks, head_work, layer_work
+from mpillm.planner.workload import TensorRanks, embedding_work, head_work, layer_work
 from mpillm.schedules.formats import named_or_read
 from mpillm.schedules.pipeline import SCHEDULES
 
@@ -97,7 +97,8 @@ class Pricer:
         weight = "embedding.weight" if model.tie_embeddings else "head.weight"
         gradients = not is_frozen(weight, self.freeze), passes_head(model, self.freeze)
         return (layer_work(model, machine, ranks, seq_len, tokens, self.item, recompute, is_masked, trained),
-                head_work(model, machine, ranks, seq_len, tokens, self.item, gradients))
+                head_work(model, machine, ranks, seq_len, tokens, self.item, gradients),
+                embedding_work(model, machine, ranks, tokens, self.item, trained_from(model, self.freeze) < 0))
 
     def shares(self, layout):
         """Return the sequences of every data rank, ``None`` where all have as many. Local."""
@@ -139,7 +140,7 @@ class Pricer:
             return np.diff([0, *given, num_layers]).tolist()
         if stages == 1:
             return [num_layers]
-        layer, head = self.work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
+        layer, head, _ = self.work(layout, layout.recompute if isinstance(layout.recompute, str) else "none")
         weight = sum(head) / sum(layer)
         if self.machine.speeds or self.freeze:
             speeds = np.tile(self._speeds(layout)[1], layout.chunks)
@@ -153,8 +154,8 @@ class Pricer:
         return [each + 1] * extra + [each] * (others - extra) + [last]
 
     def work(self, layout, mode, trained=ALL_TRAINED):
-        """Return what a layer, of which so much is trained, with one way to recompute costs a microbatch, and the head. Local.
-        """
+        """Return what a layer, of which so much is trained, with one way to recompute costs a microbatch; the head; and the
+        embedding. Local."""
         return self._works(layout.microbatch * self.config.train.seq_len, layout.tensor,
                            layout.tensor * layout.stride("tensor"), mode, layout.sequence_parallel, trained)
 
@@ -169,17 +170,21 @@ class Pricer:
         return np.array([self.work(layout, *layer)[0] for layer in self._layers(layout)]).T
 
     def _stage_works(self, layout):
-        """Return forward, input and weight half of the layers of every stage: shape (3, stages)."""
+        """Return forward, input and weight half of every stage: shape (3, stages)."""
         sizes, modes = np.array(self.stage_sizes(layout)), layout.recompute
         if isinstance(modes, str) and not self.freeze:
-            return np.outer(self.work(layout, modes)[0], sizes)
-        return np.add.reduceat(self._layer_works(layout), np.cumsum(sizes) - sizes, axis=1)
+            works = np.outer(self.work(layout, modes)[0], sizes)
+        else:
+            works = np.add.reduceat(self._layer_works(layout), np.cumsum(sizes) - sizes, axis=1)
+        _, head, embedding = self.work(layout, "none")
+        works[:, 0] += embedding
+        works[:, -1] += head
+        return works
 
     def stage_times(self, layout):
         """Return seconds of forward, input and weight half of every stage, messages driven by it included; of a message,
         and those of them for which it keeps the link. Local."""
         times = self._stage_works(layout)
-        times[:, -1] += self.work(layout, "none")[1]
         message_s, link_s, busy_s = self._message_s(layout)
         neighbours = np.full(times.shape[1], 2)
         neighbours[[0, -1]] -= 1
@@ -215,16 +220,17 @@ class Pricer:
         """Return what the ranks but the last and the last have at most: layers, and times of a microbatch as (forward,
         input, weight)."""
         layout = Candidate(data, p, tensor, chunks, "1f1b", microbatch, 0, sequence_parallel, recompute, order)
-        sizes, head = self.stage_sizes(layout), self.work(layout, "none")[1]
+        sizes = self.stage_sizes(layout)
         if isinstance(recompute, str) and not self.machine.speeds and not self.freeze:
-            layer, (most, own) = self.work(layout, recompute)[0], _dealt(tuple(sizes), p)
+            (layer, head, embedding), (most, own) = self.work(layout, recompute), _dealt(tuple(sizes), p)
             first, last = ([count * each for each in layer] for count in (most, own))
-            last = [each + more for each, more in zip(last, head)]
+            first = [each + more for each, more in zip(first, embedding)]  # the first rank has most layers
+            last = [each + more for each, more in zip(first if p == 1 else last, head)]
             return (most, own), first, last
         speeds, works = self._speeds(layout)[1], self._stage_works(layout).reshape(3, chunks, p).sum(1)
         fullest = int((works.sum(0) / speeds)[:max(1, p - 1)].argmax())
         return (_dealt(tuple(sizes), p), (works[:, fullest] / speeds[fullest]).tolist(),
-                ((works[:, -1] + head) / speeds[-1]).tolist())
+                (works[:, -1] / speeds[-1]).tolist())
 
     def ends(self, layout):
         return self._ends(layout.data, layout.pipeline, layout.tensor, layout.chunks, layout.microbatch,

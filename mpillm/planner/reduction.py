@@ -127,11 +127,11 @@ class Reduction:
         belongs to (-1 the embedding), what backward has still to do when it is complete, and its bytes."""
         num_layers, modes, sizes = self.config.model.num_layers, layout.recompute, self._sizes(layout)
         modes = (modes,) * num_layers if isinstance(modes, str) else modes
-        found = [(stop, self._work(layout, "none")[1], sizes.last)] * (stop == num_layers)
+        _, head, embedding = self._work(layout, "none")
+        found = [(stop, head, sizes.last)] * (stop == num_layers)
         found += [(place, self._work(layout, modes[place])[0], sizes.layers[place]) for place in range(stop - 1, start - 1, -1)]
+        found += [(-1, embedding, sizes.first)] * (start == 0)
         after = np.cumsum([_completes_s(work, is_split) for _, work, _ in found])
-        if start == 0:
-            found, after = found + [(-1, None, sizes.first)], np.append(after, after[-1])
         places, _, counts = zip(*found)
         return places, after[-1] - after, [count * self._wide for count in counts]
 

@@ -1,4 +1,4 @@
-"""What a layer and the output head cost a microbatch: seconds, and bytes kept."""
+"""What a layer, the embedding and the output head cost a microbatch in seconds."""
 
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ SCORES_TOUCHED, SCORES_KEPT = 6, 5  # items, bytes (Korthikanti et al. 2022)
 CAUSAL_BLOCK = 256  # positions: of the scores that nobody sees, kernels leave out whole blocks (PyTorch's for CPUs, 2.13)
 BACKWARD_BYTES = 1.5  # an elementwise backward reads two tensors and writes one, its forward reads one and writes one
 LOGITS_TOUCHED, CAP_TOUCHED = 8, 4  # items of a logit: by the loss; by a cap, which is a tanh and its slope
+# Items of a number: that is looked up; that is added to another, as to a row's gradient; that a norm reads twice and writes.
+LOOKUP_TOUCHED, SUM_TOUCHED, NORM_TOUCHED = 2, 3, 3
 TRANSFORM_TOUCHED = 6  # items: what the product of a masked head's transform writes, its activation and its norm; a pooler less
 
 
@@ -112,6 +114,38 @@ def _products(width, rows):
         *inward, outward = (count for name, count in rows.items() if name.startswith(half))
         yield width, sum(inward)
         yield outward, width
+
+
+def embedding_work(model, machine, ranks, tokens, item_bytes, is_trained=True):
+    """Price what stands before the first layer for a microbatch on one tensor rank.
+
+    Local. Rows are looked up, and gradients added to them, by the bytes that this moves; patches are a product. Ranks add up
+    what each has of it; a norm is of the tokens of a rank.
+
+    Parameters
+    ----------
+    model, machine, ranks, tokens, item_bytes
+        As for :func:`layer_work`.
+    is_trained : bool
+        Whether any of it is; there is no backward otherwise.
+
+    Returns
+    -------
+    ActionTimes
+    """
+    whole = tokens * model.hidden_size * item_bytes
+    per_byte_s = 1 / (machine.elementwise_bytes_per_s or machine.memory_bytes_per_s)
+    given, added = ranks.passing_s(whole)
+    norm = NORM_TOUCHED * whole / (ranks.size if ranks.sequence_parallel else 1) * per_byte_s * model.embedding_norm
+    has_words, has_rows = model.inputs == "tokens", model.positions == "learned"
+    lookups = has_words + has_rows
+    forward = (LOOKUP_TOUCHED * lookups + SUM_TOUCHED * has_rows) * whole * per_byte_s
+    weight = SUM_TOUCHED * lookups * whole * per_byte_s
+    if not has_words:
+        inner = model.patch_size / ranks.size
+        forward += machine.product_s(tokens, inner, model.hidden_size)
+        weight += machine.product_s(inner, tokens, model.hidden_size)
+    return ActionTimes(forward + added + norm, is_trained * (given + BACKWARD_BYTES * norm), is_trained * weight)
 
 
 def head_work(model, machine, ranks, seq_len, tokens, item_bytes, gradients=(True, True)):

@@ -14,7 +14,7 @@ from mpillm.nn.positions import Batch, rotary_tables
 from mpillm.nn.split import TensorSplit
 from mpillm.nn.transformer import TransformerStage
 from mpillm.planner.search import price_layout
-from mpillm.planner.workload import TensorRanks, layer_work
+from mpillm.planner.workload import TensorRanks, embedding_work, layer_work
 
 BASE = {
     "model": {"hidden_size": 64, "num_layers": 8, "num_heads": 4, "ffn_size": 172, "vocab_size": 512, "max_seq_len": 512},
@@ -114,6 +114,19 @@ def test_a_frozen_body_costs_less_time_and_memory():
     for layout in ({}, {"layout.zero": 1}, {"train.numerics": "exact"}, {"layout.schedule": "zb-h1"}):
         (plain_s, plain_bytes), (frozen_s, frozen_bytes) = predicted(layout), predicted({**layout, "train.freeze": frozen})
         assert frozen_s < 0.7 * plain_s and frozen_bytes < 0.7 * plain_bytes, layout
+
+
+def test_what_stands_before_the_layers_costs_time():
+    plain_s, _ = predicted()
+    for change in ({"model.positions": "learned"}, {"model.embedding_norm": True}):
+        assert predicted(change)[0] > plain_s
+    model = Config.from_dict(BASE).model
+    alone, split, by_tokens = (embedding_work(model, MACHINE, TensorRanks(size, MACHINE.levels[0], is_by_tokens), 512, 4)
+                               for size, is_by_tokens in ((1, False), (2, False), (2, True)))
+    # Ranks add up what they have of it; where each goes on with some of the tokens, backward gathers their gradients.
+    assert split.forward_s > by_tokens.forward_s > alone.forward_s and by_tokens.input_s > split.input_s == 0
+    frozen = embedding_work(model, MACHINE, TensorRanks(2, MACHINE.levels[0], True), 512, 4, is_trained=False)
+    assert frozen == (by_tokens.forward_s, 0, 0)
 
 
 def test_a_window_costs_a_mask_that_a_microbatch_has_once():
