@@ -135,27 +135,33 @@ class _Heads(torch.autograd.Function):
     def forward(ctx, x_TD, weight, projection, head_dim, batch, turns):
         ctx.save_for_backward(x_TD if projection.is_trained else None)
         ctx.projection, ctx.head_dim, ctx.batch, ctx.turns = projection, head_dim, batch, turns
-        q, k, v = _by_head(projection, projection.forward(x_TD), head_dim, batch)
-        for x in (q, k) if turns else ():
-            turn(x, batch, 1)
-        return q, k, v
+        outputs = projection.forward(x_TD)
+        if turns:
+            _turn_in_place(projection, outputs, head_dim, batch, 1)
+        return tuple(_by_head(part, head_dim, batch) for part in projection.parts(outputs))
 
     @staticmethod
     def backward(ctx, *grads_BHSN):
         (x_TD,), projection = ctx.saved_tensors, ctx.projection
         grads = projection.empty(ctx.batch.tokens, grads_BHSN[0])
-        q, k, v = parts = _by_head(projection, grads, ctx.head_dim, ctx.batch)
-        for part, grad in zip(parts, grads_BHSN):
-            part.copy_(grad)
-        for x in (q, k) if ctx.turns else ():
-            turn(x, ctx.batch, -1)
+        for part, grad in zip(projection.parts(grads), grads_BHSN):
+            _by_head(part, ctx.head_dim, ctx.batch).copy_(grad)
+        if ctx.turns:
+            _turn_in_place(projection, grads, ctx.head_dim, ctx.batch, -1)
         return projection.backward(x_TD, grads, ctx.needs_input_grad[0]), None, None, None, None, None
 
 
-def _by_head(projection, outputs, head_dim, batch):
-    """Return views ``[B, H, S, N]`` of queries, keys and values, of whose heads there may be none."""
-    return [part.view(batch.sequences, batch.positions, part.shape[1] // head_dim, head_dim).transpose(1, 2)
-            for part in projection.parts(outputs)]
+def _turn_in_place(projection, outputs, head_dim, batch, sign):
+    """Turn queries and keys, at once where they lie side by side."""
+    queries, keys, _ = projection.parts(outputs)
+    side_by_side = [queries, keys] if len(outputs) > 1 else [outputs[0][:, :queries.shape[1] + keys.shape[1]]]
+    for part in side_by_side:
+        turn(_by_head(part, head_dim, batch), batch, sign)
+
+
+def _by_head(x_TF, head_dim, batch):
+    """Return a view ``[B, H, S, N]``; there may be no heads."""
+    return x_TF.view(batch.sequences, batch.positions, x_TF.shape[1] // head_dim, head_dim).transpose(1, 2)
 
 
 class _Turn(torch.autograd.Function):

@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
         self.split, self.activation = split, ACTIVATIONS[model.activation]
         gate, up = (ColumnParallelLinear(split, table[f"ffn.{part}.weight"], table.get(f"ffn.{part}.bias"))
                     if f"ffn.{part}.weight" in table else None for part in ("gate", "up"))
-        self.gate, self.up = gate, up
+        self.gate, self.up, self._function = gate, up, _Plain if gate is None else _Gated
         self.down = RowParallelLinear(split, table["ffn.down.weight"], table.get("ffn.down.bias"))
         self._blocks = [self._block(block) for block in split.owned_blocks(model.ffn_size)]
 
@@ -55,8 +55,7 @@ class FeedForward(nn.Module):
 
     def parts(self, x_TD, batch):
         """Return each block's partial output ``[T, D]`` for all tokens, without the bias."""
-        function = _Plain if self.gate is None else _Gated
-        return [function.apply(x, first_trained(up.weight, down.weight), up, down, self.activation)
+        return [self._function.apply(x, first_trained(up.weight, down.weight), up, down, self.activation)
                 for (up, down), x in zip(self._blocks, self.split.enter(x_TD, batch.tokens))]
 
 

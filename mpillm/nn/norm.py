@@ -42,10 +42,11 @@ class Norm(nn.Module):
         function = _RMSNorm if self.bias is None else _LayerNorm
         return function.apply(x_TD, first_trained(self.weight, self.bias), self, total)
 
-    def scale(self, dtype):
-        """Return what each number of a row is multiplied by."""
-        weight = self.weight.detach().to(dtype)
-        return weight + 1 if self.is_offset else weight
+
+def scale_of(weight, is_offset, dtype):
+    """Return what each number of a row is multiplied by. Within a node of autograd, which records nothing."""
+    weight = weight.to(dtype)
+    return weight + 1 if is_offset else weight
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -54,20 +55,20 @@ class _RMSNorm(torch.autograd.Function):
         ctx.norm, ctx.total = norm, total
         if x.is_cuda:
             ctx.save_for_backward(x)
-            return functional.rms_norm(x, weight.shape, norm.scale(weight.dtype), norm.eps)
+            return functional.rms_norm(x, weight.shape, scale_of(weight, norm.is_offset, weight.dtype), norm.eps)
         wide = x.float() if x.dtype in HALF_TYPES else x
         inverse = inverse_rms(wide, norm.eps)
         ctx.save_for_backward(x, inverse)
-        return (wide * inverse).mul_(norm.scale(wide.dtype)).to(x.dtype)
+        return (wide * inverse).mul_(scale_of(weight, norm.is_offset, wide.dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         (x, *inverse), norm = ctx.saved_tensors, ctx.norm
         split = norm.split
         if x.is_cuda:
-            dxs, dws = zip(_fused_gradients(dy, x, norm.scale(x.dtype), norm.eps))
+            dxs, dws = zip(_fused_gradients(dy, x, scale_of(norm.weight, norm.is_offset, x.dtype), norm.eps))
         else:
-            scale = norm.scale(inverse[0].dtype)
+            scale = scale_of(norm.weight, norm.is_offset, inverse[0].dtype)
             blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, *inverse)))
             dxs, dws = zip(*(rms_gradients(*block, scale, split.is_exact) for block in blocks))
         split.weight_gradients.add(later(add_over_blocks, norm.weight, dws))
@@ -110,8 +111,8 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, norm, total):
         ctx.norm, ctx.total = norm, total
         wide = x.float() if x.dtype in HALF_TYPES else x
-        y, mean, inverse = torch.native_layer_norm(wide, weight.shape, norm.scale(wide.dtype),
-                                                   norm.bias.detach().to(wide.dtype), norm.eps)
+        scale, bias = scale_of(weight, norm.is_offset, wide.dtype), norm.bias.to(wide.dtype)
+        y, mean, inverse = torch.native_layer_norm(wide, weight.shape, scale, bias, norm.eps)
         ctx.save_for_backward(x, mean, inverse)
         return y.to(x.dtype)
 
@@ -119,7 +120,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, mean, inverse = ctx.saved_tensors
         norm, split = ctx.norm, ctx.norm.split
-        scale = norm.scale(inverse.dtype)
+        scale = scale_of(norm.weight, norm.is_offset, inverse.dtype)
         blocks = zip(*(split.token_blocks(rows, ctx.total) for rows in (dy, x, mean, inverse)))
         dxs, dws, dbs = zip(*(_layer_gradients(*block, scale, split.is_exact) for block in blocks))
         split.weight_gradients.add(later(add_over_blocks, norm.weight, dws))

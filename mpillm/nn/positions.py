@@ -4,6 +4,7 @@ Legend: S positions, N head width, R numbers of a head that are turned.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,9 +30,9 @@ class Batch:
     first_position: int = 0
     lengths_B: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def tokens(self):
-        """Return the number of tokens."""
+        """The number of tokens."""
         return self.sequences * self.positions
 
 

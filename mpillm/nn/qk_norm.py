@@ -9,7 +9,7 @@ from torch import nn
 from mpillm.comm import collectives
 from mpillm.comm.sums import combine_tree
 from mpillm.model.parameters import in_groups
-from mpillm.nn.norm import inverse_rms, rms_gradients
+from mpillm.nn.norm import inverse_rms, rms_gradients, scale_of
 from mpillm.nn.split import add_over_blocks, later
 
 
@@ -54,13 +54,13 @@ class _NormOfHeads(torch.autograd.Function):
         wide = x_BHSN.to(torch.promote_types(x_BHSN.dtype, torch.float32))
         inverse = inverse_rms(wide, norm.eps)
         ctx.save_for_backward(x_BHSN, inverse)
-        return (wide * inverse).mul_(_scale(weight, norm.is_offset, wide.dtype)).to(x_BHSN.dtype)
+        return (wide * inverse).mul_(scale_of(weight, norm.is_offset, wide.dtype)).to(x_BHSN.dtype)
 
     @staticmethod
     def backward(ctx, dy_BHSN):
         (x_BHSN, inverse), norm = ctx.saved_tensors, ctx.norm
         rows = [each.transpose(1, 2).reshape(-1, each.shape[-1]) for each in (dy_BHSN, x_BHSN, inverse)]
-        dx, dw = rms_gradients(*rows, _scale(norm.weight, norm.is_offset, inverse.dtype), norm.split.is_exact)
+        dx, dw = rms_gradients(*rows, scale_of(norm.weight, norm.is_offset, inverse.dtype), norm.split.is_exact)
         norm.split.weight_gradients.add(later(norm.add, ctx.index, ctx.indices, dw))
         sequences, heads, positions, width = x_BHSN.shape
         return dx.view(sequences, positions, heads, width).transpose(1, 2), None, None, None, None
@@ -140,13 +140,8 @@ def _block_scales(norms, rows, dtype):
     """Return what each block of queries and of keys is multiplied by."""
     half, scales = len(rows) // 2, []
     for weight, own in ((norms.query, rows[:half]), (norms.key, rows[half:])):
-        scales += _scale(weight, norms.is_offset, dtype).split([x.shape[1] for x in own])
+        scales += scale_of(weight, norms.is_offset, dtype).split([x.shape[1] for x in own])
     return scales
-
-
-def _scale(weight, is_offset, dtype):
-    weight = weight.detach().to(dtype)
-    return weight + 1 if is_offset else weight
 
 
 def _rows(x_BHSN):
