@@ -123,6 +123,16 @@ class Layout:
 
 
 @config_section
+class Inference:
+    """How requests are worked on; 0 bytes of keys and values are a share of the memory that is free."""
+
+    cache_bytes: Count = 0
+    pass_tokens: Positive = 512
+    batch: Positive = 64
+    share_prefixes: StrictBool = True
+
+
+@config_section
 class Config:
     """Everything a run is told. Build it with :meth:`load` or by keyword; change it with :meth:`with_values`."""
 
@@ -130,6 +140,7 @@ class Config:
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     layout: Layout = field(default_factory=Layout)
+    inference: Inference = field(default_factory=Inference)
 
     def __post_init__(self):
         if self.train.freeze or self.train.lr_factors:

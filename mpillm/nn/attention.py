@@ -16,20 +16,6 @@ from mpillm.nn.positions import turn
 from mpillm.nn.qk_norm import QK_NORMS
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, by attention block."""
-
-    def __init__(self):
-        self._kept = {}
-
-    def extend(self, block, k, v):
-        """Append along the positions; return all keys and values of ``block``."""
-        if block in self._kept:
-            k, v = (torch.cat((old, new), dim=2) for old, new in zip(self._kept[block], (k, v)))
-        self._kept[block] = (k, v)
-        return k, v
-
-
 class HeadBlock(NamedTuple):
     """A block of heads: what it is projected with, in and out; and which of its key/value heads each of its query heads asks,
     ``None`` where as many in turn ask each."""
@@ -114,9 +100,9 @@ class Attention(nn.Module):
         """Attend: ``[B, H, S, N]``, ``[B, K, S, N]`` twice → ``[B, H, S, N]``."""
         if q.shape[1] == 0:
             return q
-        if batch.cache is not None:
-            k, v = batch.cache.extend((self, index), k, v)
         served = self._blocks[index].served
+        if batch.cache is not None:
+            return batch.cache.attend((self, index), q, *((k, v) if served is None else (k[:, served], v[:, served])))
         k, v = self._serve(k, served), self._serve(v, served)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, is_causal=self.is_causal and batch.mask is None)
 

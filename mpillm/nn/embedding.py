@@ -40,7 +40,7 @@ class Embedding(nn.Module):
         if self.scale != 1:
             x_TD = x_TD * self.scale
         if self.positions is not None:
-            places_S = torch.arange(batch.first_position, batch.first_position + batch.positions, device=x_TD.device)
+            places_S = torch.arange(batch.positions, device=x_TD.device) if batch.places_S is None else batch.places_S
             x_TD = x_TD + self.positions(places_S.repeat(batch.sequences))
         x_TD = self.split.collect(x_TD)
         if self.patches is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mpillm.nn.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 from mpillm.nn.split import first_trained
 
@@ -37,7 +38,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, split, model, table):
         super().__init__()
-        self.split, self.activation = split, ACTIVATIONS[model.activation]
+        function, backward = ACTIVATIONS[model.activation]
+        self.split, self.activation = split, (evenly(function) if split.keeps_rows_apart else function, backward)
         gate, up = (ColumnParallelLinear(split, table[f"ffn.{part}.weight"], table.get(f"ffn.{part}.bias"))
                     if f"ffn.{part}.weight" in table else None for part in ("gate", "up"))
         self.gate, self.up, self._function = gate, up, _Plain if gate is None else _Gated

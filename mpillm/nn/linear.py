@@ -167,6 +167,10 @@ class Projection:
         """Find the factors of the products, right ones of forward and of backward, and what is added; in flat storage once,
         since there they stay as long as weights and gradients lie where they did."""
         parts = self._parts + self._biases
+        if self.split.keeps_rows_apart:
+            if not self._factors:
+                self._pack(self.split.multiply.pack)
+            return
         weights = [weight for weight, _ in parts]
         is_flat = all(map(is_in_flat_storage, trained(*weights)))
         places = is_flat and [x.data_ptr() for x in weights + [weight.main_grad for weight in trained(*weights)]]
@@ -181,6 +185,14 @@ class Projection:
             self._places, self._gradients = places, found[2:]
         matrices, self._added = found[:2]
         self._factors = [(m.t(), m) if self.is_transposed else (m, m.t()) for m in matrices]
+
+    def _pack(self, pack):
+        """Take the weights as they are from now on: there is no way back from such a product, and no backward."""
+        found = [[weight.detach()[slice(*rows)] for weight, rows in own] for own in (self._parts, self._biases)]
+        if not self.split.is_exact:
+            found = [[torch.cat(own)] if own else own for own in found]
+        matrices, self._added = found
+        self._factors = [(pack(m if self.is_transposed else m.t()), None) for m in matrices]
 
 
 def project(x_TD, projection):

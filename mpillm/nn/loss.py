@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mpillm.comm import collectives
+from mpillm.nn.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, project
 from mpillm.nn.products import add_product
 from mpillm.nn.split import first_trained, gradient_of, is_in_flat_storage, later, trained
@@ -34,6 +35,7 @@ class ChoiceHead(nn.Module):
         matrix = "embedding.weight" if model.tie_embeddings else "head.weight"
         self.linear = ColumnParallelLinear(split, table[matrix], table.get("head.bias"))
         self.blocks = [self.linear.block(block) for block in split.owned_blocks(self.size)]
+        self._projections = [Projection(split, block) for block in self.blocks]
 
     @property
     def weight(self):
@@ -62,9 +64,10 @@ class ChoiceHead(nn.Module):
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
-        parts = [project(x_TD, Projection(self.split, block)) for block in self.blocks]
+        parts = [project(x_TD, projection) for projection in self._projections]
         logits = collectives.allgather(torch.cat(parts, 1), self.split.group, 1, self.size)
-        return logits.div(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
+        tanh = evenly(torch.tanh) if self.split.keeps_rows_apart else torch.tanh
+        return tanh(logits.div(self.softcap)).mul_(self.softcap) if self.softcap else logits
 
 
 class _HeadLoss(torch.autograd.Function):

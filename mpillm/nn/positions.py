@@ -16,9 +16,9 @@ class Batch:
     """The shape of a microbatch and what layers need of it.
 
     ``cos_SR``, ``sin_SR`` are the rotary tables of the positions at hand, one for each pair of turned numbers; ``mask``
-    (B, 1, S, S') says who sees whom, ``None`` what the model's attention says by itself; ``cache``
-    (:class:`mpillm.nn.attention.KeyValueCache`) keeps keys and values while sampling; ``first_position`` is where the
-    sequences go on; ``lengths_B`` are those of sequences where some are shorter.
+    (B, 1, S, S') says who sees whom, ``None`` what the model's attention says by itself. ``lengths_B`` are those of
+    sequences where some are shorter. In inference all tokens are one row, of as many requests as there are: ``places_S`` says
+    at which position each stands, and ``cache`` (:class:`mpillm.inference.cache.Pages`) does the attention.
     """
 
     sequences: int
@@ -26,9 +26,9 @@ class Batch:
     cos_SR: torch.Tensor
     sin_SR: torch.Tensor
     mask: torch.Tensor | None = None
-    cache: object = None
-    first_position: int = 0
     lengths_B: torch.Tensor | None = None
+    places_S: torch.Tensor | None = None
+    cache: object = None
 
     @cached_property
     def tokens(self):

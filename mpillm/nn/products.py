@@ -1,4 +1,5 @@
-"""Products of two matrices: in the ways that can have the same bits wherever their operands lie, and in the fastest.
+"""Products of two matrices: in the ways that can have the same bits wherever their operands lie, in the fastest, and in those
+whose rows do not see each other.
 
 ``numerics = "exact"`` needs that of products of equal shapes, also on different numbers of threads. Intel's library keeps it
 on its own processors; on others the alignment of its operands shows in the last bits. Which way holds is tried out at the
@@ -6,6 +7,7 @@ start (:mod:`mpillm.train.selftest`); what ``fast`` takes the processors decide 
 """
 
 import torch
+from torch.nn import functional
 
 from mpillm.comm.devices import leaves_instructions_unused
 from mpillm.schedules.blocks import SUM_BYTES
@@ -78,3 +80,62 @@ def _sum_gains(left, right):
     (rows, inner), columns, threads = left.shape, right.shape[1], torch.get_num_threads()
     return (inner >= _LEAST_TERMS and columns >= _LEAST_COLUMNS * threads
             and rows * inner * columns >= _LEAST_SUM_WORK * threads)
+
+
+class PackedRows:
+    """Products of rows with weights that stay as they are, each row's bits the same whatever rows lie beside it: by oneDNN, for
+    which a weight is packed once.
+
+    Whether it is so on this processor is tried out at the start (:mod:`mpillm.inference.selftest`).
+    """
+
+    copies = True
+    _PACKED_FOR, _LEAST = 16, 2  # rows; one row alone has kernels of its own, and is computed beside an empty one
+
+    def pack(self, weight_FD):
+        """Return what :meth:`__call__` multiplies with the transpose of."""
+        if 0 in weight_FD.shape:
+            return weight_FD
+        return torch.ops.mkldnn._reorder_linear_weight(weight_FD.contiguous(), self._PACKED_FOR)
+
+    def __call__(self, x_TD, packed):
+        """Return ``x w^T``."""
+        rows = len(x_TD)
+        if not rows or 0 in packed.shape:
+            return x_TD.new_zeros(rows, packed.shape[0])
+        if rows < self._LEAST:
+            x_TD = functional.pad(x_TD, (0, 0, 0, self._LEAST - rows))
+        return torch.ops.mkldnn._linear_pointwise(x_TD, packed, None, "none", [], "")[:rows]
+
+
+class TiledRows:
+    """The same by PyTorch's own products, for types that oneDNN does not have: of a fixed number of rows at a time."""
+
+    copies = False
+    _ROWS = 16
+
+    def pack(self, weight_FD):
+        """Return what :meth:`__call__` multiplies with the transpose of."""
+        return weight_FD
+
+    def __call__(self, x_TD, weight_FD):
+        """Return ``x w^T``."""
+        rows = len(x_TD)
+        x_TD = functional.pad(x_TD, (0, 0, 0, -rows % self._ROWS))
+        return torch.cat([x_TD.new_zeros(0, len(weight_FD)), *(tile @ weight_FD.t() for tile in x_TD.split(self._ROWS))])[:rows]
+
+
+class PlainRows(TiledRows):
+    """The same, as fast as PyTorch is, where rows may see each other."""
+
+    def __call__(self, x_TD, weight_FD):
+        """Return ``x w^T``."""
+        return x_TD @ weight_FD.t()
+
+
+def row_product(device, dtype):
+    """Return the product of rows for inference on this device. Local."""
+    if device.type != "cpu":
+        return PlainRows()
+    is_packable = dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return PackedRows() if is_packable else TiledRows()

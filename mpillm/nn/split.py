@@ -105,6 +105,11 @@ class TensorSplit:
         self.dtype, self.device, self.multiply, self.freeze = dtype, device, multiply, freeze
         self.weight_gradients = WeightGradients()
 
+    @property
+    def keeps_rows_apart(self):
+        """Tell whether this is inference, whose rows get the same bits whatever rows lie beside them."""
+        return hasattr(self.multiply, "pack")
+
     def owned(self, units):
         """Return the units ``(start, stop)`` of this rank."""
         return bounds(units, self.size, self.rank)

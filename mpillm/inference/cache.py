@@ -1,0 +1,245 @@
+"""Keys and values of many requests in blocks of one pool, and attention over them whose rows do not see each other.
+
+A token of a prompt is computed in the tile of its block: queries of a whole block against all keys up to the block's end, rows
+that are not there left empty. A generated token asks every block by itself, and the answers are put together by their weights
+(as Dao et al. 2023 do over long rows). So what a token is computed with follows from its position alone: not from who shares
+its pass, nor from how a prompt was cut into passes.
+
+Legend: T tokens, H query heads, K key/value heads, G query heads that ask one of them, N head width, P positions of a block,
+R generated tokens, E pairs of such a token and a block, M blocks of the longest.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+def block_size(head_dim):
+    """Return how many positions a block has. Local.
+
+    The kernel of attention keeps for each query a score a position, a maximum, a sum and ``head_dim`` numbers, one behind the
+    other. Where these fill whole groups of 64 bytes, the memory of every thread begins at one; else results depend on the
+    thread that computes them.
+    """
+    return 62 - head_dim % 16
+
+
+class KeyValuePool:
+    """Room for keys and values on this rank. Local.
+
+    Parameters
+    ----------
+    num_blocks, block_size : int
+    """
+
+    def __init__(self, num_blocks, block_size):
+        self.num_blocks, self.block_size, self._kept = num_blocks, block_size, {}
+
+    def of(self, owner, k_TKN):
+        """Return the blocks ``[blocks, 2, K, P, N]`` of a part of a layer."""
+        if owner not in self._kept:
+            heads, width = k_TKN.shape[1:]
+            self._kept[owner] = k_TKN.new_zeros(self.num_blocks, 2, heads, self.block_size, width)
+        return self._kept[owner]
+
+    @property
+    def block_bytes(self):
+        """The bytes of a block in all parts of layers that have asked so far."""
+        return sum(kept[0].nbytes for kept in self._kept.values())
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Pieces of prompts in the same block of their rows: ``[tiles]`` of them, which see the same positions."""
+
+    blocks: torch.Tensor  # [tiles, blocks that are seen]
+    rows: torch.Tensor  # [tiles, P]: which token of the pass stands there; T where none does
+    mask: torch.Tensor  # [P, positions that are seen]
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Generated tokens of a pass, and the blocks that each sees."""
+
+    rows: torch.Tensor  # [R]
+    pair_rows: torch.Tensor  # [E]: index among the R
+    pair_blocks: torch.Tensor  # [E]
+    mask: torch.Tensor  # [E, P]
+    table: torch.Tensor  # [R, M]: which pairs are of a token, in the order of positions; E where there are fewer
+
+
+class Pages:
+    """What the layers ask for attention in one pass. Local.
+
+    Parameters
+    ----------
+    pool : KeyValuePool
+    pieces : list of mpillm.inference.scheduler.Piece
+    window : int or None
+        How many positions a token sees, itself included.
+    like : Tensor
+        Whose dtype and device masks have.
+    """
+
+    def __init__(self, pool, pieces, window, like):
+        self.pool, self._size, self._like, self._window = pool, pool.block_size, like, window
+        starts = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
+        self.tokens = int(starts[-1])
+        self.positions = np.concatenate([np.arange(p.start, p.start + len(p.tokens)) for p in pieces])
+        blocks = np.concatenate([np.asarray(p.blocks)[np.arange(p.start, p.start + len(p.tokens)) // self._size]
+                                 for p in pieces])
+        self._blocks, self._places = self._index(blocks), self._index(self.positions % self._size)
+        self._tiles = self._find_tiles([(p, int(row)) for p, row in zip(pieces, starts) if p.is_prompt])
+        self._singles = self._find_singles([(p, int(row)) for p, row in zip(pieces, starts) if not p.is_prompt])
+
+    def attend(self, owner, q_BHSN, k_BKSN, v_BKSN):
+        """Keep keys and values of the pass's tokens and return what each sees: ``[1, H, T, N]``, ``[1, K, T, N]`` twice
+        → ``[1, H, T, N]``."""
+        q_THN, k_TKN, v_TKN = (x[0].transpose(0, 1) for x in (q_BHSN, k_BKSN, v_BKSN))
+        kept = self.pool.of(owner, k_TKN)
+        kept[self._blocks, 0, :, self._places] = k_TKN
+        kept[self._blocks, 1, :, self._places] = v_TKN
+        out_THN = torch.empty(q_THN.shape, dtype=q_THN.dtype, device=q_THN.device)
+        q_TKGN = q_THN.unflatten(1, (kept.shape[2], -1))
+        for tiles in self._tiles:
+            self._attend_tiles(tiles, q_TKGN, kept, out_THN)
+        if self._singles is not None:
+            out_THN[self._singles.rows] = self._attend_singles(q_TKGN[self._singles.rows], kept).flatten(1, 2)
+        return out_THN.transpose(0, 1)[None]
+
+    def _attend_tiles(self, tiles, q_TKGN, kept, out_THN):
+        """Fill the rows of some tiles."""
+        _, heads, group, width = q_TKGN.shape
+        padded = torch.cat((q_TKGN, q_TKGN.new_zeros(1, heads, group, width)))[tiles.rows]  # [tiles, P, K, G, N]
+        queries = padded.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        keys, values = kept[tiles.blocks].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [tiles, K, positions, N] each
+        mask = tiles.mask.repeat(group, 1).expand(len(queries), 1, -1, -1)
+        found, _ = attention(queries, keys, values, mask)
+        found = found.unflatten(2, (group, self._size)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        is_there = tiles.rows < self.tokens
+        out_THN[tiles.rows[is_there]] = found[is_there]
+
+    def _attend_singles(self, q_RKGN, kept):
+        """Return ``[R, K, G, N]``."""
+        singles = self._singles
+        found, weights = zip(*(self._ask(part, q_RKGN, kept) for part in self._parts))
+        found, weights = torch.cat(found)[self._order], torch.cat(weights)[self._order]
+        if singles.table.shape[1] == 1:
+            return found
+        found = torch.cat((found, found.new_zeros(1, *found.shape[1:])))
+        weights = torch.cat((weights, weights.new_full((1, *weights.shape[1:]), -math.inf)))[singles.table]  # [R, M, K, G]
+        weights = torch.exp(weights - weights.amax(1, keepdim=True))
+        total, summed = weights[:, 0].clone(), found[singles.table[:, 0]] * weights[:, 0, ..., None].to(found.dtype)
+        for i in range(1, singles.table.shape[1]):  # in the order of positions
+            total += weights[:, i]
+            summed += found[singles.table[:, i]] * weights[:, i, ..., None].to(found.dtype)
+        return summed / total[..., None].to(found.dtype)
+
+    def _ask(self, part, q_RKGN, kept):
+        """Return what the pairs of a part find, and the logarithm of its weight."""
+        pairs, dense = part
+        rows, blocks, mask = self._singles.pair_rows[pairs], self._singles.pair_blocks[pairs], self._singles.mask[pairs]
+        if not dense:
+            keys, values = kept[blocks].unbind(1)
+            return attention(q_RKGN[rows], keys, values, mask[:, None, None].expand(-1, -1, q_RKGN.shape[2], -1))
+        # All blocks up to the last one, where they lie: what is found in those that nobody asks is not looked at
+        span = int(blocks.max()) + 1
+        owner = rows.new_zeros(span).index_put_((blocks,), rows)
+        spread = mask.new_zeros(span, self._size).index_put_((blocks,), mask)
+        keys, values = kept[:span].unbind(1)
+        found = attention(q_RKGN[owner], keys, values, spread[:, None, None].expand(-1, -1, q_RKGN.shape[2], -1))
+        return [x[blocks] for x in found]
+
+    @cached_property
+    def _parts(self):
+        """The pairs of the generated tokens, as ``(indices, whether their blocks are read where they lie)``: the first who
+        asks a block, if these lie close together, then the others."""
+        blocks = self._singles.pair_blocks.cpu().numpy()
+        distinct, first = np.unique(blocks, return_index=True)
+        if 2 * len(distinct) < int(distinct[-1]) + 1:
+            return [(self._index(np.arange(len(blocks))), False)]
+        rest = np.setdiff1d(np.arange(len(blocks)), first)
+        parts = [(self._index(first), True)]
+        return parts + [(self._index(rest), False)] if len(rest) else parts
+
+    @cached_property
+    def _order(self):
+        """Where each pair stands among the parts."""
+        return torch.argsort(torch.cat([pairs for pairs, _ in self._parts]))
+
+    def _find_tiles(self, pieces):
+        """Group the tiles of prompts by their place."""
+        places = {}
+        for piece, row in pieces:
+            stop = piece.start + len(piece.tokens)
+            for place in range(piece.start // self._size, -(-stop // self._size)):
+                rows = np.arange(place * self._size, (place + 1) * self._size)
+                rows = np.where((rows >= piece.start) & (rows < stop), rows - piece.start + row, self.tokens)
+                first = self._first_block(place * self._size)
+                places.setdefault(place, []).append((piece.blocks[first:place + 1], rows))
+        found = []
+        for place, tiles in sorted(places.items()):
+            blocks, rows = zip(*tiles)
+            queries = np.arange(place * self._size, (place + 1) * self._size)
+            keys = np.arange(self._first_block(place * self._size) * self._size, (place + 1) * self._size)
+            found.append(Tiles(self._index(blocks), self._index(rows), self._mask(queries[:, None], keys)))
+        return found
+
+    def _find_singles(self, pieces):
+        """Pair generated tokens with the blocks that they see."""
+        rows, pair_rows, pair_blocks, positions, starts = [], [], [], [], []
+        for piece, row in pieces:
+            for i, position in enumerate(range(piece.start, piece.start + len(piece.tokens))):
+                seen = range(self._first_block(position), position // self._size + 1)
+                pair_rows += [len(rows)] * len(seen)
+                pair_blocks += [piece.blocks[block] for block in seen]
+                positions += [position] * len(seen)
+                starts += [block * self._size for block in seen]
+                rows.append(row + i)
+        if not rows:
+            return None
+        counts = np.bincount(pair_rows)
+        first = np.cumsum(counts) - counts
+        table = first[:, None] + np.arange(counts.max())
+        table = np.where(np.arange(counts.max()) < counts[:, None], table, len(pair_rows))
+        keys = np.asarray(starts)[:, None] + np.arange(self._size)
+        mask = self._mask(np.asarray(positions)[:, None], keys)
+        return Singles(*map(self._index, (rows, pair_rows, pair_blocks)), mask, self._index(table))
+
+    def _first_block(self, position):
+        """Return the first block that a position sees something of."""
+        return 0 if self._window is None else max(0, position - self._window + 1) // self._size
+
+    def _mask(self, queries, keys):
+        """Return what is added to scores: 0 for a key that is seen, else minus infinity."""
+        is_seen = keys <= queries
+        if self._window is not None:
+            is_seen &= keys > queries - self._window
+        return torch.from_numpy(np.where(is_seen, 0, -np.inf)).to(self._like)
+
+    def _index(self, values):
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self._like.device)
+
+
+def attention(q, k, v, mask):
+    """Return softmax attention and the logarithm of the sum of exponentials of each query. Local.
+
+    Parameters
+    ----------
+    q : Tensor, shape (B, K, Q, N)
+    k, v : Tensor, shape (B, K, S, N)
+    mask : Tensor, shape (B, 1, Q, S)
+        Added to scores; sees something for every query that is looked at.
+    """
+    if q.device.type == "cpu" and len(q) * q.shape[1] == 1:
+        # The library's products inside would share a lone piece of work among threads, with other bits: give it company
+        found, weights = attention(*(x.expand(2, -1, -1, -1) for x in (q, k, v, mask)))
+        return found[:1], weights[:1]
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + mask
+    weights = torch.logsumexp(scores, -1)
+    return torch.matmul(torch.exp(scores - weights[..., None]).to(v.dtype), v), weights

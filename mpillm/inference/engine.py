@@ -1,0 +1,166 @@
+"""The engine: many requests at once, on any number of ranks, with the same results."""
+
+import torch
+
+from mpillm.comm.devices import pick_device
+from mpillm.comm.group import as_group
+from mpillm.comm.limits import memory_bounds, memory_of_rank
+from mpillm.comm.mesh import Mesh
+from mpillm.comm.world import comm_world, set_threads
+from mpillm.errors import ConfigError, agreed, half_made
+from mpillm.inference.cache import block_size
+from mpillm.inference.dealing import Dealer
+from mpillm.inference.opening import load_weights, open_model
+from mpillm.inference.replica import Replica
+from mpillm.inference.requests import Request
+from mpillm.inference.rows import Rows
+from mpillm.inference.selftest import rows_apart, warm_up
+from mpillm.nn.products import row_product
+from mpillm.nn.split import TensorSplit
+from mpillm.nn.transformer import TransformerStage
+
+FREE_SHARE = 0.5  # of the memory that a rank may have, for keys and values
+
+
+class Engine:
+    """A model that is ready for requests.
+
+    Collective over ``comm``, as are all methods.
+
+    Parameters
+    ----------
+    path : str or Path
+        A run directory, whose newest weights are taken, or a folder of Hugging Face weights.
+    comm : Comm, optional
+        Defaults to the world.
+    overrides : dict, optional
+        Values for keys of :data:`mpillm.inference.opening.OVERRIDES`. The layout of the run plays no part: without overrides
+        every rank has the whole model and takes requests of its own.
+
+    Attributes
+    ----------
+    config : Config
+        Resolved.
+    tokenizer : tokenizer
+    caveat : str
+        Why results may depend on who shares a pass; "" where they do not, which has been tried out.
+
+    Raises
+    ------
+    MpillmError
+        On every rank, if weights, configuration or tokenizer cannot be read, or the layout does not fit.
+
+    Examples
+    --------
+    >>> engine = Engine("run")
+    >>> request = Request("1", tuple(engine.tokenizer.encode("def ")), max_tokens=20)
+    >>> print(engine.generate([request])[0].text)
+    """
+
+    def __init__(self, path, comm=None, overrides=None):
+        comm = as_group(comm_world() if comm is None else comm).comm
+        with agreed(comm, f"open {path}"):
+            source, self.config, self.tokenizer = open_model(path, overrides or {}, comm.size)
+        model, train, layout = self.config.model, self.config.train, self.config.layout
+        is_exact = train.numerics == "exact"
+        self.threads = set_threads(comm)
+        self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if is_exact else "any")
+        with half_made(comm) as made:
+            made.callback(self.mesh.free)
+            device, dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
+            split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None, dtype=dtype,
+                                device=device, multiply=row_product(device, dtype))
+            place, cuts = self.mesh.coord("pipeline"), [0, *layout.stage_cuts, model.num_layers]
+            stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
+            with agreed(comm, f"read {path}"):
+                load_weights(stage, source)
+            block_bytes = warm_up(model, stage)
+            self.caveat = rows_apart(model, stage, [self.mesh.group("data"), self.mesh.world])
+            blocks = self._num_blocks(block_bytes)
+            self.replica = Replica(self.config, self.mesh, stage, blocks, self.tokenizer.vocab_size)
+
+    def generate(self, requests, show=None):
+        """Return a :class:`~mpillm.inference.requests.Result` for each request, in order, on every rank.
+
+        Parameters
+        ----------
+        requests : list of Request
+            The same on every rank.
+        show : callable, optional
+            Gets each token as it is chosen, where its replica's leader is.
+
+        Raises
+        ------
+        ConfigError
+            On every rank, before anything is computed, if a request cannot be carried out.
+        CheckpointError
+            On every rank, if the weights give logits that are not finite.
+        """
+        for request in requests:
+            self.check(request)
+        found, comm = {}, self.mesh.world.comm
+        costs = [len(request.prompt) + request.max_tokens for request in requests]
+        with Dealer(self.mesh, costs, self.config.inference.batch) as dealer:
+            self.serve(_Dealt(dealer, requests), found.__setitem__, show)
+        found = dict(item for part in comm.allgather(found) for item in part.items())
+        return [found[i] for i in range(len(requests))]
+
+    def serve(self, source, deliver, show=None):
+        """Work on what ``source`` gives on the leader of each replica, and ``deliver`` results there."""
+        if self.replica.leads:
+            self.replica.lead(Rows(source, self.tokenizer, self.config.model.max_seq_len, deliver, show))
+        else:
+            self.replica.follow()
+
+    def check(self, request):
+        """Refuse a request that cannot be carried out. Local.
+
+        Raises
+        ------
+        ConfigError
+            If the prompt is empty, too long, or no row of the model's tokens; or more than the pool holds.
+        """
+        model, prompt = self.config.model, request.prompt
+        if not prompt:
+            raise ConfigError("the prompt has no tokens: give it one at least, such as the one that begins a text")
+        if len(prompt) > model.max_seq_len:
+            raise ConfigError(f"the prompt has {len(prompt)} tokens, the model takes model.max_seq_len = {model.max_seq_len}: "
+                              "give a shorter one")
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise ConfigError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model knows 0 to "
+                              f"{model.vocab_size - 1}: the tokenizer of the run is not the model's")
+        self.replica.scheduler.check(min(len(prompt) + request.max_tokens, model.max_seq_len))
+
+    def free(self):
+        """Release the communicators. Once is enough."""
+        self.mesh.free()
+
+    def _num_blocks(self, block_bytes):
+        """Return how many blocks every rank has room for."""
+        model, settings, comm = self.config.model, self.config.inference, self.mesh.world.comm
+        size = block_size(model.head_dim)
+        most = settings.batch * -(-model.max_seq_len // size)
+        room = settings.cache_bytes
+        if not room:
+            free, _ = memory_of_rank(comm, memory_bounds())
+            room = FREE_SHARE * free
+        blocks = min(comm.allgather(int(min(most, room / block_bytes) if block_bytes else most)))
+        if blocks < 1:
+            raise ConfigError(f"inference.cache_bytes = {settings.cache_bytes}: a block of {size} positions takes "
+                              f"{block_bytes} bytes on rank {comm.rank}: raise it, or share the model among more ranks")
+        return blocks
+
+
+class _Dealt:
+    """Some of a list of requests, as the dealer gives them to this replica."""
+
+    def __init__(self, dealer, requests):
+        self._dealer, self._requests = dealer, requests
+
+    @property
+    def is_done(self):
+        return self._dealer.is_done
+
+    def take(self, busy):
+        index = self._dealer.take(busy)
+        return None if index is None else (index, self._requests[index])

@@ -1,0 +1,313 @@
+"""Who computes what in the next pass: requests in, passes out, keys and values kept in blocks of a pool. Pure.
+
+A request is a row of tokens. Some of them have keys and values in the pool, the rest is still to be computed; the last one
+answers with the next token. A pass takes one token of every request that goes on, and pieces of prompts in the room that its
+budget leaves, so that a long prompt holds nobody up (Agrawal et al. 2024). Requests join and leave between passes (Yu et al.
+2022). When the pool is full the youngest request gives its blocks back and is computed once more later (Kwon et al. 2023).
+"""
+
+import hashlib
+import heapq
+from array import array
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from mpillm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one request in a pass.
+
+    Attributes
+    ----------
+    request : int
+        Number of the request.
+    start : int
+        Position of the first token.
+    tokens : tuple of int
+    blocks : tuple of int
+        Of the pool: those of all positions from 0 to the last of the piece.
+    is_prompt : bool
+        Whether the tokens are of the prompt. Generated ones are always computed as if each came alone.
+    targets : tuple of int
+        Tokens whose log-probabilities are asked for, by consecutive rows from ``target_row`` of the piece on.
+    chooses : bool
+        Whether the last token is answered with the next one.
+    """
+
+    request: int
+    start: int
+    tokens: tuple
+    blocks: tuple
+    is_prompt: bool
+    targets: tuple = ()
+    target_row: int = 0
+    chooses: bool = False
+
+
+@dataclass
+class Sequence:
+    """A request as the scheduler sees it: ``computed`` of its ``tokens`` have, or are about to have, keys and values."""
+
+    number: int
+    tokens: list
+    prompt: int
+    limit: int
+    scored_from: int
+    computed: int = 0
+    blocks: list = field(default_factory=list)
+    digests: list = field(default_factory=list)
+    is_in_flight: bool = False
+    is_cancelled: bool = False
+
+    @property
+    def wanted(self):
+        """How many tokens are to be computed before something is chosen: the last one of a row that is only scored is not."""
+        return len(self.tokens) - (self.limit == self.prompt)
+
+
+class Scheduler:
+    """Decides pass after pass. Local, and the same for the same calls.
+
+    Parameters
+    ----------
+    num_blocks, block_size : int
+        Of the pool: positions in a block.
+    budget : int
+        Tokens of a pass at most, if that is not less than a block.
+    batch : int
+        Requests at most that are worked on at a time.
+    in_flight : int
+        Passes that may be on their way at a time: each gets its share of the requests.
+    shares_prefixes : bool
+        Whether equal beginnings of prompts are computed once.
+    """
+
+    def __init__(self, num_blocks, block_size, budget, batch, in_flight=1, shares_prefixes=True):
+        self.block_size, self.num_blocks = block_size, num_blocks
+        self.budget, self.batch, self.in_flight = max(budget, block_size), batch, in_flight
+        self.shares_prefixes = shares_prefixes
+        self.waiting, self.running, self._sequences = deque(), [], {}
+        self._free = list(range(num_blocks))
+        self._users = [0] * num_blocks
+        self._known, self._digest_of, self._idle = {}, {}, OrderedDict()  # blocks of prompts; those that nobody uses now
+        self._room = self.preempted = self.shared_tokens = 0
+
+    def __len__(self):
+        """Return how many requests are not done."""
+        return len(self._sequences)
+
+    def add(self, number, tokens, limit, scored_from=None):
+        """Take a request.
+
+        Parameters
+        ----------
+        number : int
+            Names it; larger than all before.
+        tokens : sequence of int
+            The prompt, at least one.
+        limit : int
+            Length at which the row ends; that of the prompt if nothing is to be generated.
+        scored_from : int, optional
+            Position of the first token whose log-probability is asked for, at least 1.
+
+        Raises
+        ------
+        ConfigError
+            If its keys and values would not fit into the whole pool.
+        """
+        self.check(limit)
+        scored_from = len(tokens) if scored_from is None else scored_from
+        sequence = self._sequences[number] = Sequence(number, list(tokens), len(tokens), limit, scored_from)
+        self.waiting.append(sequence)
+
+    def check(self, limit):
+        """Refuse a row of ``limit`` tokens that the pool cannot hold."""
+        if self._count(limit - 1) > self.num_blocks:
+            raise ConfigError(f"{limit} tokens need {self._count(limit - 1)} blocks of {self.block_size} keys and values, the "
+                              f"pool has {self.num_blocks}: shorten the request, or raise inference.cache_bytes")
+
+    def next_pass(self):
+        """Return the pieces of the next pass, or an empty list if nothing can be computed before a pass comes back."""
+        self._room, pieces = self.budget, []
+        share = -(-sum(1 for s in self.running if s.computed >= s.prompt) // self.in_flight)
+        for sequence in list(self.running):
+            if sequence.computed == len(sequence.tokens) - 1 >= sequence.prompt and share > 0:
+                found = self._pieces(sequence)
+                share -= bool(found)
+                pieces += found
+        for sequence in list(self.running):
+            if sequence.computed < sequence.prompt or sequence.computed < len(sequence.tokens) - 1:
+                pieces += self._pieces(sequence)
+        while self.waiting and len(self.running) < self.batch and self._room > 0 and self._admit():
+            pieces += self._pieces(self.running[-1])
+        return pieces
+
+    def commit(self, pieces, chosen):
+        """Take what a pass gave.
+
+        Parameters
+        ----------
+        pieces : list of Piece
+            Of the pass.
+        chosen : dict of int to (int, bool)
+            By request that chose: the token, and whether the row ends with it.
+
+        Returns
+        -------
+        list of int
+            The requests that are done now.
+        """
+        done = []
+        for piece in pieces:
+            sequence = self._sequences.get(piece.request)
+            if piece.chooses:
+                token, ends = chosen[piece.request]
+                sequence.tokens.append(token)
+                sequence.is_in_flight = False
+                if ends or sequence.is_cancelled or len(sequence.tokens) >= sequence.limit:
+                    done.append(piece.request)
+            elif sequence is not None and piece.start + len(piece.tokens) == sequence.wanted < len(sequence.tokens):
+                done.append(piece.request)  # a row that was only scored
+        for number in done:
+            self._finish(self._sequences[number])
+        return done
+
+    def cancel(self, number):
+        """Drop a request: at once, or when the pass that it is in comes back. Return whether at once."""
+        sequence = self._sequences.get(number)
+        if sequence is None:
+            return True
+        if sequence.is_in_flight:
+            sequence.is_cancelled = True
+            return False
+        self._finish(sequence)
+        return True
+
+    @property
+    def used_blocks(self):
+        """How many blocks somebody uses."""
+        return self.num_blocks - len(self._free) - len(self._idle)
+
+    def _pieces(self, sequence):
+        """Return what a request computes in this pass, within the room: of its prompt, then of what was generated."""
+        pieces = []
+        while sequence in self.running and not sequence.is_in_flight:
+            start, wanted = sequence.computed, sequence.wanted
+            is_prompt = start < sequence.prompt
+            end = min(wanted, sequence.prompt) if is_prompt else wanted
+            stop = min(end, start + self._room)
+            if is_prompt and stop < end:
+                stop -= stop % self.block_size  # whole blocks, whose rows are computed together
+            if stop <= start or not self._reserve(sequence, stop):
+                break
+            chooses = stop == wanted == len(sequence.tokens)
+            first = max(start + 1, sequence.scored_from)
+            pieces.append(Piece(
+                sequence.number, start, tuple(sequence.tokens[start:stop]), tuple(sequence.blocks[:self._count(stop)]),
+                is_prompt, tuple(sequence.tokens[first:min(stop + 1, sequence.prompt)]), first - 1 - start, chooses))
+            self._room -= stop - start
+            sequence.computed, sequence.is_in_flight = stop, chooses
+            self._remember(sequence)
+            if stop == wanted or self._room <= 0:
+                break
+        return pieces
+
+    def _admit(self):
+        """Let the oldest waiting request in if the pool has room for all it has and one token more."""
+        sequence = self.waiting[0]
+        shared = self._shared_blocks(sequence)
+        idle = sum(1 for block in shared if not self._users[block])
+        missing = self._count(min(len(sequence.tokens) + 1, max(sequence.limit - 1, 1))) - len(shared)
+        if missing > len(self._free) + len(self._idle) - idle:
+            return False
+        self.waiting.popleft()
+        for block in shared:
+            self._use(block)
+        sequence.blocks, sequence.computed = shared, len(shared) * self.block_size
+        self.shared_tokens += sequence.computed
+        self.running.append(sequence)
+        return True
+
+    def _reserve(self, sequence, stop):
+        """Give a request the blocks of positions up to ``stop``; younger ones lose theirs if need be."""
+        while len(sequence.blocks) < self._count(stop):
+            if not self._free and not self._idle:
+                index = self.running.index(sequence)
+                younger = [other for other in self.running[index + 1:] if not other.is_in_flight]
+                if not younger:
+                    return False
+                self._preempt(younger[-1])
+                continue
+            if self._free:
+                block = heapq.heappop(self._free)  # the lowest, so that those in use lie close together
+            else:
+                block, _ = self._idle.popitem(last=False)
+                del self._known[self._digest_of.pop(block)]
+            self._users[block] = 1
+            sequence.blocks.append(block)
+        return True
+
+    def _preempt(self, sequence):
+        """Send a request back to the front of those that wait."""
+        self._release(sequence)
+        sequence.computed = 0
+        self.running.remove(sequence)
+        place = sum(1 for other in self.waiting if other.number < sequence.number)
+        self.waiting.insert(place, sequence)
+        self.preempted += 1
+
+    def _finish(self, sequence):
+        del self._sequences[sequence.number]
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _release(self, sequence):
+        for block in reversed(sequence.blocks):  # ends of prompts are forgotten before their beginnings
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if block in self._digest_of:
+                    self._idle[block] = None
+                else:
+                    heapq.heappush(self._free, block)
+        sequence.blocks = []
+
+    def _use(self, block):
+        self._users[block] += 1
+        self._idle.pop(block, None)
+
+    def _shared_blocks(self, sequence):
+        """Return the blocks that hold the beginning of the prompt already; one token at least is left to compute."""
+        found = []
+        if self.shares_prefixes:
+            most = (min(sequence.prompt, sequence.scored_from, sequence.wanted) - 1) // self.block_size
+            for i in range(most):
+                block = self._known.get(self._digest(sequence, i))
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def _remember(self, sequence):
+        """Note which blocks of the prompt are complete once this pass is through: later pieces may read them."""
+        if self.shares_prefixes:
+            for i in range(min(sequence.computed, sequence.prompt) // self.block_size):
+                digest, block = self._digest(sequence, i), sequence.blocks[i]
+                if digest not in self._known and block not in self._digest_of:
+                    self._known[digest], self._digest_of[block] = block, digest
+
+    def _digest(self, sequence, i):
+        """Return what names the tokens of the first ``i + 1`` blocks of a prompt."""
+        while len(sequence.digests) <= i:
+            start = len(sequence.digests) * self.block_size
+            before = sequence.digests[-1] if sequence.digests else b""
+            tokens = array("q", sequence.tokens[start:start + self.block_size]).tobytes()
+            sequence.digests.append(hashlib.blake2b(before + tokens, digest_size=16).digest())
+        return sequence.digests[i]
+
+    def _count(self, tokens):
+        return -(-tokens // self.block_size)
