@@ -9,10 +9,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Config": "mpillm.config",
+    "Engine": "mpillm.inference.engine",
     "Machine": "mpillm.machine",
     "Mesh": "mpillm.comm.mesh",
     "Plan": "mpillm.plan",
+    "Request": "mpillm.inference.requests",
     "Run": "mpillm.train.run",
+    "Sampling": "mpillm.inference.requests",
     "check_adjoint": "mpillm.autograd.adjoint",
     "launch": "mpillm.comm.world",
     "make_plan": "mpillm.planner.search",

@@ -23,23 +23,24 @@ def command(path, rest, prompt, count, temperature, seed):
     The ranks share the heads (--layout.tensor) or the layers (--layout.pipeline), whatever the layout of training.
     --train.dtype and --train.numerics override the run's.
     """
-    from mpillm.inference.generator import Generator
+    from mpillm.inference.engine import Engine
+    from mpillm.inference.requests import Request, Sampling
 
-    generator = Generator(path, overrides=parse_overrides(rest))
-    start, found = _encode(generator.tokenizer, prompt), 0
-    writer = Writer(generator.tokenizer) if generator.mesh.world.rank == 0 else None
+    sampling = Sampling(temperature=temperature, seed=seed)
+    engine = Engine(path, overrides={"layout.data": 1, **parse_overrides(rest)})
+    request = Request("", _encode(engine.tokenizer, prompt), count, sampling)
+    writer = Writer(engine.tokenizer) if engine.mesh.world.rank == 0 else None
     if writer:
-        writer.add(start)
-    for token in generator.tokens(start, count, temperature, seed):
-        found += 1
-        if writer:
-            writer.add([token])
+        writer.add(request.prompt)
+    result, = engine.generate([request], writer and (lambda token: writer.add([token])))
     if writer:
         writer.close()
-        limit = generator.config.model.max_seq_len
-        if found < count and len(start) + found == limit:
+        limit = engine.config.model.max_seq_len
+        if len(result.tokens) < count and len(request.prompt) + len(result.tokens) == limit:
             click.echo(f"mpillm generate: stopped at model.max_seq_len = {limit} tokens", err=True)
-    generator.free()
+        if engine.caveat:
+            click.echo(f"mpillm generate: {engine.caveat}", err=True)
+    engine.free()
 
 
 class Writer:

@@ -1,6 +1,7 @@
 """Work dealt out among replicas as they have room: a counter that is read and raised from one side, the longest first.
 
-Nobody waits for a manager. Whoever has room takes the next number; towards the end in smaller portions, so that all end together.
+Nobody waits for a manager. Whoever has room takes the next number; towards the end in smaller portions, so that all end at one
+time.
 """
 
 import numpy as np

@@ -12,7 +12,6 @@ from mpillm.inference.cache import block_size
 from mpillm.inference.dealing import Dealer
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
-from mpillm.inference.requests import Request
 from mpillm.inference.rows import Rows
 from mpillm.inference.selftest import rows_apart, warm_up
 from mpillm.nn.products import row_product

@@ -37,9 +37,10 @@ def open_model(path, overrides, ranks):
         source = Checkpoint(path)
         config, model = Config.load(path / "config.toml"), source.model()
     if model.head != "words" or model.attention != "causal":
-        raise ConfigError(f"{path}: model.head = {model.head}, model.attention = {model.attention}: inference needs head words, "
-                          "which says the next token, and attention causal")
-    config = replace(config, model=model, layout=Layout()).with_values({**overrides, "train.microbatch": 1})
+        raise ConfigError(f"{path}: model.head = {model.head}, model.attention = {model.attention}: inference needs head = words, "
+                          "which says the next token, and attention = causal: name a run that has them")
+    of_training = {"train.microbatch": 1, "train.seq_len": 1}  # which layouts are checked against
+    config = replace(config, model=model, layout=Layout()).with_values({**overrides, **of_training})
     layout = config.layout
     degrees = {axis: getattr(layout, axis) for axis in ("data", "pipeline", "tensor")}
     if degrees["data"] == "auto":

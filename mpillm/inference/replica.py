@@ -174,8 +174,8 @@ class Replica:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a pass found: ``chosen`` by request, as :func:`answer_of` says; ``scored`` as ``(request, position, log-probabilities
-    of the tokens from there on, whether each was the likeliest)``."""
+    """What a pass found: ``chosen`` by request, as :func:`answer_of` says; ``scored`` as ``(request, position,
+    log-probabilities of the tokens from there on, whether each was the likeliest)``."""
 
     chosen: dict
     scored: list

@@ -38,14 +38,17 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self):
-        for name, low, high in (("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1),
-                                ("repetition_penalty", 0, math.inf), ("seed", 0, 1 << 128), ("logprobs", 0, math.inf)):
-            value = getattr(self, name)
-            if value is not None and not (low <= value <= high and value < math.inf):
-                raise ConfigError(f"{name} {value}: must be {'at least' if high == math.inf else f'at most {high} and at least'}"
-                                  f" {low}{' and finite' if high == math.inf else ''}")
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            raise ConfigError("top_p and repetition_penalty must be larger than 0")
+        for name, is_allowed, allowed in (
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
+            ("top_k", 0 <= self.top_k, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 and finite"),
+            ("seed", 0 <= self.seed < 1 << 128, "at least 0 and less than 2^128"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"),
+        ):
+            if not is_allowed:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Request:
     Parameters
     ----------
     id : str
-    prompt : tuple of int
+    prompt : sequence of int
     max_tokens : int
         Tokens to add at most.
     sampling : Sampling
@@ -74,6 +77,9 @@ class Request:
     stop: tuple = ()
     ignore_ends: bool = False
     scored_from: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "prompt", tuple(int(token) for token in self.prompt))
 
 
 @dataclass

@@ -12,8 +12,9 @@ SHORT, GENERATED = 20, 5  # tokens of the rows that are tried; another prompt is
 
 
 def warm_up(model, stage):
-    """Run every layer once, so that its weights are packed, and give up what they were packed from. Local to the ranks that hold
-    the stage; collective over the tensor axis.
+    """Run every layer once, so that its weights are packed, and give up what they were packed from.
+
+    Collective over the tensor axis.
 
     Returns
     -------
@@ -87,7 +88,8 @@ def _trials(model, stage):
             batch = batch_of(model, pages, like)
             with torch.no_grad():
                 y = _computed(stage, torch.cat([rows[number][start:stop] for number, start, stop in parts]), batch)
-            for (number, start, stop), part in zip(parts, y.split([stop - start for _, start, stop in parts])):
+            lengths = [stop - start for _, start, stop in parts]
+            for (number, start, _), part in zip(parts, y.split(lengths)):
                 found[number] = _put(found[number], part, start)
         yield torch.cat([found[0], found[1]])
 

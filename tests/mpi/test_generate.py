@@ -14,9 +14,10 @@ from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Model
 from mpillm.data.tokenizers import ByteTokenizer
 from mpillm.errors import CheckpointError, ConfigError, DataError
-from mpillm.inference.generator import Generator, choose
+from mpillm.inference.engine import Engine
+from mpillm.inference.requests import Request, Sampling
+from mpillm.inference.sampling import choose
 from mpillm.model.parameters import initial_values, parameters
-from mpillm.nn.attention import KeyValueCache
 from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -75,12 +76,25 @@ def shared_run(comm, path, model):
     return path
 
 
-def oracle(run, model, prompt, count, temperature, seed):
-    """Return the tokens that the serial reference gives, without a cache, in float64."""
-    source, reference, row = reading.Checkpoint(run), Reference(model, 0), list(prompt)
+def continued(engine, prompt, count, temperature=1.0, seed=0):
+    """Return the tokens that one request gets."""
+    sampling = Sampling(temperature=temperature, seed=seed)
+    return engine.generate([Request("", prompt, count, sampling)])[0].tokens
+
+
+def reference_of(run, model):
+    """Return the serial reference with the weights of a run."""
+    source, reference = reading.Checkpoint(run), Reference(model, 0)
     with torch.no_grad():
         for name, weight in reference.parameters.items():
             weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
+    return reference
+
+
+def oracle(run, model, prompt, count, temperature, seed):
+    """Return the tokens that the serial reference gives, without a cache, in float64."""
+    reference, row = reference_of(run, model), list(prompt)
+    with torch.no_grad():
         while len(row) < len(prompt) + count:
             logits = reference.logits(torch.tensor([row]))[0, -1].numpy()
             if temperature == 0:
@@ -106,9 +120,9 @@ def test_same_tokens_on_every_layout(comm, run, model, temperature, seed):
     wanted = oracle(run, model, PROMPT, COUNT, temperature, seed)
     assert len(wanted) == COUNT and len(set(wanted)) > 5
     for overrides in [{}, *layouts(comm.size, model)]:
-        generator = Generator(run, comm, overrides)
-        found = list(generator.tokens(PROMPT, COUNT, temperature, seed))
-        generator.free()
+        engine = Engine(run, comm, overrides)
+        found = continued(engine, PROMPT, COUNT, temperature, seed)
+        engine.free()
         assert_all(found == wanted, f"{overrides}: {found}, not {wanted}", comm)
 
 
@@ -120,59 +134,56 @@ def test_the_communicator_of_the_caller_carries_nothing(comm, plain_run):
             used.append(self == comm)
             return super().allgather(value)
 
-    generator = Generator(plain_run, Watched(comm))
-    list(generator.tokens(PROMPT, 2))
-    generator.free()
+    engine = Engine(plain_run, Watched(comm))
+    continued(engine, PROMPT, 2)
+    engine.free()
     assert_all((used or comm.size == 1) and not any(used), used, comm)
 
 
 def test_seeds_and_temperatures_matter(comm, plain_run):
-    generator = Generator(plain_run, comm)
+    engine = Engine(plain_run, comm)
     choices = [(0.7, 1), (0.7, 2), (5.0, 1), (0.7, 1), (1e-6, 1), (0,)]
-    rows = [list(generator.tokens(PROMPT, 8, *choice)) for choice in choices]
-    generator.free()
+    rows = [continued(engine, PROMPT, 8, *choice) for choice in choices]
+    engine.free()
     assert_all(rows[0] == rows[3] and rows[4] == rows[5] and len({*map(tuple, rows)}) == 4, rows, comm)
 
 
-def test_cache_equals_the_whole_row(comm, run, model):
-    """Feed a row in parts of 5, 1, 1 and 3 tokens and as a whole."""
-    row = list(np.random.default_rng(0).integers(0, 257, 10))
+def test_scores_are_those_of_the_whole_row(comm, run, model):
+    """Log-probabilities of a prompt's tokens, asked for from the second and from a later one on."""
+    row = [int(token) for token in np.random.default_rng(0).integers(0, 257, 30)]
+    logits = torch.log_softmax(reference_of(run, model).logits(torch.tensor([row]))[0], -1).detach()
+    wanted = logits[range(29), row[1:]].numpy()
     for overrides in layouts(comm.size, model):
-        generator, cache = Generator(run, comm, overrides), KeyValueCache()
-        whole = [generator.next_logits(row[:stop], 0, KeyValueCache()) for stop in (5, 6, 7, 10)]
-        parts = [generator.next_logits(row[start:stop], start, cache)
-                 for start, stop in ((0, 5), (5, 6), (6, 7), (7, 10))]
-        assert_all(all((a is None) == (not generator.stage.is_last) for a in whole), "who has logits", comm)
-        differences = [np.abs(a - b).max() / np.abs(a).max() for a, b in zip(whole, parts) if a is not None]
-        assert_all(max(differences, default=0) < 1e-12, f"{overrides}: {differences}", comm)
-        generator.free()
+        engine = Engine(run, comm, overrides)
+        requests = [Request(str(start), row, 0, scored_from=start) for start in (1, 13)]
+        found = engine.generate(requests)
+        engine.free()
+        for start, result in zip((1, 13), found):
+            worst = np.abs(np.array(result.scores) - wanted[start - 1:]).max()
+            assert_all(worst < 1e-10 and len(result.scores) == 30 - start, f"{overrides}: {worst}", comm)
+            assert_all(result.is_greedy == bool((logits[start - 1:29].argmax(1) == torch.tensor(row[start:])).all()), "", comm)
 
 
 def test_exact_has_the_same_bits_on_every_layout(comm, run, model):
     exact = {"train.numerics": "exact", "train.dtype": "float32", "train.exact_blocks": 8}
-    parts = ((0, PROMPT), (len(PROMPT), [3]), (len(PROMPT) + 1, [200]))
+    request = Request("", PROMPT, COUNT, Sampling(seed=5, logprobs=257))
 
-    def logits_and_tokens(generator):
-        cache = KeyValueCache()
-        logits = [generator.next_logits(part, start, cache) for start, part in parts]
-        return logits, list(generator.tokens(PROMPT, COUNT, 1.0, 5))
+    def found(engine):
+        result = engine.generate([request])[0]
+        engine.free()
+        return result.tokens, result.logprobs, result.top_logprobs
 
-    wanted, wanted_tokens = logits_and_tokens(Generator(run, SingleComm(), exact))
+    wanted = found(Engine(run, SingleComm(), exact))
+    assert len(wanted[2]) == len(wanted[0]) == COUNT and len(wanted[2][0]) == 257
     for overrides in layouts(comm.size, model):
-        if 8 % overrides["layout.tensor"]:
-            continue
-        generator = Generator(run, comm, exact | overrides)
-        logits, tokens = logits_and_tokens(generator)
-        generator.free()
-        differing = [i for i, (a, b) in enumerate(zip(logits, wanted)) if a is not None and a.tobytes() != b.tobytes()]
-        assert_all(not differing, f"{overrides}: logits of {differing}", comm)
-        assert_all(tokens == wanted_tokens, f"{overrides}: {tokens}, not {wanted_tokens}", comm)
+        if 8 % overrides["layout.tensor"] == 0:
+            assert_all(found(Engine(run, comm, exact | overrides)) == wanted, f"{overrides}: other bits", comm)
 
 
 def test_no_rank_holds_a_whole_sharded_weight(comm, run, model):
-    generator = Generator(run, comm, {"layout.tensor": comm.size, "layout.pipeline": 1})
-    held = {p.shard.name: p.numel() for p in generator.stage.parameters()}
-    generator.free()
+    engine = Engine(run, comm, {"layout.tensor": comm.size, "layout.pipeline": 1})
+    held = {p.shard.name: p.numel() for p in engine.replica.stage.parameters()}
+    engine.free()
     for name, parameter in parameters(model).items():
         part = name.split(".")[-2]
         is_shared = part in ("key", "value", "key_norm") and model.num_kv_heads < comm.size
@@ -182,92 +193,106 @@ def test_no_rank_holds_a_whole_sharded_weight(comm, run, model):
 
 
 def test_stops(comm, plain_run):
-    generator = Generator(plain_run, comm)
-    greedy = list(generator.tokens(PROMPT, COUNT, 0))
-    full = list(generator.tokens(PROMPT, 1000, 0))
-    nothing = [list(generator.tokens(prompt, count)) for prompt, count in ((PROMPT, 0), ([65] * 32, 5))]
-    new_document = [list(generator.tokens(prompt, 5, 0)) for prompt in ([], [END])]
-    generator.tokenizer.end = greedy[4]
-    ended = list(generator.tokens(PROMPT, COUNT, 0))
-    generator.free()
+    engine = Engine(plain_run, comm)
+    greedy, full = continued(engine, PROMPT, COUNT, 0), continued(engine, PROMPT, 1000, 0)
+    nothing = [continued(engine, prompt, count) for prompt, count in ((PROMPT, 0), ([65] * 32, 5))]
+    text = bytes(greedy).decode(errors="replace")
+    cut = engine.generate([Request("", PROMPT, COUNT, Sampling(temperature=0), stop=("never there", text[5:7], text[6:9]))])[0]
+    engine.tokenizer.end = greedy[4]
+    ended = [engine.generate([Request("", PROMPT, COUNT, Sampling(temperature=0), ignore_ends=goes_on)])[0]
+             for goes_on in (False, True)]
+    engine.free()
     assert_all(len(full) == 32 - len(PROMPT) and full[:COUNT] == greedy, full, comm)
     assert_all(not any(nothing), nothing, comm)
-    assert_all(new_document[0] == new_document[1] and len(new_document[0]) == 5, new_document, comm)
-    assert_all(ended == greedy[:greedy.index(greedy[4])], ended, comm)
+    assert_all(cut.text == text[:text.index(text[5:7])] and cut.finish_reason == "stop", cut, comm)
+    assert_all(ended[0].tokens == greedy[:greedy.index(greedy[4])] and ended[0].finish_reason == "stop", ended, comm)
+    assert_all(ended[1].tokens == greedy and ended[1].finish_reason == "length", ended, comm)
 
 
 def test_rows_that_pad_the_vocabulary_are_no_tokens(comm, comm_path):
     shared_run(comm, comm_path, make_model(vocab_size=300))
-    generator = Generator(comm_path, comm)
-    sampled = [token for seed in range(8) for token in generator.tokens(PROMPT, 1000, 100.0, seed)]  # nearly all alike
-    generator.free()
+    engine = Engine(comm_path, comm)
+    choices = [Sampling(temperature=100.0, seed=seed) for seed in range(8)]  # nearly all tokens are as likely
+    requests = [Request(str(choice.seed), PROMPT, 1000, choice) for choice in choices]
+    sampled = [token for result in engine.generate(requests) for token in result.tokens]
+    engine.free()
     assert_all(len(sampled) > 20 and max(sampled) < ByteTokenizer.vocab_size, sampled, comm)
 
 
 def test_what_cannot_be_continued(comm, plain_run):
-    generator = Generator(plain_run, comm)
-    for prompt, temperature, message in [
-        ([65] * 33, 1.0, "prompt has 33 tokens.*max_seq_len = 32"), ([5, 257], 1.0, "5 to 257.*0 to 256"),
-        ([-1], 1.0, "tokens from -1"), ([5], -0.5, "temperature -0.5"), ([5], float("nan"), "temperature nan"),
-        ([5], float("inf"), "temperature inf"),
+    engine = Engine(plain_run, comm)
+    for prompt, message in [([65] * 33, "prompt has 33 tokens.*max_seq_len = 32"), ([5, 257], "5 to 257.*0 to 256"),
+                            ([-1], "tokens from -1"), ([], "no tokens")]:
+        with pytest.raises(ConfigError, match=message):
+            continued(engine, prompt, 3)
+    engine.free()
+    for values, message in [
+        ({"temperature": -0.5}, "temperature -0.5"), ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": float("inf")}, "temperature inf"), ({"top_p": 0}, "top_p 0"), ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_k": -1}, "top_k -1"), ({"min_p": 2}, "min_p 2"), ({"repetition_penalty": 0}, "repetition_penalty 0"),
+        ({"seed": 1 << 128}, "seed"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            list(generator.tokens(prompt, 3, temperature))
-    generator.free()
+            Sampling(**values)
 
 
 def test_overrides_that_cannot_be(comm, plain_run):
     for overrides, message in [
-        ({"layout.data": 2}, "data = 2.*cannot share"), ({"layout.zero": 1}, "--layout.zero: generation takes only"),
-        ({"model.num_heads": 2}, "--model.num_heads"), ({"layout.tensor": 7}, "needs 7 ranks"),
-        ({"layout.pipeline": 9}, "needs 9 ranks"), ({"train.dtype": "int8"}, "train.dtype"),
+        ({"layout.zero": 1}, "--layout.zero: inference takes only"), ({"model.num_heads": 2}, "--model.num_heads"),
+        ({"layout.tensor": 7}, "7 ranks"), ({"layout.pipeline": 9}, "9 ranks"), ({"train.dtype": "int8"}, "train.dtype"),
+        ({"inference.cache_bytes": 100}, "cache_bytes = 100.*a block of"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            Generator(plain_run, comm, overrides)
+            Engine(plain_run, comm, overrides)
 
 
 def test_default_layout(comm, comm_path):
-    """Tensor ranks as far as there are heads, and in exact numerics blocks; pipeline ranks for what is left."""
+    """Replicas; of one row tensor ranks as far as there are heads, and in exact numerics blocks, and pipeline ranks for what is
+    left."""
     shared_run(comm, comm_path, make_model(num_heads=3))
+    one = {"layout.data": 1}
     for overrides, wanted in [
-        ({}, {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}),
-        ({"train.numerics": "exact"}, {1: (1, 1), 2: (1, 2), 3: (3, 1), 4: (2, 2)}),
-        ({"layout.pipeline": comm.size}, {size: (size, 1) for size in range(1, 5)}),
+        ({}, {size: (size, 1, 1) for size in range(1, 5)}),
+        (one, {1: (1, 1, 1), 2: (1, 1, 2), 3: (1, 1, 3), 4: (1, 2, 2)}),
+        (one | {"train.numerics": "exact"}, {1: (1, 1, 1), 2: (1, 1, 2), 3: (1, 3, 1), 4: (1, 2, 2)}),
+        ({"layout.pipeline": comm.size}, {size: (1, size, 1) for size in range(1, 5)}),
     ]:
-        generator = Generator(comm_path, comm, overrides)
-        layout = generator.config.layout
-        generator.free()
-        assert (layout.pipeline, layout.tensor) == wanted[comm.size]
+        engine = Engine(comm_path, comm, overrides)
+        layout = engine.config.layout
+        engine.free()
+        assert (layout.data, layout.pipeline, layout.tensor) == wanted[comm.size]
 
 
 def test_missing_files(comm, comm_path):
     with pytest.raises(CheckpointError, match="complete"):
-        Generator(comm_path, comm)
+        Engine(comm_path, comm)
     shared_run(comm, comm_path, make_model())
     for name in ("tokenizer.json", "config.toml"):
         if comm.rank == 0:
             (comm_path / name).unlink()
         comm.Barrier()
         with pytest.raises(DataError, match=name):
-            Generator(comm_path, comm)
+            Engine(comm_path, comm)
 
 
 def test_weights_that_are_not_finite(comm, plain_run):
-    generator = Generator(plain_run, comm)
-    next(generator.stage.parameters()).data.fill_(float("nan"))
+    engine = Engine(plain_run, comm)
+    for parameter in engine.replica.stage.parameters():
+        parameter.data.fill_(float("nan"))
     for temperature in (0, 1.0):
         with pytest.raises(CheckpointError, match="not finite"):
-            list(generator.tokens(PROMPT, 3, temperature))
-    generator.free()
+            continued(engine, PROMPT, 3, temperature)
+    engine.free()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_choices_follow_the_odds(temperature):
     logits = np.log([0.5, 0.25, 0.125, 0.125])
-    counts = np.bincount([choose(logits, temperature, 7, position) for position in range(4000)], minlength=4)
+    sampling = Sampling(temperature=temperature, seed=7)
+    counts = np.bincount([choose(logits, sampling, position) for position in range(4000)], minlength=4)
     odds = np.exp(logits / temperature)
     assert np.abs(counts / 4000 - odds / odds.sum()).max() < 0.03
-    assert choose(np.array([0.0, -1e200, 3.0]), 1e-100, 0, 0) == 2
+    assert choose(np.array([0.0, -1e200, 3.0]), Sampling(temperature=1e-100), 0) == 2
 
 
 def test_command(tmp_path_factory, capfd):

@@ -13,7 +13,7 @@ from tiny import LAYOUTS, configure, tiny
 
 from mpillm.comm.group import as_group
 from mpillm.errors import DataError, MpillmError, ScheduleError, agreed, half_made
-from mpillm.inference import generator
+from mpillm.inference import engine as inference
 from mpillm.train import engine
 from mpillm.train.run import Run
 
@@ -128,17 +128,17 @@ def test_a_run_may_be_freed_twice(comm, data_path):
     assert_all(held() | {"threads": 0} == before, f"{before} {held()}", comm)
 
 
-def test_a_generator_that_cannot_read_gives_back(comm, data_path, monkeypatch):
+def test_an_engine_that_cannot_read_gives_back(comm, data_path, monkeypatch):
     trainer = run(comm, data_path)
     trainer.save()
     trainer.free()
     counted = Counted(comm)
     as_group(counted)
     before = held()
-    monkeypatch.setattr(generator, "load_weights", refuse_on_last(comm))
+    monkeypatch.setattr(inference, "load_weights", refuse_on_last(comm))
     for _ in range(TRIES):
         with pytest.raises(MpillmError, match="planted"):
-            generator.Generator(data_path / "run", counted)
+            inference.Engine(data_path / "run", counted)
     assert_all(held() == before, f"{before} {held()}", comm)
 
 

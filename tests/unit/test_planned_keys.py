@@ -30,6 +30,7 @@ LABELS = {"model.head": "tags", "model.num_labels": 5}
 VALUES = {"model.head": "values", "model.num_labels": 50}
 PATCHES = {"model.inputs": "patches", "model.patch_size": 48}
 NOT_A_STEP = "what it asks for is done between steps"
+NOT_TRAINING = "what requests are worked on with"
 # Of every key another value, with what must change beside it; or why a plan does not depend on it.
 KEYS = {
     "model.hidden_size": {"model.hidden_size": 96}, "model.num_layers": {"model.num_layers": 9},
@@ -57,6 +58,8 @@ KEYS = {
     "model.logit_softcap": {"model.logit_softcap": 30.0}, "model.tie_embeddings": {"model.tie_embeddings": True},
     "data.mask_token": "which token it is", "data.path": "which tokens they are",
     "data.mask_documents": {"data.mask_documents": True},
+    "inference.batch": NOT_TRAINING, "inference.cache_bytes": NOT_TRAINING, "inference.pass_tokens": NOT_TRAINING,
+    "inference.share_prefixes": NOT_TRAINING,
     "train.run_dir": "where files go", "train.steps": "a plan is for one step", "train.seq_len": {"train.seq_len": 128},
     "train.global_batch": {"train.global_batch": 18, "layout.shares": "auto"},
     "train.microbatch": {"train.microbatch": 1}, "train.optimizer": {"train.optimizer": "sgd"},

@@ -23,9 +23,9 @@ from mpillm.data.tokenizers import (
 )
 from mpillm.data.tokens import write_tokens
 from mpillm.errors import ConfigError, DataError
-from mpillm.generate import Generator
 from mpillm.hdf5 import writing
-from mpillm.nn.attention import KeyValueCache
+from mpillm.inference.engine import Engine
+from mpillm.inference.requests import Request, Sampling
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
@@ -246,11 +246,11 @@ def test_no_end_and_no_room_for_one(tmp_path):
     assert full.end is None and full.vocab_size == 300 and not full.ends
     with pytest.raises(ConfigError, match='names no token that ends a document.*300 tokens.*"eos_token" in'):
         write_tokens(tmp_path / "tokens.h5", ["text"], [], full)
-    generator = Generator(run)
-    assert len(list(generator.tokens(generator.tokenizer.encode("text"), 3))) == 3
+    engine = Engine(run)
+    assert len(continued(engine, "text", 3)) == 3
     with pytest.raises(ConfigError, match="give a prompt"):
-        list(generator.tokens([], 3))
-    generator.free()
+        new_document(engine.tokenizer)
+    engine.free()
     hf.to_hf(run, tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token is None
     assert load_tokenizer(folder, 301).end == 300
@@ -352,6 +352,12 @@ def test_a_trained_tokenizer_names_its_end(tmp_path):
     assert load_tokenizer(tmp_path / "again").ends == [end]
 
 
+def continued(engine, text, count):
+    """Return the likeliest tokens behind a text."""
+    request = Request("", engine.tokenizer.encode(text), count, Sampling(temperature=0))
+    return engine.generate([request])[0].tokens
+
+
 def test_generation_is_that_of_transformers(tmp_path):
     """Begin as the tokenizer does, stop at every end that is named, whatever its name."""
     folder = hf_folder(tmp_path / "hf", SPECIAL, "<s> $A", model={"bos_token_id": 4, "eos_token_id": 3},
@@ -362,26 +368,23 @@ def test_generation_is_that_of_transformers(tmp_path):
     end = plain[6]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, end]}))
     hf.from_hf(tmp_path / "run", folder)
-    generator = Generator(tmp_path / "run")
-    prompt = generator.tokenizer.encode("what one")
-    assert prompt.tolist() == ids[0].tolist()
-    assert list(generator.tokens(prompt, 30, temperature=0)) == plain[:plain.index(end)]
-    assert set(generator.tokenizer.ends) == {3, end}
-    generator.free()
+    for path in ("run", "hf"):
+        engine = Engine(tmp_path / path)
+        assert engine.tokenizer.encode("what one").tolist() == ids[0].tolist()
+        assert continued(engine, "what one", 30) == plain[:plain.index(end)]
+        assert set(engine.tokenizer.ends) == {3, end}
+        engine.free()
 
 
-def test_logits_of_integers_of_any_kind(tmp_path):
+def test_prompts_of_integers_of_any_kind(tmp_path):
     hf.from_hf(tmp_path / "run", hf_folder(tmp_path / "hf", model={}, bos_token="<s>", eos_token="</s>"))
-    generator = Generator(tmp_path / "run")
-    tokens = generator.tokenizer.encode("what one document")
+    engine = Engine(tmp_path / "run")
+    tokens = engine.tokenizer.encode("what one document")
     assert tokens.dtype == np.uint16
-    wanted = generator.next_logits(tokens.tolist(), 0, KeyValueCache())
-    rows = tokens, tokens.astype(np.uint32), tokens.astype(np.int32), torch.tensor(tokens.tolist()), tuple(tokens)
-    for row in rows:
-        assert np.array_equal(generator.next_logits(row, 0, KeyValueCache()), wanted)
-        assert list(generator.tokens(row, 4, 0)) == list(generator.tokens(tokens.tolist(), 4, 0))
-        assert generator.tokenizer.decode(row) == ByteTokenizer().decode(ByteTokenizer().encode("what one document"))
-    generator.free()
+    for row in (tokens, tokens.astype(np.uint32), tokens.astype(np.int32), torch.tensor(tokens.tolist()), tuple(tokens)):
+        assert Request("", row).prompt == tuple(tokens.tolist())
+        assert engine.tokenizer.decode(row) == ByteTokenizer().decode(ByteTokenizer().encode("what one document"))
+    engine.free()
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
