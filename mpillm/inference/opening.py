@@ -37,8 +37,8 @@ def open_model(path, overrides, ranks):
         source = Checkpoint(path)
         config, model = Config.load(path / "config.toml"), source.model()
     if model.head != "words" or model.attention != "causal":
-        raise ConfigError(f"{path}: model.head = {model.head}, model.attention = {model.attention}: inference needs head = words, "
-                          "which says the next token, and attention = causal: name a run that has them")
+        raise ConfigError(f"{path}: model.head = {model.head}, model.attention = {model.attention}: inference needs words, of "
+                          "which it says the next, and causal: name a run that has them")
     of_training = {"train.microbatch": 1, "train.seq_len": 1}  # which layouts are checked against
     config = replace(config, model=model, layout=Layout()).with_values({**overrides, **of_training})
     layout = config.layout

@@ -169,7 +169,7 @@ class Replica:
         """Return logits of some rows, on the processor and in float32 at least, without the padding."""
         x_TD = x_TD[torch.tensor(rows, device=x_TD.device)]
         logits = self.stage.logits(x_TD, replace(batch, positions=len(rows)))[:, :self.vocab_size]
-        return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+        return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)).contiguous()
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,22 @@
 """Sampled tokens on every layout, held against the serial reference that computes the whole row each time."""
 
-from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import assert_all
 from mpi4py import MPI
+from written import make_model, shared_run
 
-from mpillm.checkpoint import reading, saving
+from mpillm.checkpoint import reading
 from mpillm.cli import generate as cli
 from mpillm.comm.single import SingleComm
-from mpillm.config import Config, Model
 from mpillm.data.tokenizers import ByteTokenizer
 from mpillm.errors import CheckpointError, ConfigError, DataError
 from mpillm.inference.engine import Engine
 from mpillm.inference.requests import Request, Sampling
 from mpillm.inference.sampling import choose
-from mpillm.model.parameters import initial_values, parameters
+from mpillm.model.parameters import parameters
 from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
@@ -36,22 +35,6 @@ PROMPT, COUNT = list(b"def f(x"), 14
 END = ByteTokenizer.end
 
 
-def make_model(**changes):
-    return Model(**{"vocab_size": 257, "hidden_size": 24, "num_layers": 4, "num_heads": 4, "ffn_size": 40,
-                    "max_seq_len": 32, **changes})
-
-
-def make_run(path, model, **train):
-    """Write a run whose weights are large enough for choices that differ, of norms and biases too."""
-    shards = [(name, parameter.shape, 0,
-               {"weight": initial_values(replace(parameter, std=20 * parameter.std or 0.3), 3, 0, parameter.size)})
-              for name, parameter in parameters(model).items()]
-    saving.save(path / "checkpoints", 1, shards, {"model": asdict(model)}, SingleComm())
-    config = {"model": asdict(model), "train": {"run_dir": str(path), "seq_len": 16, "dtype": "float64", **train}}
-    (path / "config.toml").write_text(Config.from_dict(config).to_toml(), encoding="utf-8")
-    (path / "tokenizer.json").write_text(ByteTokenizer().to_json(), encoding="utf-8")
-
-
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def model(request):
     return make_model(**request.param)
@@ -67,13 +50,6 @@ def run(comm, comm_path, model):
 def plain_run(comm, comm_path):
     """Return the path of a run of the first model."""
     return shared_run(comm, comm_path, make_model(num_kv_heads=2))
-
-
-def shared_run(comm, path, model):
-    if comm.rank == 0:
-        make_run(path, model)
-    comm.Barrier()
-    return path
 
 
 def continued(engine, prompt, count, temperature=1.0, seed=0):

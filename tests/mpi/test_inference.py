@@ -4,12 +4,15 @@ import random
 
 import pytest
 from helpers import assert_all
-from test_generate import make_model, make_run
+from written import make_model, shared_run
 
 from mpillm.comm.single import SingleComm
+from mpillm.config import Config
+from mpillm.inference.cache import block_size
 from mpillm.inference.engine import Engine
 from mpillm.inference.requests import Request, Sampling
 from mpillm.inference.selftest import rows_apart
+from mpillm.nn.products import PackedRows
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -24,7 +27,8 @@ MODELS = {
         "logit_softcap": 5.0},
 }
 LENGTHS = (5, 70, 130, 1, 56, 57, 55, 20, 125, 3, 200, 90, 8, 8)
-SETTINGS = ({}, {"inference.cache_bytes": 330000}, {"inference.pass_tokens": 64}, {"inference.batch": 3},
+BLOCKS = 6  # of a pool that is too small for all requests, though none needs more than 5
+SETTINGS = ({}, {"inference.cache_bytes": "small"}, {"inference.pass_tokens": 64}, {"inference.batch": 3},
             {"inference.share_prefixes": False})
 
 
@@ -45,15 +49,23 @@ def requests():
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def path(request, comm, comm_path):
     """Return the path of a float32 run that all ranks of ``comm`` see."""
-    if comm.rank == 0:
-        make_run(comm_path, make_model(max_seq_len=300, **request.param), dtype="float32", microbatch=1)
-    comm.Barrier()
-    return comm_path
+    return shared_run(comm, comm_path, make_model(max_seq_len=300, **request.param), dtype="float32")
+
+
+def open_engine(path, comm, overrides):
+    """Return an engine, of which every rank may have a small pool."""
+    overrides = dict(overrides)
+    if overrides.get("inference.cache_bytes") == "small":
+        model = Config.load(path / "config.toml").model
+        layers = -(-model.num_layers // overrides.get("layout.pipeline", 1))
+        overrides["inference.cache_bytes"] = BLOCKS * layers * 2 * model.num_kv_heads * block_size(model.head_dim) \
+            * model.head_dim * 4
+    return Engine(path, comm, overrides)
 
 
 def found(path, comm, overrides, asked=None):
     """Return what an engine finds, as plain values in the order of the requests' names."""
-    engine = Engine(path, comm, overrides)
+    engine = open_engine(path, comm, overrides)
     results = engine.generate(requests() if asked is None else asked)
     caveat = engine.caveat
     engine.free()
@@ -80,9 +92,10 @@ def test_memory_batches_and_order_make_no_difference(comm, path):
 
 
 def test_the_small_pool_is_too_small_for_all(path):
-    engine = Engine(path, SingleComm(), SETTINGS[1])
+    engine = open_engine(path, SingleComm(), SETTINGS[1])
     engine.generate(requests())
-    assert engine.replica.scheduler.preempted and not engine.replica.scheduler.used_blocks
+    scheduler = engine.replica.scheduler
+    assert scheduler.num_blocks == BLOCKS and scheduler.preempted and not scheduler.used_blocks
     engine.free()
 
 
@@ -95,13 +108,18 @@ def test_exact_makes_no_difference_between_tensor_ranks(comm, path):
             assert_all(found(path, comm, exact | layout) == wanted, f"{layout}", comm)
 
 
+class OneRowApart(PackedRows):
+    """A product whose bits follow from how many rows there are."""
+
+    def __call__(self, x_TD, packed):
+        return super().__call__(x_TD, packed) * (1 + 1e-6 * (len(x_TD) == 1))
+
+
 def test_rows_that_see_each_other_are_found(comm, path):
-    """Plant what the promise excludes: a product whose bits follow from how many rows there are."""
     engine = Engine(path, comm, {"layout.data": 1, "layout.tensor": 1, "layout.pipeline": comm.size})
     stage = engine.replica.stage
-    sound = stage.split.multiply
     groups = [engine.mesh.group("data"), engine.mesh.world]
     assert_all(rows_apart(engine.config.model, stage, groups) == "", "sound rows", comm)
-    stage.split.multiply = lambda x, weight: sound(x, weight) * (1 + 1e-6 * (len(x) == 1))
+    stage.split.multiply = OneRowApart()
     assert_all("rows see each other" in rows_apart(engine.config.model, stage, groups), "a planted fault", comm)
     engine.free()
