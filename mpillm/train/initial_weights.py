@@ -24,7 +24,7 @@ def load_initial_weights(engine, path, comm):
 
     Parameters
     ----------
-    engine : Engine
+    engine : mpillm.train.engine.Engine
     path : str
         A run or checkpoint folder, a folder with ``config.json`` and safetensors files, or a GGUF file.
     comm : Comm

@@ -59,7 +59,7 @@ class Run:
         The run directory.
     threads : int
         Of this rank.
-    engine : Engine
+    engine : mpillm.train.engine.Engine
         Holds this rank's part of the model; its ``mesh`` has the groups of ranks.
     step_number, saved_step, samples_seen, skipped : int
         The last step trained and the last announced checkpoint; samples trained on; steps that changed nothing.

@@ -16,9 +16,9 @@ from mpillm.checkpoint.saving import _write_manifest
 from mpillm.config import Config
 from mpillm.errors import DataError, MpillmError
 from mpillm.guard.stop import StopRequest
-from mpillm.model.parameters import is_frozen
 from mpillm.inference.engine import Engine
 from mpillm.inference.requests import Request, Sampling
+from mpillm.model.parameters import is_frozen
 from mpillm.train import optimizers
 from mpillm.train.learning_rate import learning_rate
 from mpillm.train.run import Run
