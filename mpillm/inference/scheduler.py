@@ -4,19 +4,24 @@ A request is a row of tokens. Some of them have keys and values in the pool, the
 answers with the next token. A pass takes one token of every request that goes on, and pieces of prompts in the room that its
 budget leaves, so that a long prompt holds nobody up (Agrawal et al. 2024). Requests join and leave between passes (Yu et al.
 2022). When the pool is full the youngest request gives its blocks back and is computed once more later (Kwon et al. 2023).
+Passes are carried out in the order in which they are decided, so blocks may change hands before a pass is back.
 """
 
 import hashlib
 import heapq
 from array import array
+from bisect import insort
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
 
 from mpillm.errors import ConfigError
 
+AGE = attrgetter("number")
 
-@dataclass(frozen=True)
-class Piece:
+
+class Piece(NamedTuple):
     """Consecutive tokens of one request in a pass.
 
     Attributes
@@ -46,25 +51,25 @@ class Piece:
     chooses: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request as the scheduler sees it: ``computed`` of its ``tokens`` have, or are about to have, keys and values."""
 
     number: int
     tokens: list
-    prompt: int
     limit: int
     scored_from: int
+    prompt_length: int
     computed: int = 0
-    blocks: list = field(default_factory=list)
-    digests: list = field(default_factory=list)
-    is_in_flight: bool = False
+    blocks: list = field(default_factory=list)  # none while it waits
+    digests: list = field(default_factory=list)  # of the prompt up to the end of each whole block, as far as asked for
+    is_in_flight: bool = False  # the piece that completes the row as it is now is under way
     is_cancelled: bool = False
 
     @property
     def wanted(self):
         """How many tokens are to be computed before something is chosen: the last one of a row that is only scored is not."""
-        return len(self.tokens) - (self.limit == self.prompt)
+        return len(self.tokens) - (self.limit == self.prompt_length)
 
 
 class Scheduler:
@@ -77,7 +82,7 @@ class Scheduler:
     budget : int
         Tokens of a pass at most, if that is not less than a block.
     batch : int
-        Requests at most that are worked on at a time.
+        Requests at most that are worked on at a time. Older ones go first.
     in_flight : int
         Passes that may be on their way at a time: each gets its share of the requests.
     shares_prefixes : bool
@@ -91,7 +96,8 @@ class Scheduler:
         self.waiting, self.running, self._sequences = deque(), [], {}
         self._free = list(range(num_blocks))
         self._users = [0] * num_blocks
-        self._known, self._digest_of, self._idle = {}, {}, OrderedDict()  # blocks of prompts; those that nobody uses now
+        self._known, self._digest_of = {}, {}  # blocks of prompts by their digests, and the reverse
+        self._idle = OrderedDict()  # those of them that nobody uses now, the first to be forgotten first
         self._room = self.preempted = self.shared_tokens = 0
 
     def __len__(self):
@@ -106,7 +112,7 @@ class Scheduler:
         number : int
             Names it; larger than all before.
         tokens : sequence of int
-            The prompt, at least one.
+            The prompt, at least one; two if nothing is to be generated.
         limit : int
             Length at which the row ends; that of the prompt if nothing is to be generated.
         scored_from : int, optional
@@ -119,7 +125,7 @@ class Scheduler:
         """
         self.check(limit)
         scored_from = len(tokens) if scored_from is None else scored_from
-        sequence = self._sequences[number] = Sequence(number, list(tokens), len(tokens), limit, scored_from)
+        sequence = self._sequences[number] = Sequence(number, list(tokens), limit, scored_from, len(tokens))
         self.waiting.append(sequence)
 
     def check(self, limit):
@@ -130,18 +136,21 @@ class Scheduler:
 
     def next_pass(self):
         """Return the pieces of the next pass, or an empty list if nothing can be computed before a pass comes back."""
-        self._room, pieces = self.budget, []
-        share = -(-sum(1 for s in self.running if s.computed >= s.prompt) // self.in_flight)
-        for sequence in list(self.running):
-            if sequence.computed == len(sequence.tokens) - 1 >= sequence.prompt and share > 0:
-                found = self._pieces(sequence)
-                share -= bool(found)
-                pieces += found
-        for sequence in list(self.running):
-            if sequence.computed < sequence.prompt or sequence.computed < len(sequence.tokens) - 1:
-                pieces += self._pieces(sequence)
-        while self.waiting and len(self.running) < self.batch and self._room > 0 and self._admit():
-            pieces += self._pieces(self.running[-1])
+        generating = sum(1 for sequence in self.running if sequence.computed >= sequence.prompt_length)
+        going_on, behind, pieces = [], [], []
+        for sequence in self.running:
+            if not sequence.is_in_flight:
+                is_behind = sequence.computed < max(sequence.prompt_length, len(sequence.tokens) - 1)
+                (behind if is_behind else going_on).append(sequence)
+        kept = self.block_size if behind else 0  # so that prompts get on, however many others there are
+        self._room = self.budget - kept
+        for sequence in going_on[:-(-generating // self.in_flight)]:
+            pieces += self._pieces(sequence)
+        self._room += kept
+        for sequence in behind:
+            pieces += self._pieces(sequence)
+        while self.waiting and len(self.running) < self.batch and self._room > 0 and (sequence := self._admit()):
+            pieces += self._pieces(sequence)
         return pieces
 
     def commit(self, pieces, chosen):
@@ -162,16 +171,15 @@ class Scheduler:
         done = []
         for piece in pieces:
             sequence = self._sequences.get(piece.request)
+            if sequence is None or piece.start + len(piece.tokens) < sequence.wanted:
+                continue  # cancelled meanwhile, or more of it is to come
+            sequence.is_in_flight = ends = False
             if piece.chooses:
                 token, ends = chosen[piece.request]
                 sequence.tokens.append(token)
-                sequence.is_in_flight = False
-                if ends or sequence.is_cancelled or len(sequence.tokens) >= sequence.limit:
-                    done.append(piece.request)
-            elif sequence is not None and piece.start + len(piece.tokens) == sequence.wanted < len(sequence.tokens):
-                done.append(piece.request)  # a row that was only scored
-        for number in done:
-            self._finish(self._sequences[number])
+            if ends or sequence.is_cancelled or len(sequence.tokens) >= sequence.limit:
+                self._finish(sequence)
+                done.append(piece.request)
         return done
 
     def cancel(self, number):
@@ -192,112 +200,113 @@ class Scheduler:
 
     def _pieces(self, sequence):
         """Return what a request computes in this pass, within the room: of its prompt, then of what was generated."""
-        pieces = []
-        while sequence in self.running and not sequence.is_in_flight:
-            start, wanted = sequence.computed, sequence.wanted
-            is_prompt = start < sequence.prompt
-            end = min(wanted, sequence.prompt) if is_prompt else wanted
+        if not sequence.blocks:
+            return []  # preempted while this pass was decided
+        self._share(sequence, self._known_blocks(sequence))
+        pieces, wanted = [], sequence.wanted
+        while sequence.computed < wanted:
+            start, is_prompt = sequence.computed, sequence.computed < sequence.prompt_length
+            end = min(wanted, sequence.prompt_length) if is_prompt else wanted
             stop = min(end, start + self._room)
             if is_prompt and stop < end:
                 stop -= stop % self.block_size  # whole blocks, whose rows are computed together
             if stop <= start or not self._reserve(sequence, stop):
                 break
-            chooses = stop == wanted == len(sequence.tokens)
             first = max(start + 1, sequence.scored_from)
             pieces.append(Piece(
                 sequence.number, start, tuple(sequence.tokens[start:stop]), tuple(sequence.blocks[:self._count(stop)]),
-                is_prompt, tuple(sequence.tokens[first:min(stop + 1, sequence.prompt)]), first - 1 - start, chooses))
+                is_prompt, tuple(sequence.tokens[first:min(stop + 1, sequence.prompt_length)]), first - 1 - start,
+                stop == len(sequence.tokens)))
             self._room -= stop - start
-            sequence.computed, sequence.is_in_flight = stop, chooses
-            self._remember(sequence)
-            if stop == wanted or self._room <= 0:
-                break
+            sequence.computed, sequence.is_in_flight = stop, stop == wanted
+            if is_prompt:
+                self._remember(sequence, start, stop)
         return pieces
 
     def _admit(self):
-        """Let the oldest waiting request in if the pool has room for all it has and one token more."""
+        """Let the oldest waiting request in, and return it, if the pool has room for all it has and one token more."""
         sequence = self.waiting[0]
-        shared = self._shared_blocks(sequence)
-        idle = sum(1 for block in shared if not self._users[block])
-        missing = self._count(min(len(sequence.tokens) + 1, max(sequence.limit - 1, 1))) - len(shared)
+        known = self._known_blocks(sequence)
+        idle = sum(1 for block in known if not self._users[block])
+        missing = self._count(min(len(sequence.tokens) + 1, max(sequence.limit - 1, 1))) - len(known)
         if missing > len(self._free) + len(self._idle) - idle:
-            return False
+            return None
         self.waiting.popleft()
-        for block in shared:
-            self._use(block)
-        sequence.blocks, sequence.computed = shared, len(shared) * self.block_size
-        self.shared_tokens += sequence.computed
-        self.running.append(sequence)
-        return True
+        insort(self.running, sequence, key=AGE)
+        self._share(sequence, known)
+        self._reserve(sequence, sequence.wanted)  # now, because others would fill what the rest of a long prompt needs
+        return sequence
 
     def _reserve(self, sequence, stop):
-        """Give a request the blocks of positions up to ``stop``; younger ones lose theirs if need be."""
+        """Give a request blocks up to position ``stop``, if need be those of younger ones; return whether it has them."""
         while len(sequence.blocks) < self._count(stop):
-            if not self._free and not self._idle:
-                index = self.running.index(sequence)
-                younger = [other for other in self.running[index + 1:] if not other.is_in_flight]
-                if not younger:
-                    return False
-                self._preempt(younger[-1])
-                continue
             if self._free:
                 block = heapq.heappop(self._free)  # the lowest, so that those in use lie close together
-            else:
+            elif self._idle:
                 block, _ = self._idle.popitem(last=False)
                 del self._known[self._digest_of.pop(block)]
+            else:
+                younger = self.running[self.running.index(sequence) + 1:]
+                youngest = next((other for other in reversed(younger) if not other.is_in_flight), None)
+                if youngest is None:
+                    return False
+                self._preempt(youngest)
+                continue
             self._users[block] = 1
             sequence.blocks.append(block)
         return True
 
     def _preempt(self, sequence):
-        """Send a request back to the front of those that wait."""
-        self._release(sequence)
-        sequence.computed = 0
+        """Send a request back to those that wait."""
         self.running.remove(sequence)
-        place = sum(1 for other in self.waiting if other.number < sequence.number)
-        self.waiting.insert(place, sequence)
+        insort(self.waiting, sequence, key=AGE)
+        self._release(sequence.blocks)
+        sequence.blocks, sequence.computed = [], 0
         self.preempted += 1
 
     def _finish(self, sequence):
         del self._sequences[sequence.number]
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._release(sequence)
-        else:
-            self.waiting.remove(sequence)
+        (self.running if sequence.blocks else self.waiting).remove(sequence)
+        self._release(sequence.blocks)
 
-    def _release(self, sequence):
-        for block in reversed(sequence.blocks):  # ends of prompts are forgotten before their beginnings
+    def _release(self, blocks):
+        for block in reversed(blocks):  # ends of prompts are forgotten before their beginnings
             self._users[block] -= 1
             if self._users[block] == 0:
                 if block in self._digest_of:
                     self._idle[block] = None
                 else:
                     heapq.heappush(self._free, block)
-        sequence.blocks = []
 
-    def _use(self, block):
-        self._users[block] += 1
-        self._idle.pop(block, None)
-
-    def _shared_blocks(self, sequence):
-        """Return the blocks that hold the beginning of the prompt already; one token at least is left to compute."""
+    def _known_blocks(self, sequence):
+        """Return the blocks that hold what comes next of a prompt already; one token at least is left to compute."""
         found = []
         if self.shares_prefixes:
-            most = (min(sequence.prompt, sequence.scored_from, sequence.wanted) - 1) // self.block_size
-            for i in range(most):
+            most = (min(sequence.prompt_length, sequence.scored_from, sequence.wanted) - 1) // self.block_size
+            for i in range(sequence.computed // self.block_size, most):
                 block = self._known.get(self._digest(sequence, i))
                 if block is None:
                     break
                 found.append(block)
         return found
 
-    def _remember(self, sequence):
-        """Note which blocks of the prompt are complete once this pass is through: later pieces may read them."""
+    def _share(self, sequence, known):
+        """Let a request go on behind known blocks, in the place of those that it would have filled itself."""
+        place = slice(sequence.computed // self.block_size, sequence.computed // self.block_size + len(known))
+        for block in known:
+            self._users[block] += 1
+            self._idle.pop(block, None)
+        self._release(sequence.blocks[place])
+        sequence.blocks[place] = known
+        sequence.computed += len(known) * self.block_size
+        self.shared_tokens += len(known) * self.block_size
+
+    def _remember(self, sequence, start, stop):
+        """Note the whole blocks of a piece of a prompt: what is computed later may read them."""
         if self.shares_prefixes:
-            for i in range(min(sequence.computed, sequence.prompt) // self.block_size):
+            for i in range(start // self.block_size, stop // self.block_size):
                 digest, block = self._digest(sequence, i), sequence.blocks[i]
-                if digest not in self._known and block not in self._digest_of:
+                if digest not in self._known:
                     self._known[digest], self._digest_of[block] = block, digest
 
     def _digest(self, sequence, i):
