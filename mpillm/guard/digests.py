@@ -18,7 +18,7 @@ class Digests:
 
     Parameters
     ----------
-    engine : Engine
+    engine : mpillm.train.engine.Engine
     is_on : bool
         Otherwise nothing is done.
 

@@ -19,7 +19,7 @@ class Stragglers:
 
     Parameters
     ----------
-    engine : Engine
+    engine : mpillm.train.engine.Engine
 
     Notes
     -----

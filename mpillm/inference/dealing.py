@@ -6,6 +6,8 @@ time.
 
 import numpy as np
 
+from mpillm.errors import MpillmError
+
 LEAST = 8  # requests that a replica has at a time, if there are so many
 
 
@@ -38,7 +40,7 @@ class Dealer:
         return self
 
     def __exit__(self, *error):
-        if self._window is not None and error[0] is None:
+        if self._window is not None and (error[0] is None or issubclass(error[0], MpillmError)):  # which all ranks raise
             self._window.Unlock_all()
             self._window.Free()
 

@@ -100,7 +100,8 @@ class Engine:
         found, comm = {}, self.mesh.world.comm
         costs = [len(request.prompt) + request.max_tokens for request in requests]
         with Dealer(self.mesh, costs, self.config.inference.batch) as dealer:
-            self.serve(_Dealt(dealer, requests), found.__setitem__, show)
+            with agreed(comm, "generate"):
+                self.serve(_Dealt(dealer, requests), found.__setitem__, show)
         found = dict(item for part in comm.allgather(found) for item in part.items())
         return [found[i] for i in range(len(requests))]
 

@@ -80,6 +80,10 @@ class Request:
 
     def __post_init__(self):
         object.__setattr__(self, "prompt", tuple(int(token) for token in self.prompt))
+        for name, least in (("scored_from", 1), ("max_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} {value}: must be at least {least}")
 
 
 @dataclass

@@ -20,7 +20,7 @@ WITH_WEIGHTS = ("head", "num_labels", "pooler", "value_loss", "head_bias")
 def load_initial_weights(engine, path, comm):
     """Take up the weights of ``path``, each rank its own ranges of them.
 
-    Collective over ``comm``; :meth:`Engine.distribute_weights` is to follow.
+    Collective over ``comm``; :meth:`mpillm.train.engine.Engine.distribute_weights` is to follow.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from mpillm.checkpoint import reading
 from mpillm.cli import generate as cli
 from mpillm.comm.single import SingleComm
 from mpillm.data.tokenizers import ByteTokenizer
-from mpillm.errors import CheckpointError, ConfigError, DataError
+from mpillm.errors import CheckpointError, ConfigError, DataError, MpillmError
 from mpillm.inference.engine import Engine
 from mpillm.inference.requests import Request, Sampling
 from mpillm.inference.sampling import choose
@@ -201,6 +201,8 @@ def test_what_cannot_be_continued(comm, plain_run):
                             ([-1], "tokens from -1"), ([], "no tokens")]:
         with pytest.raises(ConfigError, match=message):
             continued(engine, prompt, 3)
+    with pytest.raises(ConfigError, match="scored_from 0: must be at least 1"):
+        Request("", PROMPT, 0, scored_from=0)
     engine.free()
     for values, message in [
         ({"temperature": -0.5}, "temperature -0.5"), ({"temperature": float("nan")}, "temperature nan"),
@@ -256,7 +258,7 @@ def test_weights_that_are_not_finite(comm, plain_run):
     for parameter in engine.replica.stage.parameters():
         parameter.data.fill_(float("nan"))
     for temperature in (0, 1.0):
-        with pytest.raises(CheckpointError, match="not finite"):
+        with pytest.raises(MpillmError, match="not finite"):
             continued(engine, PROMPT, 3, temperature)
     engine.free()
 
