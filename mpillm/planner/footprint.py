@@ -285,7 +285,8 @@ class Footprint:
             backward = slope + max((ups + inner) / layout_blocks, summed - ups_kept)
             inputs = slope + max(2 * ups / layout_blocks, summed)
         else:
-            backward, inputs = slope + max(ups + inner, self._added(rows["ffn.up.weight"], tokens)), slope + 2 * ups
+            up_rows = (1 + model.is_gated) * rows["ffn.up.weight"]  # whose gradients are added while all else is there
+            backward, inputs = slope + ups + max(inner, self._added(up_rows, tokens)), slope + 2 * ups
         # By the end of an input half all that it computed again has become what the weight half needs, but for this layer.
         ending = max(kept[mode] + again - halves + inputs, slope)
         return LayerBytes(kept[mode], halves, again + backward, again + inputs, ending)
