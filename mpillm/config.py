@@ -16,7 +16,7 @@ from pydantic import StrictBool
 
 from mpillm.auto import default_microbatch, resolve
 from mpillm.errors import ConfigError, DataError
-from mpillm.model.description import SHAPES, Model
+from mpillm.model.description import Model, in_keys_of_today
 from mpillm.model.parameters import first_match, is_frozen, parameters
 from mpillm.plain import Count, Fraction, Positive, PositiveReal, Real, Seed, checked, config_section
 
@@ -167,11 +167,8 @@ class Config:
                 raise ConfigError(f"--{key}: an override names a section and a key, as in --train.steps 50")
             values[section][name] = _parse_override(text, is_text=(section, name) in _TEXTS)
         model = values.get("model")
-        if isinstance(model, dict) and "kind" in model:
-            if model["kind"] not in tuple(SHAPES):
-                raise ConfigError(f"{source}: model.kind = {model['kind']}: it stood for {' or '.join(SHAPES)} in mpillm 0.1: "
-                                  "leave it out, and say with the other keys what differs from a Llama")
-            values["model"] = {**SHAPES[model.pop("kind")], **model}
+        if isinstance(model, dict):
+            values["model"] = in_keys_of_today(model, source)
         return checked(cls, values, source)
 
     def to_dict(self):

@@ -10,6 +10,7 @@ from pydantic import StrictInt
 
 from mpillm.errors import ConfigError
 from mpillm.files import write_json
+from mpillm.model.description import Model, in_keys_of_today
 from mpillm.plain import KNOWN_KEYS, checked, load_json
 from mpillm.schedules.algorithm import COMPOSED, LIBRARY, PADDED, PIECES, WHOLE, WINDOW, Algorithm
 from mpillm.schedules.generators import ALGORITHMS
@@ -170,19 +171,27 @@ class Plan:
         """
         if not self.layout:
             return config
-        asked = {**{f"model.{key}": value for key, value in asdict(config.model).items()},
-                 **{f"layout.{key}": value for key, value in asdict(config.layout).items()},
+        asked = {**{f"layout.{key}": value for key, value in asdict(config.layout).items()},
                  "train.microbatch": config.train.microbatch}
-        planned = {**{f"model.{key}": value for key, value in self.model.items()},
-                   **{f"layout.{key}": value for key, value in self.layout.items() if key != "microbatch"},
+        planned = {**{f"layout.{key}": value for key, value in self.layout.items() if key != "microbatch"},
                    "train.microbatch": self.layout.get("microbatch")}
-        other = [f"{key} = {asked[key]} (the plan: {value})" for key, value in planned.items()
-                 if value is not None and asked.get(key) not in (None, "auto", value)
-                 and not (isinstance(asked[key], tuple) and list(asked[key]) == value)]
+        planned = {key: value for key, value in planned.items() if value is not None}
+        other = self._other_model(config.model) + [
+            (key, asked[key], value) for key, value in planned.items() if asked.get(key) not in (None, "auto", value)
+            and not (isinstance(asked[key], tuple) and list(asked[key]) == value)]
         if other:
-            raise ConfigError(f"the plan is for another run: {'; '.join(other)}; make one for this configuration")
-        return config.with_values({key: value for key, value in planned.items()
-                                   if value is not None and not key.startswith("model.")})
+            shown = "; ".join(f"{key} = {value} (the plan: {of_plan})" for key, value, of_plan in other)
+            raise ConfigError(f"the plan is for another run: {shown}; make one for this configuration")
+        return config.with_values(planned)
+
+    def _other_model(self, model):
+        """Return the keys in which a model is not the one of the plan, with both values. One that the plan lacks has its
+        default there; sizes may be unknown until the data say them."""
+        if not self.model:
+            return []
+        planned, asked = asdict(checked(Model, in_keys_of_today(self.model, "the plan"), "the plan: model")), asdict(model)
+        return [(f"model.{key}", asked[key], value) for key, value in planned.items() if asked[key] != value
+                and not (key in ("vocab_size", "num_labels") and None in (asked[key], value))]
 
     def save(self, path):
         """Write the plan as JSON."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool
 
+from mpillm.errors import ConfigError
 from mpillm.plain import FractionOfOne, Positive, PositiveReal, Real, config_section
 
 # What [model] kind stood for, a key of mpillm 0.1 that old runs and checkpoints have.
@@ -16,6 +17,21 @@ SHAPES = {
             "ffn_bias": True},
 }
 GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}  # feed-forwards of three matrices, and what their gate goes through
+
+
+def in_keys_of_today(model, source):
+    """Return a ``[model]`` section with the keys that its ``kind`` stood for in its place, if it has one. Local.
+
+    Raises
+    ------
+    ConfigError
+        If the ``source`` has a ``kind`` that never was.
+    """
+    kind = model.get("kind", "llama")
+    if kind not in [*SHAPES]:
+        raise ConfigError(f"{source}: model.kind = {kind}: it stood for {' or '.join(SHAPES)} in mpillm 0.1: leave it out, and "
+                          "say with the other keys what differs from a Llama")
+    return {**SHAPES[kind], **{key: value for key, value in model.items() if key != "kind"}}
 
 
 @config_section

@@ -370,6 +370,20 @@ def test_a_product_takes_whole_waves_of_tiles():
         assert waves.product_s(rows, 64, columns) == pytest.approx(count * one)
 
 
+def test_plans_of_earlier_versions_are_for_the_models_that_they_meant():
+    sizes = ("hidden_size", "num_layers", "num_heads", "ffn_size", "vocab_size", "num_kv_heads", "head_dim", "max_seq_len")
+    plan = make_plan(SMALL, MACHINE, 4)
+    old = {key: plan.model[key] for key in sizes}
+    gpt = SMALL.with_values({f"model.{key}": value for key, value in SHAPES["gpt"].items()})
+    for kind, own, other in (("llama", SMALL, gpt), ("gpt", gpt, SMALL)):
+        made = replace(plan, model={"kind": kind, **old})
+        assert made.applied_to(own).layout.data == plan.layout["data"]
+        with pytest.raises(ConfigError, match="model.norm = .*model.positions = "):
+            made.applied_to(other)
+    with pytest.raises(ConfigError, match="the plan: model.kind = mamba"):
+        replace(plan, model={"kind": "mamba", **old}).applied_to(SMALL)
+
+
 def test_plans_are_refused_for_other_models_and_layouts(tmp_path):
     plan = make_plan(SMALL, MACHINE, 4)
     plan.save(tmp_path / "plan.json")
@@ -378,6 +392,10 @@ def test_plans_are_refused_for_other_models_and_layouts(tmp_path):
     assert loaded.applied_to(SMALL).layout.data == plan.layout["data"]
     for overrides, text in (({"model.hidden_size": 128, "model.head_dim": 16}, "model.hidden_size = 128"),
                             ({"layout.data": 3}, "layout.data = 3"), ({"train.microbatch": 7}, "train.microbatch = 7")):
+        with pytest.raises(ConfigError, match=text):
+            loaded.applied_to(SMALL.with_values(overrides))
+    for overrides, text in (({"model.norm": "layer"}, "model.norm = layer .the plan: rms"),
+                            ({"model.window": 5}, "model.window = 5 .the plan: None")):
         with pytest.raises(ConfigError, match=text):
             loaded.applied_to(SMALL.with_values(overrides))
     with pytest.raises(ConfigError, match="measured with 2 ranks"):
