@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from mpillm.nn.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
-from mpillm.nn.split import first_trained
 
 _aten = torch.ops.aten
 # Each function, and what puts the gradient of its input in the place of the input, of (gradient of the output, input).
@@ -57,7 +56,7 @@ class FeedForward(nn.Module):
 
     def parts(self, x_TD, batch):
         """Return each block's partial output ``[T, D]`` for all tokens, without the bias."""
-        return [self._function.apply(x, first_trained(up.weight, down.weight), up, down, self.activation)
+        return [self._function.apply(x, up.weight if up.is_trained else down.weight, up, down, self.activation)
                 for (up, down), x in zip(self._blocks, self.split.enter(x_TD, batch.tokens))]
 
 

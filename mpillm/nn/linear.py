@@ -121,7 +121,8 @@ class Projection:
         self._parts = [(layer.weight, rows) for layer, rows in parts]
         self._biases = [(layer.bias, rows) for layer, rows in parts if self.is_transposed and layer.bias is not None]
         self._widths = [stop - start for _, (start, stop) in parts]
-        self.weight = first_trained(*(weight for weight, _ in self._parts + self._biases))
+        self._weights = [weight for weight, _ in self._parts + self._biases]
+        self._trained, self.weight = trained(*self._weights), first_trained(*self._weights)
         self.is_trained = self.weight.requires_grad
         self._places, self._factors, self._added, self._gradients = None, [], [], None
 
@@ -166,14 +167,12 @@ class Projection:
     def _find(self):
         """Find the factors of the products, right ones of forward and of backward, and what is added; in flat storage once,
         since there they stay as long as weights and gradients lie where they did."""
-        parts = self._parts + self._biases
         if self.split.keeps_rows_apart:
             if not self._factors:
                 self._pack(self.split.multiply.pack)
             return
-        weights = [weight for weight, _ in parts]
-        is_flat = all(map(is_in_flat_storage, trained(*weights)))
-        places = is_flat and [x.data_ptr() for x in weights + [weight.main_grad for weight in trained(*weights)]]
+        is_flat = all(map(is_in_flat_storage, self._trained))
+        places = is_flat and [x.data_ptr() for x in self._weights + [weight.main_grad for weight in self._trained]]
         if is_flat and places == self._places:
             return
         found = [[weight.detach()[slice(*rows)] for weight, rows in own] for own in (self._parts, self._biases)]

@@ -39,8 +39,9 @@ class Norm(nn.Module):
 
     def forward(self, x_TD, total):
         """Normalise the tokens this rank holds of ``total``."""
-        function = _RMSNorm if self.bias is None else _LayerNorm
-        return function.apply(x_TD, first_trained(self.weight, self.bias), self, total)
+        if self.bias is None:
+            return _RMSNorm.apply(x_TD, self.weight, self, total)
+        return _LayerNorm.apply(x_TD, first_trained(self.weight, self.bias), self, total)
 
 
 def scale_of(weight, is_offset, dtype):
