@@ -12,6 +12,7 @@ from mpi4py import MPI
 from tiny import (
     FAMILIES,
     GROUPED,
+    KNOWN,
     LAYOUTS,
     asked_at_random,
     configure,
@@ -33,7 +34,6 @@ from mpillm.comm.tables import only
 from mpillm.config import AXES
 from mpillm.errors import ConfigError, ScheduleError
 from mpillm.machine import Level, Machine
-from mpillm.model.description import SHAPES
 from mpillm.plan import DEFAULT_TABLE, DecisionTable, Plan
 from mpillm.planner.search import make_plan, price_layout
 from mpillm.planner.volume import step_volume
@@ -330,26 +330,22 @@ def test_layers_mixed_by_a_tight_plan_recompute_as_it_says_and_agree(comm):
     assert_all(difference.first is None, str(difference), comm)
 
 
-GPT = {f"model.{key}": value for key, value in SHAPES["gpt"].items()}
+EXACT = {"train.numerics": "exact", "train.dtype": "float32"}
+SENDING = {
+    **KNOWN, "exact": EXACT, "masked words, exact": {**KNOWN["bert"], **EXACT},
+    "tied": {"train.dtype": "bfloat16", "model.tie_embeddings": True, "layout.bucket_cuts": [0, 1, 2], **GROUPED["shared"]},
+    "buckets": {"layout.bucket_cuts": [1, 2, 3]},
+    "norms": {"model.qk_norm": "whole", "model.norm_placement": "output", "layout.bucket_cuts": [2]},
+    "one key": {"model.qk_norm": "whole", "model.norm_placement": "output", **GROUPED["shared"]},
+    "a pooler": FAMILIES["a pooler"],
+    **{name: {**model, "layout.bucket_cuts": [1, 3]} for name, model in FAMILIES.items() if "train.freeze" in model},
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [
-    {"train.numerics": "exact", "train.dtype": "float32"},
-    {"train.dtype": "bfloat16", "model.tie_embeddings": True, "layout.bucket_cuts": [0, 1, 2], **GROUPED["shared"]},
-    {"layout.bucket_cuts": [1, 2, 3]},
-    {"model.qk_norm": "whole", "model.norm_placement": "output", "layout.bucket_cuts": [2]},
-    {"model.qk_norm": "whole", "model.norm_placement": "output", **GROUPED["shared"]},
-    {"model.qk_norm": "head", "model.attention_bias": True, **GROUPED["shared"]},
-    {**GPT, "model.residual": "parallel"},
-    {**GPT, "model.norm_placement": "post", "model.embedding_norm": True, "model.head": "masked",
-     "model.head_bias": True, "model.tie_embeddings": True, "train.numerics": "exact", "train.dtype": "float32"},
-    FAMILIES["a pooler"],
-    *({**FAMILIES[name], "layout.bucket_cuts": [1, 3]} for name in FAMILIES if "train.freeze" in FAMILIES[name]),
-], ids=["exact", "tied", "buckets", "norms", "one-key", "head-norms", "parallel", "masked-words", "pooler", "frozen",
-        "frozen-ends", "frozen-parallel", "frozen-body", "frozen-pooler"])
-def test_planned_volume_is_what_is_sent(comm, changes):
-    config = tiny({"model.num_layers": 4, **changes})
+@pytest.mark.parametrize("name", SENDING)
+def test_planned_volume_is_what_is_sent(comm, name):
+    config = tiny({"model.num_layers": 4, **SENDING[name]})
     for layout in one_for_every_degrees(config, comm.size):
         layout = with_layout(layout, recompute=("full", "none", "selective", "full"))
         engine = Engine(layout, comm)
