@@ -12,6 +12,7 @@ from mpillm.planner.counts import (
     ALL_TRAINED,
     ITEM_BYTES,
     PRODUCTS,
+    LayerTrained,
     ends,
     held_sizes,
     layer_rows,
@@ -85,12 +86,14 @@ class Footprint:
             held += ((parameters - updated) * self.item + updated * self.wide * (1 + states)) / layout.data
         return held + gradients * self.wide + self._windows(layout) + self._passing(layout)
 
-    def beside(self, layout, modes, is_split):
+    def beside(self, layout, sizes, modes, is_split):
         """Return what every pipeline rank needs beside what it keeps, at most, where layers recompute in these ways: behind
         backward or its halves, behind forward, and where backward or an input half begins; shape (ranks, 3)."""
         works = [self.layer(layout, mode) for mode in modes]
         begins, ends = np.max([(work.input, work.input_end) if is_split else (work.backward,) * 2 for work in works], 0)
         most = np.tile((ends, ends, begins), (layout.pipeline, 1))
+        forward = self.layer(layout, "none", LayerTrained(has_backward=False))
+        most[self._stages_with_backward(layout, sizes) == 0] = forward.backward
         most[-1, 2] -= sum(self._activation(layout))  # the last rank no longer has what the head kept
         most[-1, 1:] = np.maximum(most[-1, 1:], self._head_forward(layout))
         return most
@@ -104,12 +107,18 @@ class Footprint:
         kept = np.full(layout.pipeline, float(between + mask) * layout.chunks)
         statistics = self._statistics(layout.microbatch, layout.tensor, layout.sequence_parallel)
         begin, passes = trained_from(model, self.config.train.freeze), passes_head(model, self.config.train.freeze)
-        kept *= (np.cumsum(sizes) > begin).reshape(-1, layout.pipeline).sum(0) / layout.chunks  # others have no backward
+        kept *= self._stages_with_backward(layout, sizes) / layout.chunks
         kept[0] += (between + statistics) * model.embedding_norm * (begin < 0)
         # Into a transform goes what a norm made; its activation, and its norm if it has one, keep what goes into them.
         transform = model.pooler * 2 * between + (model.head == "masked") * (3 * between + statistics)
         kept[-1] += passes * (whole + model.has_final_norm * statistics + transform + between * (begin == model.num_layers))
         return kept + self.waiting(layout)
+
+    def _stages_with_backward(self, layout, sizes):
+        """Return how many of the stages of every pipeline rank have a backward: those that end behind the first that is
+        trained."""
+        begin = trained_from(self.config.model, self.config.train.freeze)
+        return (np.cumsum(sizes) > begin).reshape(-1, layout.pipeline).sum(0)
 
     def waiting(self, layout):
         """Return what a microbatch in flight on every pipeline rank keeps beside its layers until its weight half: in
@@ -244,9 +253,7 @@ class Footprint:
         return self._activation(layout)[0] + (1 + is_capped) * logits + max(is_capped * logits, last)
 
     def _make_layer(self, microbatch, tensor, sequence_parallel, mode, trained):
-        """Return the :class:`LayerBytes` of a layer."""
-        if not trained.has_backward:
-            return LayerBytes(0.0, 0.0, 0.0, 0.0, 0.0)
+        """Return the :class:`LayerBytes` of a layer; without backward, what forward needs beside."""
         model, item = self.config.model, self.item
         tokens = microbatch * self.config.train.seq_len
         cut = tensor if sequence_parallel else 1
@@ -263,6 +270,9 @@ class Footprint:
         if is_normed:
             norms += queries + keys + tokens * self.wide * (heads + kv_heads if model.qk_norm == "head" else 2)
         ups_kept = ups = (1 + model.is_gated) * inner
+        slope = whole / cut + (whole if tensor > 1 else 0)
+        if not trained.has_backward:
+            return LayerBytes(0.0, 0.0, *[slope + ups + inner] * 3)
         scores = tokens * heads * self.wide  # the sums of the exponentials of every row
         if self.machine.keeps_scores:  # and what the activation makes
             scores, ups_kept = SCORES_KEPT * tokens * self.config.train.seq_len * heads, 2 * inner
@@ -278,7 +288,6 @@ class Footprint:
         left = trained.output or trained.down if is_parallel else trained.output + trained.down
         halves = tokens * item * multiplied + entered + left * whole
         again = kept["none"] - kept["full"] if mode == "full" else 0.0
-        slope = whole / cut + (whole if tensor > 1 else 0)
         if self.is_exact:
             layout_blocks = max(1, self.config.train.exact_blocks // tensor)
             summed = whole * (layout_blocks + math.ceil(math.log2(layout_blocks)) + 1 if layout_blocks > 1 else 1)

@@ -375,7 +375,7 @@ class Pricer:
         each = {layer: footprint.layer(layout, *layer) for layer in set(layers)}
         kept, split = (np.add.reduceat(row, np.cumsum(sizes) - sizes).reshape(layout.chunks, -1).sum(0) for row in zip(
             *((each[layer].kept, each[layer].split) for layer in layers)))
-        beside = footprint.beside(layout, {mode for mode, _ in layers}, self.is_split(layout))
+        beside = footprint.beside(layout, sizes, {mode for mode, _ in layers}, self.is_split(layout))
         return kept + footprint.ends(layout, sizes), split + footprint.waiting(layout), beside
 
     def held(self, layout):

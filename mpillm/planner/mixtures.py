@@ -83,7 +83,7 @@ def _mix(pricer, layout, limit_bytes, ways):
     starts, modes, choices = np.cumsum(sizes) - sizes, [""] * sum(sizes), {}
     held = pricer.held(plain)
     fixed = footprint.peaks(plain, sizes, footprint.ends(plain, sizes), np.zeros(p),
-                            footprint.beside(plain, ways, pricer.is_split(plain)), held, pricer.num_microbatches(plain))
+                            footprint.beside(plain, sizes, ways, pricer.is_split(plain)), held, pricer.num_microbatches(plain))
     kept = held[:, :, :2] @ np.transpose([(layer.kept, layer.split) for layer in each]) / layout.chunks
     for rank in range(p):
         # From a stage to the next, so that what is dealt out in turn is spread over them.
