@@ -155,7 +155,7 @@ class Model:
         return "num_labels" if self.head_size is None else None
 
     @property
-    def numbers_a_label(self):
+    def outputs_per_label(self):
         """How many numbers the head gives for one label: a Gaussian's mean and the logarithm of its variance."""
         return 2 if self.head == "values" and self.value_loss == "gaussian" else 1
 
@@ -163,7 +163,7 @@ class Model:
     def head_size(self):
         """How many numbers the head gives; ``None`` while the data have not said."""
         labels = self.vocab_size if self.has_words else self.num_labels
-        return labels and labels * self.numbers_a_label
+        return labels and labels * self.outputs_per_label
 
     def has_band(self, positions):
         """Tell whether some of so many positions are too far apart to see each other, which attention's kernels must be

@@ -163,9 +163,9 @@ def last_parameters(model):
     if model.head == "masked":
         table += _norm("head.norm", model)
     if not model.tie_embeddings:
-        table.append(Parameter("head.weight", (model.head_size, width), unit=model.numbers_a_label))
+        table.append(Parameter("head.weight", (model.head_size, width), unit=model.outputs_per_label))
     if model.head_bias:
-        table.append(Parameter("head.bias", (model.head_size,), 0.0, unit=model.numbers_a_label))
+        table.append(Parameter("head.bias", (model.head_size,), 0.0, unit=model.outputs_per_label))
     return _by_name(table)
 
 

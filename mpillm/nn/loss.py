@@ -18,9 +18,8 @@ from mpillm.schedules.blocks import bounds, loss_chunks
 from mpillm.schedules.tree import tree_sum
 
 
-class ChoiceHead(nn.Module):
-    """The matrix from hidden states to logits of the words of a vocabulary, or of labels, rows split over the tensor axis, with
-    the cross-entropy behind it.
+class Head(nn.Module):
+    """The matrix from hidden states to what a model gives, its rows split over the tensor axis: all of a label on one rank.
 
     Parameters
     ----------
@@ -31,16 +30,30 @@ class ChoiceHead(nn.Module):
 
     def __init__(self, split, model, table):
         super().__init__()
-        self.split, self.size, self.softcap = split, model.head_size, model.logit_softcap
+        self.split, self.size, self.unit = split, model.head_size, model.outputs_per_label
         matrix = "embedding.weight" if model.tie_embeddings else "head.weight"
         self.linear = ColumnParallelLinear(split, table[matrix], table.get("head.bias"))
-        self.blocks = [self.linear.block(block) for block in split.owned_blocks(self.size)]
-        self._projections = [Projection(split, block) for block in self.blocks]
+        self.labels = split.owned_blocks(self.size // self.unit)
+        self.blocks = [self.linear.block(labels, self.unit) for labels in self.labels]
+        self.projections = [Projection(split, block) for block in self.blocks]
 
     @property
     def weight(self):
         """This rank's rows."""
         return self.linear.weight
+
+    def logits(self, x_TD):
+        """Return all outputs ``[T, head_size]`` on every rank."""
+        own = torch.cat([project(x_TD, projection) for projection in self.projections], 1).unflatten(1, (-1, self.unit))
+        return collectives.allgather(own, self.split.group, 1, self.size // self.unit).flatten(1)
+
+
+class ChoiceHead(Head):
+    """Logits of the words of a vocabulary, or of labels, with the cross-entropy behind them."""
+
+    def __init__(self, split, model, table):
+        super().__init__(split, model, table)
+        self.softcap = model.logit_softcap
 
     def forward(self, x_TD, targets_T, scale):
         """Return ``scale`` (a number) times the sum over tokens of the cross-entropy, in float32 at least; a target below
@@ -64,8 +77,7 @@ class ChoiceHead(nn.Module):
 
     def logits(self, x_TD):
         """Return the whole logits ``[T, V]`` on every rank, for sampling."""
-        parts = [project(x_TD, projection) for projection in self._projections]
-        logits = collectives.allgather(torch.cat(parts, 1), self.split.group, 1, self.size)
+        logits = super().logits(x_TD)
         tanh = evenly(torch.tanh) if self.split.keeps_rows_apart else torch.tanh
         return tanh(logits.div(self.softcap)).mul_(self.softcap) if self.softcap else logits
 

@@ -134,7 +134,7 @@ def _products(config, multiply, rows):
     layers = groups | heads | {*counts(model.ffn_size, blocks)}
     if model.inputs == "patches":
         layers |= {*counts(model.patch_size, blocks)}
-    labels = {model.numbers_a_label * n for n in counts(model.head_size // model.numbers_a_label, blocks)}
+    labels = {model.outputs_per_label * n for n in counts(model.head_size // model.outputs_per_label, blocks)}
     shapes = set()
     for tokens in rows or _rows(config.train):
         answers = tokens if model.pooling == "none" else tokens // config.train.seq_len
