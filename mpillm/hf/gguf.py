@@ -1,12 +1,12 @@
 """Weights of a GGUF file of llama.cpp: what its metadata say of the model, any range of any parameter dequantised."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import to_json
 from mpillm.hf.family import Family, Key
 from mpillm.hf.folder import Refused, reporting
 from mpillm.hf.gguf_tokenizer import read_tokenizer
@@ -97,7 +97,7 @@ class GGUFFile(Source):
         values = {key: self._value(field) for key, field in self._reader.fields.items() if not key.startswith("tokenizer.")}
         kind = values.get(ARCHITECTURE)
         if kind not in [*FAMILIES]:
-            raise ConfigError(f"{path}: {ARCHITECTURE} = {json.dumps(kind)}: mpillm reads GGUF files of {', '.join(FAMILIES)}: "
+            raise ConfigError(f"{path}: {ARCHITECTURE} = {to_json(kind)}: mpillm reads GGUF files of {', '.join(FAMILIES)}: "
                               "convert another model, or its Hugging Face folder")
         if "token_embd.weight" in self._stored:
             values.setdefault(f"{kind}.vocab_size", int(self._stored["token_embd.weight"].shape[-1]))

@@ -4,12 +4,12 @@ A file names the way that texts are cut into words (``tokenizer.ggml.pre``). Wha
 gives other tokens, and nobody sees it.
 """
 
-import json
 from fnmatch import fnmatchcase
 
 from mpillm.data.settings import GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, Settings
 from mpillm.data.tokenizers import tokenizers_library
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import to_json
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of tokens
 OF_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -151,6 +151,6 @@ def _settings(said, names, model):
 
 
 def _refused(path, key, value, why):
-    shown = json.dumps(value)
+    shown = to_json(value)
     shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
     return ConfigError(f"{path}: tokenizer.{key} = {shown}: {why}: convert the model's Hugging Face folder")
