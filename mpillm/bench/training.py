@@ -25,8 +25,9 @@ PEER_MODES = {"single": "single", "data": "ddp", "tensor": "tp", "pipeline": "pp
 # What a configuration may say of an axis is left out of layouts that do not split it.
 _KEYS_OF_AXIS = {"data": ("shares", "bucket_cuts"), "pipeline": ("chunks", "stage_cuts", "schedule")}
 _RANDOM_SAMPLES = 256
-# By how much two programs of equal weights may differ in the first step, of float32.
-_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4}
+# By how much two programs of equal weights may differ in the first step. PyTorch's norm of millions of float32 numbers is that
+# far from the true one where few are large.
+_TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-3}
 
 
 @dataclass(frozen=True)
