@@ -7,11 +7,13 @@ from mpillm.guard.stop import hold
 
 def main():
     """Run the command line; exit codes are those of :mod:`mpillm.errors`."""
-    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "train":
+    words = sys.argv[1:]
+    named = next((word for word in words if not word.startswith("-")), None)
+    if named in ("train", "score") or named == "generate" and any(word.startswith("--prompts") for word in words):
         hold()  # before anything that takes time is imported: a request to stop may come at once
     from mpillm.cli.commands import run
 
-    run(sys.argv[1:])
+    run(words)
 
 
 if __name__ == "__main__":

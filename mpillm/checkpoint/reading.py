@@ -162,7 +162,8 @@ class Checkpoint:
             if self.manifest["version"] != VERSION:
                 raise OtherVersion(f"checkpoint {self.path}: format version {self.manifest['version']}, this mpillm "
                                    f"reads {VERSION}: take the mpillm that wrote it")
-            if self.manifest.pop("sha256") != digest_of(self.manifest):
+            self.digest = self.manifest.pop("sha256")
+            if self.digest != digest_of(self.manifest):
                 raise ValueError("its digest does not match")
             self.step = TypeAdapter(_Count).validate_python(self.manifest["step"])
             self.tensors = _TENSORS.validate_python(self.manifest.pop("tensors"))

@@ -22,13 +22,14 @@ COMMANDS = {
     "train": "train a model (under mpirun or srun)",
     "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
     "generate": "sample text from a run (under mpirun or srun)",
+    "score": "how likely texts are to a run (under mpirun or srun)",
     "bench": "measure, beside PyTorch when asked",
     "convert": "weights out of a run for transformers; Hugging Face or GGUF weights into a new run",
     "diagnose": "why a run hung: the rank and the call that stopped first",
     "report": "draw the pictures of a run",
 }
 UNDER_MPI = (  # doctor starts MPI itself, to tell why that fails
-    "probe", "train", "verify", "generate", "bench collectives")
+    "probe", "train", "verify", "generate", "score", "bench collectives")
 
 
 class Commands(click.Group):

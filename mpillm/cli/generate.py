@@ -4,30 +4,44 @@ import os
 
 import click
 
+from mpillm.cli.batch import generate_batch
 from mpillm.cli.options import CONTEXT, parse_overrides
 from mpillm.data.tokenizers import new_document
-from mpillm.errors import ConfigError
+from mpillm.errors import OK, ConfigError
 
 
 @click.command("generate", context_settings=CONTEXT)
 @click.argument("path", metavar="RUN", type=click.Path())
 @click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
 @click.option("--prompt", default="", metavar="TEXT", help="text to continue; without it, a new document")
+@click.option("--prompts", type=click.Path(), metavar="FILE", help="a file of JSON lines, a prompt each, instead; needs -o")
+@click.option("-o", "output", type=click.Path(), metavar="FILE", help="with --prompts: where results go, a line each")
+@click.option("--data", type=click.IntRange(1), metavar="D", help="copies of the model; by default one a rank")
 @click.option("--tokens", "count", default=200, show_default=True, type=click.IntRange(min=0),
               help="how many tokens to add at most")
 @click.option("--temperature", default=1.0, show_default=True, help="0 always takes the likeliest token")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**64 - 1), help="of the random choices")
-def command(path, rest, prompt, count, temperature, seed):
+def command(path, rest, prompt, prompts, output, data, count, temperature, seed):
     """Continue a text with the newest weights of RUN; under mpirun or srun on all ranks.
 
     The ranks share the heads (--layout.tensor) or the layers (--layout.pipeline), whatever the layout of training.
     --train.dtype and --train.numerics override the run's.
+
+    With --prompts many prompts are continued. SIGUSR1 or SIGTERM to any rank ends that with exit code 85: the same command goes
+    on from there, also on other ranks.
     """
+    overrides = parse_overrides(rest) | ({} if data is None else {"layout.data": data})
+    if (prompts is None) != (output is None):
+        raise ConfigError("--prompts FILE and -o FILE: give both, or a single --prompt")
+    if prompts is not None:
+        if prompt:
+            raise ConfigError("--prompt and --prompts: give one of them")
+        return generate_batch(path, prompts, output, overrides, count, temperature, seed)
     from mpillm.inference.engine import Engine
     from mpillm.inference.requests import Request, Sampling
 
     sampling = Sampling(temperature=temperature, seed=seed)
-    engine = Engine(path, overrides={"layout.data": 1, **parse_overrides(rest)})
+    engine = Engine(path, overrides={"layout.data": 1, **overrides})
     request = Request("", _encode(engine.tokenizer, prompt), count, sampling)
     writer = Writer(engine.tokenizer) if engine.mesh.world.rank == 0 else None
     if writer:
@@ -41,6 +55,7 @@ def command(path, rest, prompt, count, temperature, seed):
         if engine.caveat:
             click.echo(f"mpillm generate: {engine.caveat}", err=True)
     engine.free()
+    return OK
 
 
 class Writer:

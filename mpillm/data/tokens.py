@@ -15,11 +15,10 @@ import numpy as np
 from mpillm.data.settings import TOKENIZER_CONFIG
 from mpillm.data.tokenizers import token_dtype
 from mpillm.errors import ConfigError, DataError
-from mpillm.files import replacing
+from mpillm.files import replacing, sampled_digest
 from mpillm.hdf5 import open_to_read, writing
 
 _BLOCK_TOKENS = 1 << 20
-_FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 256, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -213,16 +212,9 @@ def fingerprint(path):
     that are spread over it; a file up to 16 MiB is read whole, no more of any other. A few tokens of a large file that
     another program changed in place go unseen.
     """
-    size = os.path.getsize(path)
     with _open(path) as file:
         stated = [str(file[split].attrs.get("sha256")) for split in ("train", "validation") if split in file]
-    digest = hashlib.sha256(f"{size} {stated}".encode())
-    step = max(_FINGERPRINT_BLOCK_BYTES, (size - _FINGERPRINT_BLOCK_BYTES) / (_FINGERPRINT_BLOCKS - 1))
-    with open(path, "rb") as file:
-        for block in range(_FINGERPRINT_BLOCKS):
-            file.seek(round(block * step))
-            digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
-    return digest.hexdigest()
+    return sampled_digest(path, stated)
 
 
 def file_digest(path):

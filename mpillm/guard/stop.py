@@ -58,6 +58,10 @@ class StopRequest:
             signal.raise_signal(number)
         self._noted, self._noted_s = signal.Signals(number).name, min(self._noted_s, time.monotonic())
 
+    def asked(self, watches_walltime=True):
+        """Return what asks this rank to stop, or None. Local."""
+        return self._noted or ("the walltime" if watches_walltime and self._walltime.is_near() else None)
+
     def agreed(self, comm):
         """Return what asks to stop, on all ranks the same.
 
@@ -72,8 +76,7 @@ class StopRequest:
         str or None
             The name of a signal that some rank got, or ``"the walltime"``; ``None`` to go on.
         """
-        mine = self._noted or ("the walltime" if comm.rank == 0 and self._walltime.is_near() else None)
-        found = next(filter(None, comm.allgather(mine)), None)
+        found = next(filter(None, comm.allgather(self.asked(comm.rank == 0))), None)
         if found:
             self._is_agreed = True
             for number in SIGNALS:

@@ -1,5 +1,6 @@
 """Weights from elsewhere: any range of any parameter, by the table of their family; those of a Hugging Face folder."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from mpillm.data.settings import MODEL_CONFIG, TOKENIZER, Settings, read_json, read_text
 from mpillm.errors import ConfigError, DataError
+from mpillm.files import sampled_digest
 from mpillm.hf.families import FAMILIES
 from mpillm.hf.folder import INDEX, reporting, safetensors_library
 from mpillm.hf.tensors import copies_of, is_ignored, tensors_of
@@ -139,8 +141,15 @@ class HFFolder(Source):
         file = self.path / TOKENIZER
         return read_text(file) if file.is_file() else None, Settings.of_folder(self.path)
 
-    def _open(self):
-        """Return what slices each tensor, by the name that the family's table gives it."""
+    @property
+    def digest(self):
+        """By which the weights are known again: of ``config.json`` and of parts of every file."""
+        with reporting(self.path):
+            said = [read_text(self.path / MODEL_CONFIG), *(sampled_digest(self.path / file) for file in self._files())]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    def _files(self):
+        """Return the names of the files with weights."""
         files = ["model.safetensors"]
         if (self.path / INDEX).is_file():
             try:
@@ -150,7 +159,11 @@ class HFFolder(Source):
         missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise DataError(f"{self.path}: has no {missing[0]}: weights are read from safetensors files only")
-        opened = [self._library.safe_open(self.path / file, framework="pt") for file in files]
+        return files
+
+    def _open(self):
+        """Return what slices each tensor, by the name that the family's table gives it."""
+        opened = [self._library.safe_open(self.path / file, framework="pt") for file in self._files()]
         return {self._known_as(name): file.get_slice(name) for file in opened for name in file.keys()}
 
     def _known_as(self, name):

@@ -9,28 +9,26 @@ import numpy as np
 from mpillm.errors import MpillmError
 
 LEAST = 8  # requests that a replica has at a time, if there are so many
+NEXT = 0  # the counter that a dealer raises
 
 
-class Dealer:
-    """Deals out the numbers of requests. Collective over the mesh when made and freed; :meth:`take` is local.
+class Counters:
+    """Whole numbers, 0 at first, that every rank reads and raises while the others do something else.
+
+    Collective over ``comm`` when made and when left; in between local.
 
     Parameters
     ----------
-    mesh : Mesh
-    costs : sequence of float
-        Of every request; the dearest go first.
-    batch : int
-        Requests at most that a replica has at a time.
+    comm : Comm
+    count : int
     """
 
-    def __init__(self, mesh, costs, batch):
-        self._order = sorted(range(len(costs)), key=lambda i: -costs[i])
-        self._replicas, self._batch, self._dealt, self._window = mesh.size("data"), batch, 0, None
-        if self._replicas > 1:
+    def __init__(self, comm, count):
+        self._values, self._window = np.zeros(count, np.int64), None
+        if comm.size > 1:
             from mpi4py import MPI
 
-            comm = mesh.world.comm
-            self._window = MPI.Win.Allocate(8 if comm.rank == 0 else 0, 8, comm=comm)
+            self._window = MPI.Win.Allocate(8 * count if comm.rank == 0 else 0, 8, comm=comm)
             if comm.rank == 0:
                 np.frombuffer(self._window.tomemory(), np.int64)[:] = 0
             comm.Barrier()
@@ -44,6 +42,41 @@ class Dealer:
             self._window.Unlock_all()
             self._window.Free()
 
+    def add(self, index, amount):
+        """Raise a counter; return what it was before."""
+        if self._window is None:
+            self._values[index] += amount
+            return int(self._values[index]) - amount
+        from mpi4py import MPI
+
+        found = np.zeros(1, np.int64)
+        self._window.Fetch_and_op(np.full(1, amount, np.int64), found, 0, index, MPI.SUM)
+        self._window.Flush(0)
+        return int(found[0])
+
+    def read(self, index):
+        """Return what a counter is."""
+        return self.add(index, 0)
+
+
+class Dealer:
+    """Deals out the numbers of requests. Local.
+
+    Parameters
+    ----------
+    counters : Counters
+        Of all ranks; the first is raised.
+    replicas : int
+    costs : sequence of float
+        Of every request, the same on every rank; the dearest go first.
+    batch : int
+        Requests at most that a replica has at a time.
+    """
+
+    def __init__(self, counters, replicas, costs, batch):
+        self._order = sorted(range(len(costs)), key=lambda i: -costs[i])
+        self._counters, self._replicas, self._batch, self._dealt = counters, replicas, batch, 0
+
     @property
     def is_done(self):
         """Whether all are dealt out."""
@@ -54,15 +87,5 @@ class Dealer:
         left = len(self._order) - self._dealt
         if self.is_done or busy >= min(self._batch, max(LEAST, left // (2 * self._replicas))):
             return None
-        self._dealt = 1 + self._read_and_raise()
+        self._dealt = 1 + self._counters.add(NEXT, 1)
         return None if self._dealt > len(self._order) else self._order[self._dealt - 1]
-
-    def _read_and_raise(self):
-        if self._window is None:
-            return self._dealt
-        from mpi4py import MPI
-
-        found = np.zeros(1, np.int64)
-        self._window.Fetch_and_op(np.ones(1, np.int64), found, 0, 0, MPI.SUM)
-        self._window.Flush(0)
-        return int(found[0])

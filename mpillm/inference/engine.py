@@ -7,12 +7,12 @@ from mpillm.comm.group import as_group
 from mpillm.comm.limits import memory_bounds, memory_of_rank
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.world import comm_world, set_threads
-from mpillm.errors import ConfigError, agreed, half_made
+from mpillm.errors import ConfigError, agreed, half_made, on_rank_0
 from mpillm.inference.cache import block_size
-from mpillm.inference.dealing import Dealer
+from mpillm.inference.dealing import Counters, Dealer
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
-from mpillm.inference.rows import Rows
+from mpillm.inference.rows import Rows, Source
 from mpillm.inference.selftest import rows_apart, warm_up
 from mpillm.nn.products import row_product
 from mpillm.nn.split import TensorSplit
@@ -41,6 +41,9 @@ class Engine:
     config : Config
         Resolved.
     tokenizer : tokenizer
+    device : torch.device
+    weights_digest : str
+        By which the weights are known again.
     caveat : str
         Why results may depend on who shares a pass; "" where they do not, which has been tried out.
 
@@ -60,15 +63,16 @@ class Engine:
         comm = as_group(comm_world() if comm is None else comm).comm
         with agreed(comm, f"open {path}"):
             source, self.config, self.tokenizer = open_model(path, overrides or {}, comm.size)
+        self.weights_digest = on_rank_0(comm, f"read {path}", lambda: source.digest)
         model, train, layout = self.config.model, self.config.train, self.config.layout
         is_exact = train.numerics == "exact"
         self.threads = set_threads(comm)
         self.mesh = Mesh(comm, **layout.sizes(), order=layout.order, sums="tree" if is_exact else "any")
         with half_made(comm) as made:
             made.callback(self.mesh.free)
-            device, dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
+            self.device, dtype = pick_device(train.device, comm), getattr(torch, train.dtype)
             split = TensorSplit(self.mesh.group("tensor"), blocks=train.exact_blocks if is_exact else None, dtype=dtype,
-                                device=device, multiply=row_product(device, dtype))
+                                device=self.device, multiply=row_product(self.device, dtype))
             place, cuts = self.mesh.coord("pipeline"), [0, *layout.stage_cuts, model.num_layers]
             stage = TransformerStage(model, split, cuts[place], cuts[place + 1])
             with agreed(comm, f"read {path}"):
@@ -99,18 +103,20 @@ class Engine:
             self.check(request)
         found, comm = {}, self.mesh.world.comm
         costs = [len(request.prompt) + request.max_tokens for request in requests]
-        with Dealer(self.mesh, costs, self.config.inference.batch) as dealer:
+        with Counters(comm, 1) as counters:
+            dealer = Dealer(counters, self.mesh.size("data"), costs, self.config.inference.batch)
             with agreed(comm, "generate"):
                 self.serve(_Dealt(dealer, requests), found.__setitem__, show)
         found = dict(item for part in comm.allgather(found) for item in part.items())
         return [found[i] for i in range(len(requests))]
 
     def serve(self, source, deliver, show=None):
-        """Work on what ``source`` gives on the leader of each replica, and ``deliver`` results there."""
+        """Work on what a :class:`~mpillm.inference.rows.Source` gives on the leader of each replica, and ``deliver`` results
+        there."""
         if self.replica.leads:
             self.replica.lead(Rows(source, self.tokenizer, self.config.model.max_seq_len, deliver, show))
         else:
-            self.replica.follow()
+            self.replica.follow(source.look)
 
     def check(self, request):
         """Refuse a request that cannot be carried out. Local.
@@ -123,7 +129,7 @@ class Engine:
         model, prompt = self.config.model, request.prompt
         if not prompt:
             raise ConfigError("the prompt has no tokens: give it one at least, such as the one that begins a text")
-        if len(prompt) > model.max_seq_len:
+        if len(prompt) > model.max_seq_len + (request.max_tokens == 0):  # of a row that is scored the last is not computed
             raise ConfigError(f"the prompt has {len(prompt)} tokens, the model takes model.max_seq_len = {model.max_seq_len}: "
                               "give a shorter one")
         if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
@@ -151,7 +157,7 @@ class Engine:
         return blocks
 
 
-class _Dealt:
+class _Dealt(Source):
     """Some of a list of requests, as the dealer gives them to this replica."""
 
     def __init__(self, dealer, requests):

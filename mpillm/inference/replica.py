@@ -82,9 +82,10 @@ class Replica:
         self._tell(None)
         self._wait_for_sends(0)
 
-    def follow(self):
-        """Carry out what the leader tells until it has nothing more. On all other ranks."""
+    def follow(self, look):
+        """Carry out what the leader tells until it has nothing more; ``look()`` before each pass. On all other ranks."""
         while (order := self._tell()) is not None:
+            look()
             if isinstance(order, str):
                 raise CheckpointError(order)
             answers = self._carry_out(order)

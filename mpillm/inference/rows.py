@@ -3,14 +3,34 @@
 from mpillm.inference.requests import Result
 
 
+class Source:
+    """Where the requests of a replica come from.
+
+    Attributes
+    ----------
+    is_done : bool
+        Whether there will be none any more.
+    is_stopped : bool
+        Whether those that are worked on are to be dropped: they are delivered as they are, as cancelled.
+    """
+
+    is_done = is_stopped = False
+
+    def look(self):
+        """Do what is to be done before each pass, on every rank of the replica."""
+
+    def take(self, busy):
+        """Return a key and the next :class:`~mpillm.inference.requests.Request`, or None, where ``busy`` are worked on. On the
+        leader."""
+        raise NotImplementedError
+
+
 class Rows:
     """The requests of a replica.
 
     Parameters
     ----------
-    source : object
-        ``take(busy)`` returns the next :class:`~mpillm.inference.requests.Request` with a key of it, or None, where ``busy``
-        requests are worked on; ``is_done`` says whether there will be none any more.
+    source : Source
     tokenizer : tokenizer
     max_seq_len : int
     deliver : callable
@@ -25,6 +45,10 @@ class Rows:
 
     def feed(self, scheduler):
         """Give the scheduler what it may work on."""
+        self.source.look()
+        if self.source.is_stopped:
+            for number in list(self._keys):
+                self.cancel(number, scheduler)
         while (found := self.source.take(len(scheduler))) is not None:
             key, request = found
             number, length = self._next, len(request.prompt)
@@ -36,6 +60,12 @@ class Rows:
                 self.finish(number)
             else:
                 scheduler.add(number, request.prompt, limit, request.scored_from)
+
+    def cancel(self, number, scheduler):
+        """Drop a request: at once, or when the pass that it is in comes back."""
+        self._results[number].finish_reason = "cancelled"
+        if scheduler.cancel(number):
+            self.finish(number)
 
     def is_done(self, scheduler):
         """Tell whether nothing is left to do."""
@@ -51,6 +81,8 @@ class Rows:
     def take(self, number, token, logprob, likeliest):
         """Take a chosen token; return whether the row ends with it."""
         request, result = self._asked[number], self._results[number]
+        if result.finish_reason == "cancelled":
+            return True
         if token in self._ends and not request.ignore_ends:
             result.finish_reason = "stop"
             return True
