@@ -59,8 +59,9 @@ class Bar:
         if self._bar is None:
             if progress.before:
                 self._say(f"going on: {progress.before} of {progress.all_lines} lines are done")
-            self._bar = tqdm(total=progress.all_lines, initial=progress.lines, disable=not self._is_terminal, dynamic_ncols=True,
-                             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} lines{postfix}")
+            self._bar = tqdm(
+                total=progress.all_lines, initial=progress.lines, disable=not self._is_terminal, dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} lines{postfix}")
         text = f"{progress.tokens / passed_s:,.0f} tokens/s"
         if progress.share:
             text += f", {_clock(passed_s * (1 - progress.share) / progress.share)} left"

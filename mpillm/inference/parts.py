@@ -103,7 +103,7 @@ class Parts:
         where there is none; and the parts."""
         paths, places = self._held(), np.zeros((lines + 1, 3), np.int64)
         for index, path in enumerate(paths):
-            for number, start, length in _records(path):
+            for number, start, length in records(path):
                 if 0 < number <= lines:
                     places[number] = index, start, length
         return places, paths
@@ -149,7 +149,7 @@ class Parts:
 
     def _check(self, path):
         """Refuse a part of another job."""
-        first = next(_records(path), None)
+        first = next(records(path), None)
         if first is None or first[0] != 0:  # of a launch that was killed before it began
             return
         with open(path, "rb") as file:
@@ -170,7 +170,7 @@ def _write(file, number, value):
         record = record[os.write(file, record):]
 
 
-def _records(path):
+def records(path):
     """Yield number, start and length of the JSON of each record that is whole."""
     start = 0
     with open(path, "rb") as file:
