@@ -2,11 +2,14 @@
 
 from dataclasses import asdict, replace
 
-from mpillm.checkpoint import saving
+import torch
+
+from mpillm.checkpoint import reading, saving
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config, Model
 from mpillm.data.tokenizers import ByteTokenizer
 from mpillm.model.parameters import initial_values, parameters
+from mpillm.verify.reference import Reference
 
 
 def make_model(**changes):
@@ -31,3 +34,12 @@ def shared_run(comm, path, model, **train):
         make_run(path, model, **train)
     comm.Barrier()
     return path
+
+
+def reference_of(run, model):
+    """Return the serial reference with the weights of a run."""
+    source, reference = reading.Checkpoint(run), Reference(model, 0)
+    with torch.no_grad():
+        for name, weight in reference.parameters.items():
+            weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
+    return reference

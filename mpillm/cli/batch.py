@@ -82,7 +82,7 @@ class Bar:
         if outcome.stopped_by:
             self._say(f"stopped by {outcome.stopped_by}; the same command goes on from there")
         else:
-            self._say(f"{outcome.lines} lines in {target}")
+            self._say(f"{outcome.lines} lines in {target}" + ", all done before" * outcome.was_done)
 
     def _say(self, text):
         click.echo(f"mpillm {self._name}: {text}", err=True)

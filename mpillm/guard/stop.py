@@ -78,10 +78,14 @@ class StopRequest:
         """
         found = next(filter(None, comm.allgather(self.asked(comm.rank == 0))), None)
         if found:
-            self._is_agreed = True
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+            self.settle()
         return found
+
+    def settle(self):
+        """Ignore requests from here on: there is nothing left to stop. Local."""
+        self._is_agreed = True
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class Walltime:

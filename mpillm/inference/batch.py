@@ -35,11 +35,14 @@ class Outcome:
         What was written for lines that ask for nothing that can be, by their number.
     stopped_by : str or None
         What asked to stop before all was done.
+    was_done : bool
+        Whether an earlier launch had done all.
     """
 
     lines: int
     refused: dict
-    stopped_by: str | None
+    stopped_by: str | None = None
+    was_done: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def run_batch(engine, task, source, target, stop, show=None):
     Raises
     ------
     ConfigError
-        On every rank, if the file is there already, or what is beside it is of another job.
+        On every rank, if what is there already is of another job.
     DataError
         On every rank, if a file cannot be read or written.
     """
@@ -84,6 +87,8 @@ def run_batch(engine, task, source, target, stop, show=None):
     lines, digest = on_rank_0(comm, f"read {source}", _scan, source)
     parts = Parts(target, _job(engine, task, digest))
     paths = on_rank_0(comm, f"write {target}", parts.begin, mesh.size("data"))
+    if not paths:
+        return Outcome(len(lines.numbers), {}, was_done=True)
     costs, refused = _survey(engine, task, lines, comm)
     before = 0
     if comm.rank == 0:
@@ -101,12 +106,14 @@ def run_batch(engine, task, source, target, stop, show=None):
         engine.serve(work, work.deliver)
         work.close()
         _wait_for_all(comm, work.look)
+        work.report()
         is_done = on_rank_0(comm, "count", lambda: counters.read(LINES) == len(todo))
         asked = stop.agreed(comm)
     with agreed(comm, f"write {target}"):
         if work.error is not None:
             raise work.error
     if is_done:
+        stop.settle()
         on_rank_0(comm, f"write {target}", parts.merge, lines.numbers.tolist(), refused)
     return Outcome(len(lines.numbers), refused, None if is_done else asked or "a request that is gone")
 
@@ -215,6 +222,10 @@ class _Work(Source):
         self.is_stopped = self.is_stopped or self._counters.read(STOPS) > 0
         if self.part is not None:
             self._writing(self.part.sync)
+        self.report()
+
+    def report(self):
+        """Show how far all ranks are, on rank 0."""
         if self._is_first and self._show is not None:
             lines, costs, tokens = (self._counters.read(counter) for counter in (LINES, COSTS, TOKENS))
             total, share = len(self._lines.numbers), costs / max(1, int(self._costs.sum()))

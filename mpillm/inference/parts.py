@@ -1,6 +1,7 @@
 """Results on their way to one file: each replica appends to a part of its own; what was written whole counts. Local.
 
-A record is a line of a number, a checksum and JSON. The first of a part, of number 0, says of which job the part is.
+A record is a line of a number, a checksum and JSON. The first of a part, of number 0, says of which job the part is; beside the
+file that they become, another says it.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mpillm.errors import ConfigError, DataError
-from mpillm.files import replacing, sync, to_json, unwritable
+from mpillm.files import replacing, sync, to_json, unwritable, write_json
 
 SYNC_S = 1.0
 _NAME = re.compile(r"(\d{4,})-\d{4,}")
@@ -65,14 +66,15 @@ class Parts:
     def __init__(self, target, job):
         self.target, self.job, self.folder = Path(target), job, Path(f"{target}.parts")
         self._old = Path(f"{target}.parts.old")  # of which all is in the file
+        self._made_by = Path(f"{target}.job")
 
     def begin(self, replicas):
-        """Make a part for each replica; return their paths.
+        """Make a part for each replica; return their paths, none if this job has made the file already.
 
         Raises
         ------
         ConfigError
-            If the file is there already, or the parts are of another job.
+            If the parts, or the file that is there, are of another job.
         DataError
             If they cannot be written.
         """
@@ -80,9 +82,10 @@ class Parts:
             _remove(self._old)
             held = self._held()
             if not held and self.target.exists():
-                raise ConfigError(f"{self.target}: is there already: remove it, or name another file with -o")
-            for path in held:
-                self._check(path)
+                self._check(self.target, _read_job(self._made_by))
+                return []
+            for found in filter(None, map(_job_of, held)):
+                self._check(self.folder, found)
             self.folder.mkdir(exist_ok=True)
             launch = 1 + max((int(_NAME.fullmatch(path.name)[1]) for path in held), default=0)
             paths = [self.folder / f"{launch:04d}-{replica:04d}" for replica in range(replicas)]
@@ -126,6 +129,7 @@ class Parts:
                             "the same command again")
         files = [os.open(path, os.O_RDONLY) for path in paths]
         try:
+            write_json(self._made_by, self.job)
             with replacing(self.target) as temporary, open(temporary, "wb") as file:
                 for number in numbers:
                     if number in refused:
@@ -137,7 +141,7 @@ class Parts:
             self.folder.rename(self._old)
             _remove(self._old)
         except OSError as error:
-            raise unwritable(self.target, error) from error
+            raise error if isinstance(error, DataError) else unwritable(self.target, error) from error
         finally:
             for file in files:
                 os.close(file)
@@ -147,19 +151,32 @@ class Parts:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path for path in found if _NAME.fullmatch(path.name))
 
-    def _check(self, path):
-        """Refuse a part of another job."""
-        first = next(records(path), None)
-        if first is None or first[0] != 0:  # of a launch that was killed before it began
-            return
-        with open(path, "rb") as file:
-            file.seek(first[1])
-            found = json.loads(file.read(first[2]))
+    def _check(self, path, found):
+        """Refuse what another job has made."""
+        if found is None:
+            raise ConfigError(f"{path}: is there already: remove it, or name another file with -o")
         differing = [f"{key} = {_short(found.get(key))} there, {_short(self.job.get(key))} now"
                      for key in {**found, **self.job} if found.get(key) != self.job.get(key)]
         if differing:
-            raise ConfigError(f"{self.folder}: holds results of another job ({'; '.join(differing)}): give the command of that "
-                              "job to go on with it, name another file with -o, or remove the folder")
+            raise ConfigError(f"{path}: holds results of another job ({'; '.join(differing)}): give the command of that job to go "
+                              "on with it, name another file with -o, or remove what is there")
+
+
+def _job_of(part):
+    """Return of which job a part is, or None if it was killed before it had said so."""
+    first = next(records(part), (1, 0, 0))
+    with open(part, "rb") as file:
+        file.seek(first[1])
+        return json.loads(file.read(first[2])) if first[0] == 0 else None
+
+
+def _read_job(path):
+    """Return what a file says of the job that made the file beside it, or None."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _write(file, number, value):

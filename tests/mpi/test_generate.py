@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers import assert_all
 from mpi4py import MPI
-from written import make_model, shared_run
+from written import make_model, reference_of, shared_run
 
-from mpillm.checkpoint import reading
 from mpillm.cli import generate as cli
 from mpillm.comm.single import SingleComm
 from mpillm.data.tokenizers import ByteTokenizer
@@ -17,7 +16,6 @@ from mpillm.inference.engine import Engine
 from mpillm.inference.requests import Request, Sampling
 from mpillm.inference.sampling import choose
 from mpillm.model.parameters import parameters
-from mpillm.verify.reference import Reference
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -56,15 +54,6 @@ def continued(engine, prompt, count, temperature=1.0, seed=0):
     """Return the tokens that one request gets."""
     sampling = Sampling(temperature=temperature, seed=seed)
     return engine.generate([Request("", prompt, count, sampling)])[0].tokens
-
-
-def reference_of(run, model):
-    """Return the serial reference with the weights of a run."""
-    source, reference = reading.Checkpoint(run), Reference(model, 0)
-    with torch.no_grad():
-        for name, weight in reference.parameters.items():
-            weight.copy_(torch.from_numpy(source.read(name)).view(weight.shape))
-    return reference
 
 
 def oracle(run, model, prompt, count, temperature, seed):

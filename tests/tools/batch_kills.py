@@ -46,16 +46,20 @@ def main(count=50, seed=None):
             launches += 1
             how, code, said = launch(folder, target, rng, len(held))
             before, held, complaints = held, *results(target, expected.splitlines())
-            if target.exists() and not code:
-                complaints += ["not the file of the unbroken job"] * (target.read_bytes() != expected)
-                complaints += [f"left {each.name}" for each in folder.glob(f"{target.name}.*")]
+            is_whole = target.exists()
+            complaints += ["not the file of the unbroken job"] * (is_whole and target.read_bytes() != expected)
+            if not code:
+                left = {each.name for each in folder.glob(f"{target.name}*")}
+                complaints += [f"left {left}"] * (left != {target.name, f"{target.name}.job"})
                 jobs, held = jobs + 1, {}
+            elif is_whole:
+                complaints += [f"left with {code}: {said[-2000:]}"] * ("kill" not in (how or ""))
             else:
                 complaints += [f"lost {len(before.keys() - held.keys())} results"] * (not before.keys() <= held.keys())
                 if how is None or "stop" in how and code != RESUME:
                     complaints.append(f"left with {code}: {said[-2000:]}")
             if how:
-                hits[f"{how}, {'at the end' if not code else 'at work' if len(held) > len(before) else 'before'}"] += 1
+                hits[f"{how}, {'at the end' if is_whole else 'at work' if len(held) > len(before) else 'before'}"] += 1
             wrong += len(complaints)
             for text in complaints:
                 print(f"launch {launches}, {how}: {text}", flush=True)
