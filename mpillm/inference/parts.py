@@ -158,8 +158,8 @@ class Parts:
         differing = [f"{key} = {_short(found.get(key))} there, {_short(self.job.get(key))} now"
                      for key in {**found, **self.job} if found.get(key) != self.job.get(key)]
         if differing:
-            raise ConfigError(f"{path}: holds results of another job ({'; '.join(differing)}): give the command of that job to go "
-                              "on with it, name another file with -o, or remove what is there")
+            raise ConfigError(f"{path}: holds results of another job ({'; '.join(differing)}): give the command of that job to "
+                              "go on with it, name another file with -o, or remove what is there")
 
 
 def _job_of(part):
