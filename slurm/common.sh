@@ -1,12 +1,13 @@
 # The common body of the templates: they set what a site changes, source this file, and call its functions.
 #
-#   CONFIG    configuration of the run          VENV     environment with mpillm, on a file system that all nodes share
-#   RUN_DIR   where the run is kept             THREADS  threads a rank, if not its CPUs
+#   VENV      environment with mpillm, on a file system that all nodes share     THREADS  threads a rank, if not its CPUs
 #   MPI_TYPE  srun's --mpi: pmi2 for MPICH, pmix for Open MPI
+#   CONFIG    configuration of a run            RUN_DIR  where it is kept
+#   RESULTS   in place of these two: the file that a batch makes
 
 set -euo pipefail
-: "${CONFIG:?set CONFIG to the configuration of the run}" "${VENV:?set VENV to the environment that has mpillm}"
-: "${RUN_DIR:?set RUN_DIR to where the run is kept}"
+: "${VENV:?set VENV to the environment that has mpillm}"
+state=${RUN_DIR:-${RESULTS:?set RUN_DIR to where the run is kept, or RESULTS to the file to make}.parts}  # what a start goes on from
 MPI_TYPE=${MPI_TYPE:-pmi2}
 export OMP_NUM_THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}} MKL_NUM_THREADS=${THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONUNBUFFERED=1
@@ -50,17 +51,31 @@ train() {
     stage "${ranks[@]}" train "$CONFIG" --train.run_dir "$RUN_DIR" --resume auto "$@"
 }
 
-# Start again from the checkpoint, unless MAX_STALLS starts in a row brought no new one.
+# Work on a file of lines until all are done, asked to stop, or broken.
+batch() {
+    stage "${ranks[@]}" "$@" -o "$RESULTS"
+}
+
+# How far the job is, in a word: the newest checkpoint; of a batch the number of results, which begin with that of their line.
+progress() {
+    if [ -n "${RUN_DIR:-}" ]; then
+        find "$state/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n 1
+    else
+        cat "$state"/*-* 2>/dev/null | grep -c '^[1-9]'
+    fi
+}
+
+# Start again from what there is, unless MAX_STALLS starts in a row brought nothing new.
 requeue() {
-    local newest stalls=0 last=none job=$SLURM_JOB_ID
+    local now stalls=0 last=none job=$SLURM_JOB_ID
     # The last element of an array has the number of the whole array, and would put back all.
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n 1) || true
-    read -r last stalls 2>/dev/null <"$RUN_DIR/starts" || true
-    [ "${newest:=none}" = "$last" ] && stalls=$((stalls + 1)) || stalls=0
-    mkdir -p "$RUN_DIR" && echo "$newest $stalls" >"$RUN_DIR/starts"
+    now=$(progress) || true
+    read -r last stalls 2>/dev/null <"$state/starts" || true
+    [ "${now:=none}" = "$last" ] && stalls=$((stalls + 1)) || stalls=0
+    mkdir -p "$state" && echo "$now $stalls" >"$state/starts"
     if [ "$stalls" -ge "${MAX_STALLS:-3}" ]; then
-        echo "$stalls starts in a row without a new checkpoint: not started again"
+        echo "$stalls starts in a row without a new checkpoint or result: not started again"
     elif [ "$(squeue --noheader --jobs "$job" --format %t)" = R ]; then
         scontrol requeue "$job" || echo "not put back into the queue"
     else  # Slurm ends it: a preempted job comes back by itself, a cancelled one must not

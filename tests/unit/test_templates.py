@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpillm.guard.stop import MARGIN_S
+from mpillm.inference.parts import Part, Parts
 
 SLURM = Path(__file__).parents[2] / "slurm"
 # srun hands USR1 to its ranks and, as the real one, kills them when it gets TERM. The ranks save, and leave with 85.
@@ -17,10 +18,10 @@ SRUN = """#!/bin/bash
 while [ "$1" != mpillm ]; do shift; done
 echo "$2 begins" >>log
 case $2:$MODE in
-    doctor:in-doctor | train:in-train) trap 'echo "$2 USR1" >>log; exit '"${ON_USR1:-85}" USR1
+    doctor:in-doctor | train:in-train | generate:in-generate) trap 'echo "$2 USR1" >>log; exit '"${ON_USR1:-85}" USR1
         trap 'echo "$2 killed" >>log; exit 143' TERM
         echo up >>up; sleep 5 >&- & wait ;;
-    train:exit-*) exit "${MODE#exit-}" ;;
+    train:exit-* | generate:exit-*) exit "${MODE#exit-}" ;;
 esac
 """
 # The number of an array stands for all its elements, which have a line each.
@@ -50,10 +51,11 @@ def run(folder, mode, signals=(), template="cpu.sbatch", **env):
     return job.returncode, (folder / "log").read_text().splitlines(), out
 
 
+@pytest.mark.parametrize("template, command", [("cpu.sbatch", "train"), ("batch.sbatch", "generate")])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_job_asked_to_stop_saves_and_goes_back_into_the_queue(tmp_path, number):
-    code, log, _ = run(tmp_path, "in-train", [number, number])
-    assert (code, log) == (85, ["doctor begins", "train begins", "train USR1", "requeue 7"])
+def test_a_job_asked_to_stop_saves_and_goes_back_into_the_queue(tmp_path, number, template, command):
+    code, log, _ = run(tmp_path, f"in-{command}", [number, number], template)
+    assert (code, log) == (85, ["doctor begins", f"{command} begins", f"{command} USR1", "requeue 7"])
 
 
 @pytest.mark.parametrize("on_usr1", [0, 138])  # the stage ends well, or dies of it
@@ -87,6 +89,19 @@ def test_starts_without_a_new_checkpoint_end_and_those_with_one_do_not(tmp_path)
     assert "requeue 7" in run(tmp_path, "exit-85")[1]
 
 
+def test_a_batch_is_started_again_as_long_as_there_are_new_results(tmp_path):
+    parts = Parts(tmp_path / "out", {})
+    for number in (1, 2, None, None, None):
+        paths = parts.begin(2)  # every start makes parts
+        if number:
+            Part(paths[1]).add(number, {"id": number})
+        code, log, out = run(tmp_path, "exit-85", template="batch.sbatch", RESULTS=str(tmp_path / "out"))
+        assert code == 85 and ("requeue 7" in log) == ((tmp_path / "out.parts/starts").read_text() != "2 3\n")
+    assert "3 starts in a row without a new checkpoint or result" in out and "requeue 7" not in log
+    parts.merge([1, 2], {})
+    assert not list(tmp_path.glob("out.parts*"))
+
+
 def test_starts_that_never_made_a_checkpoint_count_from_the_first(tmp_path):
     assert ["requeue 7" in run(tmp_path, "exit-85")[1] for _ in range(3)] == [True, True, False]
 
@@ -106,4 +121,4 @@ def test_an_element_of_an_array_goes_back_by_itself(tmp_path):
 def test_the_templates_are_asked_as_long_before_the_walltime_as_a_run_stops_by_itself():
     asked = {path.name: re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", path.read_text(), re.MULTILINE)
              for path in SLURM.glob("*.sbatch")}
-    assert len(asked) == 4 and all(margins == [f"{MARGIN_S:.0f}"] for margins in asked.values()), asked
+    assert len(asked) == 5 and all(margins == [f"{MARGIN_S:.0f}"] for margins in asked.values()), asked
