@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "click",
         "h5py>=3.5",
+        "jinja2",
         "mpi4py>=4.1",
         "numpy",
         "platformdirs",

@@ -78,7 +78,7 @@ class Bar:
             self._bar.close()
         if outcome.refused:
             number, first = min(outcome.refused.items())
-            self._say(f"{len(outcome.refused)} of {outcome.lines} lines are in error, first line {number}: {first['error']}")
+            self._say(f"{len(outcome.refused)} of {outcome.lines} lines in error, first line {number}: {first['error']}")
         if outcome.stopped_by:
             self._say(f"stopped by {outcome.stopped_by}; the same command goes on from there")
         else:

@@ -56,7 +56,8 @@ def main(count=50, seed=None):
                 complaints += [f"left with {code}: {said[-2000:]}"] * ("kill" not in (how or ""))
             else:
                 complaints += [f"lost {len(before.keys() - held.keys())} results"] * (not before.keys() <= held.keys())
-                if how is None or "stop" in how and code != RESUME:
+                is_early = how and not said  # a signal before Python runs the first line of mpillm
+                if how is None or "stop" in how and code != RESUME and not is_early:
                     complaints.append(f"left with {code}: {said[-2000:]}")
             if how:
                 hits[f"{how}, {'at the end' if is_whole else 'at work' if len(held) > len(before) else 'before'}"] += 1

@@ -20,7 +20,8 @@ RANKS, LIMIT_S = 3, 10.0
 TRAIN = {"steps": 6, "seq_len": 12, "global_batch": 9, "microbatch": 2, "eval_every": 0, "checkpoint_every": 2,
          "hang_limit_s": LIMIT_S}  # of what is new, as all is in a run of six short steps
 WHOLE_S = {}  # what an unbroken run takes
-FAULTY = Path(__file__).parents[1] / "faulty.py"
+TESTS = Path(__file__).parents[1]
+FAULTY = TESTS / "faulty.py"
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,9 @@ def test_a_file_system_that_fills_up_keeps_its_checkpoint(folder):
     assert kept == ["tmpfs/checkpoints/step-00000002/manifest.json"]
     assert "No space left on device" in job.stderr and "going on from step 2" in job.stderr
     assert same(folder, "kept", "whole")
+
+
+def test_batches_killed_and_stopped_at_random_moments_lose_nothing():
+    paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    job = run_mpi(0, [TESTS / "tools/batch_kills.py", 3, 5], timeout=150, env={"PYTHONPATH": paths})  # 50 in tests/soak.sh
+    assert job.returncode == 0, job.stdout + job.stderr
