@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpillm.errors import DataError, MpillmError, agreed, on_rank_0
+from mpillm.errors import CheckpointError, DataError, MpillmError, agreed, on_rank_0
 from mpillm.files import unwritable
 from mpillm.inference.dealing import Counters, Dealer
 from mpillm.inference.lines import name_of, read_object
@@ -81,7 +81,7 @@ def run_batch(engine, task, source, target, stop, show=None):
     ConfigError
         On every rank, if what is there already is of another job.
     DataError
-        On every rank, if a file cannot be read or written.
+        On every rank, if a file cannot be read or written, or the weights give logits that are not finite.
     """
     mesh, comm = engine.mesh, engine.mesh.world.comm
     lines, digest = on_rank_0(comm, f"read {source}", _scan, source)
@@ -103,13 +103,16 @@ def run_batch(engine, task, source, target, stop, show=None):
         with agreed(comm, f"write {target}"):
             if engine.replica.leads:
                 work.part = Part(paths[mesh.coord("data")])
-        engine.serve(work, work.deliver)
+        try:
+            engine.serve(work, work.deliver)
+        except CheckpointError as error:  # of all ranks of a replica
+            work.fail(error)
         work.close()
         _wait_for_all(comm, work.look)
         work.report()
         is_done = on_rank_0(comm, "count", lambda: counters.read(LINES) == len(todo))
         asked = stop.agreed(comm)
-    with agreed(comm, f"write {target}"):
+    with agreed(comm, f"make {target}"):
         if work.error is not None:
             raise work.error
     if is_done:
@@ -196,7 +199,7 @@ def _look_at(engine, task, data, number):
 class _Work(Source):
     """The lines that this replica gets, and what comes of them.
 
-    ``error`` is why results can no longer be written.
+    ``error`` is why this rank cannot go on.
     """
 
     def __init__(self, task, lines, todo, costs, dealer, counters, stop, is_first, before, show):
@@ -240,7 +243,7 @@ class _Work(Source):
             if place is None:
                 return None
             self._begin(int(self._todo[place]))
-        return self._waiting.popleft()
+        return self._waiting.popleft() if self._waiting else None
 
     def deliver(self, key, result):
         """Take the result of a request; write the line's when it has all."""
@@ -262,14 +265,20 @@ class _Work(Source):
             self.part = None
         self._tell()
 
+    def fail(self, error):
+        """Let all stop because of an error; what is written stays."""
+        self.error = self.error or error
+        self._ask_to_stop()
+
     def _begin(self, index):
         """Make the requests of a line wait."""
         number = int(self._lines.numbers[index])
         try:
             asked = self._task.ask(read_object(next(self._lines.read([index]))), number)
         except MpillmError as error:
-            raise DataError(f"{self._lines.path}: line {number} is no longer what it was ({error}): start again with a file "
-                            "that stays") from None
+            self.fail(DataError(f"{self._lines.path}: line {number} is no longer what it was ({error}): start again with a "
+                                "file that stays"))
+            return
         self._open[index] = asked, [None] * len(asked.requests)
         self._waiting.extend(((index, choice), request) for choice, request in enumerate(asked.requests))
 
@@ -278,8 +287,7 @@ class _Work(Source):
         try:
             write(*arguments)
         except OSError as error:
-            self.error = self.error or unwritable(self.part.path, error)
-            self._ask_to_stop()
+            self.fail(unwritable(self.part.path, error))
 
     def _ask_to_stop(self):
         self._has_asked = self.is_stopped = True

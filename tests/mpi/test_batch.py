@@ -15,6 +15,7 @@ from written import make_model, reference_of, shared_run
 from mpillm.comm.single import SingleComm
 from mpillm.errors import ConfigError, DataError, MpillmError
 from mpillm.guard.stop import StopRequest
+from mpillm.inference import batch
 from mpillm.inference.batch import run_batch
 from mpillm.inference.engine import Engine
 from mpillm.inference.tasks import Generation, Scoring
@@ -196,6 +197,29 @@ def test_a_full_disk_stops_all_with_one_error(comm, path):
     assert_all(caught.value.exit_code == 74 and len(set(comm.allgather(str(caught.value)))) == 1, caught.value, comm)
     _, wanted = run(path, "generate", SingleComm(), target=f"alone.{comm.rank}")
     assert_all(run(path, "generate", comm)[1] == wanted, "other results", comm)
+
+
+def test_weights_that_are_not_finite(comm, path, monkeypatch):
+    with monkeypatch.context() as patch:
+        if comm.rank in (comm.size - 1, comm.size - 2):  # one replica of several, where there are four ranks
+            patch.setattr("mpillm.inference.replica.choose", lambda *_: -1)
+        with pytest.raises(MpillmError, match="not finite") as caught:
+            run(path, "generate", comm, layouts(comm.size)[-2 if comm.size == 4 else -1])
+    assert_all(caught.value.exit_code == 74, caught.value, comm)
+
+
+def test_a_file_that_changes_meanwhile(comm, path, monkeypatch):
+    def changed(*arguments):
+        found = survey(*arguments)
+        if comm.rank == 0:
+            (path / "generate.jsonl").write_text("x" * 9000)
+        comm.Barrier()
+        return found
+
+    survey = batch._survey
+    monkeypatch.setattr(batch, "_survey", changed)
+    with pytest.raises(MpillmError, match="no longer what it was"):
+        run(path, "generate", comm)
 
 
 def test_an_empty_file(comm, path):
