@@ -88,6 +88,7 @@ def run_batch(engine, task, source, target, stop, show=None):
     parts = Parts(target, _job(engine, task, digest))
     paths = on_rank_0(comm, f"write {target}", parts.begin, mesh.size("data"))
     if not paths:
+        stop.settle()
         return Outcome(len(lines.numbers), {}, was_done=True)
     costs, refused = _survey(engine, task, lines, comm)
     before = 0

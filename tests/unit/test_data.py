@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import chisquare, kstest
 from tiny import write_token_file
 
-from mpillm.data import tokens
+from mpillm import files
 from mpillm.data.samples import ORDERS, training_order
 from mpillm.data.tokenizers import ByteTokenizer, load_tokenizer
 from mpillm.data.tokens import TokenFile, file_digest, fingerprint, write_tokens
@@ -189,8 +189,8 @@ def test_a_file_is_known_again_by_its_fingerprint(path, tmp_path):
 
 
 def test_a_larger_file_is_known_by_blocks_of_it_and_by_the_digests_that_it_states(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_FINGERPRINT_BLOCKS", 3)
-    monkeypatch.setattr(tokens, "_FINGERPRINT_BLOCK_BYTES", 64)
+    monkeypatch.setattr(files, "_BLOCKS", 3)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 64)
     text, path, other = bytearray(b"x" * 9000), tmp_path / "tokens.h5", tmp_path / "other.h5"
     write_tokens(path, [bytes(text)], [], ByteTokenizer())
     with h5py.File(path) as file:
