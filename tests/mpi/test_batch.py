@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import assert_all
+from mpi4py import MPI
 from written import make_model, reference_of, shared_run
 
+from mpillm.cli import generate, score
 from mpillm.comm.single import SingleComm
 from mpillm.errors import ConfigError, DataError, MpillmError
-from mpillm.guard.stop import StopRequest
+from mpillm.guard.stop import SIGNALS, StopRequest
 from mpillm.inference import batch
 from mpillm.inference.batch import run_batch
 from mpillm.inference.engine import Engine
@@ -158,7 +160,7 @@ def test_a_signal_to_the_last_rank_stops_all(comm, path):
             os.kill(os.getpid(), signal.SIGUSR1)
         outcome, found = run(path, "generate", comm, layouts(comm.size)[-1], stop)
         assert_all(outcome.stopped_by == "SIGUSR1" and found is None, outcome, comm)
-        for number in (signal.SIGUSR1, signal.SIGTERM):  # ignored once all have agreed
+        for number in SIGNALS:  # ignored once all have agreed
             signal.signal(number, signal.SIG_DFL)
     assert_all(run(path, "generate", comm)[0].stopped_by is None, "goes on", comm)
 
@@ -237,3 +239,36 @@ def test_progress_is_that_of_all_ranks(comm, path):
     assert_all((last is None) == (comm.rank > 0), seen, comm)
     is_all = last is None or last.lines == last.all_lines == LINES + 6 and last.share == 1 and last.tokens > LINES
     assert_all(is_all, last, comm)
+
+
+def test_commands(tmp_path_factory, capfd):
+    """Run both commands on the whole launch: rank 0 says what became of it, others nothing."""
+    world = MPI.COMM_WORLD
+    path = world.bcast(tmp_path_factory.mktemp("commands") if world.rank == 0 else None)
+    shared_run(world, path / "run", make_model(max_seq_len=64), dtype="float32")
+    if world.rank == 0:
+        write_lines(path / "in.jsonl")
+        write_scores(path / "texts.jsonl")
+    world.Barrier()
+    prompts, texts = ["--prompts", str(path / "in.jsonl"), "--tokens", "5"], [str(path / "texts.jsonl")]
+    said = []
+    for command, words in ((generate.command, prompts), (generate.command, prompts), (score.command, texts)):
+        words = [str(path / "run"), *words, "-o", str(path / f"{command.name}.out"), "--data", str(world.size)]
+        assert command.main(words, standalone_mode=False) == 0
+        for number in SIGNALS:  # ignored since all was done
+            assert signal.signal(number, signal.SIG_DFL) == signal.SIG_IGN
+        said.append(capfd.readouterr().err)
+    first, again, scores = said
+    assert_all(world.rank > 0 or "4 of 36 lines in error, first line 32: not JSON" in first, first, world)
+    assert_all(world.rank > 0 or f"36 lines in {path / 'generate.out'}, all done before" in again, again, world)
+    assert_all(world.rank > 0 or "1 of 31 lines in error, first line 31: text has no tokens" in scores, scores, world)
+    assert_all(world.rank == 0 or not any("mpillm" in text for text in said), said, world)
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--prompts", "in"], "give both"), (["-o", "out"], "give both"),
+    (["--prompts", "in", "-o", "out", "--prompt", "a"], "one of them"),
+])
+def test_words_that_do_not_go_together(words, reason):
+    with pytest.raises(ConfigError, match=reason):
+        generate.command.main(["run", *words], standalone_mode=False)
