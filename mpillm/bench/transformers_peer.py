@@ -7,7 +7,6 @@ learning rates. ATTENTION is ``eager`` or ``sdpa``. Prints one line of JSON: ``s
 first, and ``loss`` and ``grad_norm`` of the first.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from mpillm.data.labelled import NOT_COUNTED
 from mpillm.data.samples import training_order
 from mpillm.data.sources import open_source
 from mpillm.errors import ConfigError
+from mpillm.files import to_json
 from mpillm.hf.tensors import tensors_of
 from mpillm.hf.writing import NO_TOKENS, family_of
 from mpillm.model.parameters import initial_values
@@ -108,4 +108,4 @@ def train(config, attention):
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(Config.load(sys.argv[2]), sys.argv[1])))
+    print(to_json(train(Config.load(sys.argv[2]), sys.argv[1])))
