@@ -52,9 +52,8 @@ class Replica:
         self._chooses = stage.is_last and mesh.coord("tensor") == 0
         self._leader = self.ranks.comm.allgather(self.leads).index(True)
         self._like = next(stage.parameters())
-        self.pool, settings = KeyValuePool(num_blocks, block_size(config.model.head_dim)), config.inference
-        self.scheduler = Scheduler(num_blocks, self.pool.block_size, settings.pass_tokens, settings.batch, self.pipeline.size,
-                                   settings.share_prefixes)
+        self.pool, self._settings = KeyValuePool(num_blocks, block_size(config.model.head_dim)), config.inference
+        self.scheduler = self._new_scheduler()
         self.passes = self.tokens = 0
         self._sent = deque()
 
@@ -76,11 +75,28 @@ class Replica:
                 under_way.append((pieces, self._carry_out(order)))
             elif under_way:
                 pieces, answers = under_way.popleft()
-                self._settle(rows, pieces, answers if self._chooses else self._receive())
+                try:
+                    self._settle(rows, pieces, answers if self._chooses else self._receive())
+                except CheckpointError as error:
+                    self._give_up(str(error), len(under_way))
+                    raise
             elif rows.is_done(self.scheduler):
                 break
         self._tell(None)
         self._wait_for_sends(0)
+
+    def _give_up(self, why, passes):
+        """Let the others raise an error, once the passes that are under way have come back, and forget all requests."""
+        for _ in range(0 if self._chooses else passes):
+            self._receive()
+        self._tell(why)
+        self._wait_for_sends(0)
+        self.scheduler = self._new_scheduler()
+
+    def _new_scheduler(self):
+        settings = self._settings
+        return Scheduler(self.pool.num_blocks, self.pool.block_size, settings.pass_tokens, settings.batch, self.pipeline.size,
+                         settings.share_prefixes)
 
     def follow(self, look):
         """Carry out what the leader tells until it has nothing more; ``look()`` before each pass. On all other ranks."""
@@ -97,9 +113,7 @@ class Replica:
         """Hand answers to their rows and let the scheduler know."""
         broken = [number for number, answer in answers.chosen.items() if answer[0] < 0]
         if broken:
-            text = "inference: the weights give logits that are not finite: take an earlier checkpoint"
-            self._tell(text)
-            raise CheckpointError(text)
+            raise CheckpointError("inference: the weights give logits that are not finite: take an earlier checkpoint")
         ends = {number: (answer[0], rows.take(number, *answer)) for number, answer in answers.chosen.items()}
         for number, start, values, are_first in answers.scored:
             rows.score(number, start, values, are_first)
