@@ -19,6 +19,8 @@ from mpillm.nn.init import initialise
 from mpillm.schedules.tree import TreeAccumulator
 from mpillm.train.flat_buffers import make_buckets
 
+PART = 1 << 16  # numbers whose squares are added up in their own type
+
 
 class GradientStore:
     """The buckets of this rank's stages, with initial weights in them; reduces their gradients and clips them.
@@ -195,9 +197,7 @@ class GradientStore:
         """Sum the squares of what this rank counts."""
         counted = [grad[piece.low:piece.high] for bucket, grad in self.ranges(reduced).items()
                    for piece in bucket.pieces() if piece.is_counted]
-        if not counted:
-            return torch.zeros(1, dtype=torch.float64)
-        return torch.stack(torch._foreach_norm(counted)).double().square().sum().reshape(1).cpu()
+        return sum_of_squares(counted).reshape(1).cpu()
 
     def _row_squares(self, reduced):
         """Sum the squares of every row of every parameter, each at its fixed place; zeros for rows of other ranks."""
@@ -239,3 +239,15 @@ class MicrobatchTree:
         """Put the sum over all microbatches into the gradient buffers."""
         for bucket, tree in zip(self.buckets, self.trees):
             bucket.grad.copy_(tree.value)
+
+
+def sum_of_squares(tensors):
+    """Return the sum of the squares of all numbers, in float64. Local.
+
+    On processors PyTorch adds the squares of a tensor up one behind the other in its own type: in float32, over millions of
+    them, 1e-4 goes astray. So they are added up in parts.
+    """
+    parts = [part for x in tensors for part in (x.split(PART) if x.device.type == "cpu" else (x,))]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(parts)).double().square().sum()
