@@ -76,7 +76,7 @@ def test_sums_of_tensor_ranks_take_what_their_own_operation_was_measured_to():
     others = {"allreduce_window": 9.0, "reduce_scatter": 9.0, "allgather": 9.0}
     once, twice = (price_layout(config, machine(allreduce=time_s, **others), 4).predicted for time_s in (1e-3, 2e-3))
     forward, backward = (twice["stages"][key][0] - once["stages"][key][0] for key in ("forward_s", "input_s"))
-    assert forward == pytest.approx((2 * 6 + 2) * 1e-3)  # of a layer two, of the loss two
+    assert forward == pytest.approx((1 + 2 * 6 + 2) * 1e-3)  # of the embedding one, of a layer two, of the loss two
     assert backward == pytest.approx((2 * 6 + 1) * 1e-3)  # and the gradient of what the head takes
     (one,) = once["activations"]
     assert one == {"operation": "allreduce", "algorithm": "ring", "in_window": False, "n_bytes": 32 * 64 * 4}
@@ -86,8 +86,8 @@ def test_sums_of_tensor_ranks_take_what_their_own_operation_was_measured_to():
                       for times in (2, 1))
     assert [one["operation"] for one in faster["activations"]] == ["reduce_scatter", "allgather"]
     forward, backward = (slower["stages"][key][0] - faster["stages"][key][0] for key in ("forward_s", "input_s"))
-    assert forward == pytest.approx(2 * 6 * 6e-3 + 2 * 1e-3 + 4e-3)
-    assert backward == pytest.approx(1.25 * 2 * 6 * 6e-3 + 2e-3)
+    assert forward == pytest.approx(2e-3 + 2 * 6 * 6e-3 + 2 * 1e-3 + 4e-3)
+    assert backward == pytest.approx(4e-3 + 1.25 * 2 * 6 * 6e-3 + 2e-3)
 
 
 @pytest.mark.parametrize("zero, reduced", [(1, {"reduce_scatter_window"}), (0, {"reduce_scatter_window", "allgather_window"})])
