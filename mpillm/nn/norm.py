@@ -109,11 +109,11 @@ def rms_gradients(dy, x, inverse, scale, is_exact):
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, norm, total):
+    def forward(ctx, x, trained, norm, total):
         ctx.norm, ctx.total = norm, total
         wide = x.float() if x.dtype in HALF_TYPES else x
-        scale, bias = scale_of(weight, norm.is_offset, wide.dtype), norm.bias.to(wide.dtype)
-        y, mean, inverse = torch.native_layer_norm(wide, weight.shape, scale, bias, norm.eps)
+        scale, bias = scale_of(norm.weight, norm.is_offset, wide.dtype), norm.bias.to(wide.dtype)
+        y, mean, inverse = torch.native_layer_norm(wide, scale.shape, scale, bias, norm.eps)
         ctx.save_for_backward(x, mean, inverse)
         return y.to(x.dtype)
 
