@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from mpillm.bench import training
+from mpillm.bench import generation, training
 from mpillm.bench.collectives import CLEARLY, OPERATIONS, SIZES_BYTES, choices, far_from_best
 from mpillm.bench.collectives import measure as measure_collectives
 from mpillm.cli.options import CONTEXT, with_config
@@ -57,7 +57,7 @@ def bench_train(config, peers, transformers, output, pairs, steps, ranks, layout
     rank, the others as ranks. Rounds alternate the programs; one more round before them measures memory, the summed
     proportional set size of all processes of a job. Where CONFIG names no file of tokens, they are random.
     """
-    _check_launch(output)
+    _check_launch("train", output)
     names = layouts.split(",") if layouts else ["single"] + (["data", "tensor", "pipeline"] if ranks > 1 else [])
     with tempfile.TemporaryDirectory(prefix="mpillm-bench-") as name:
         folder = Path(name)
@@ -122,6 +122,37 @@ def bench_collectives(peers, output, figure, ops, sizes, dtype, machine, with_ca
             save_figure(draw_collectives(rows), figure)
 
 
+@command.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", type=click.Path(exists=True))
+@click.option("--peers", is_flag=True, help=f"measure those of {', '.join(generation.PEERS)} too that are installed")
+@click.option("--json", "output", type=click.Path(), metavar="FILE", help="write all figures there")
+@click.option("--pairs", default=3, show_default=True, type=click.IntRange(min=1), help="jobs of each program")
+@click.option("--ranks", default=usable_cores, show_default="one a core", type=click.IntRange(min=1),
+              help="data ranks of the second job of mpillm")
+@click.option("--prompts", default=256, show_default=True, type=click.IntRange(min=1),
+              help="of the workload whose lengths differ")
+@click.option("--workloads", metavar="NAME,...", help="those to run; all if not given")
+def bench_generate(run, peers, output, pairs, ranks, prompts, workloads):
+    """Time generation by the model of RUN, a run directory or a folder of Hugging Face weights.
+
+    Start it without mpirun, on a machine with nothing else to do. Each job has all cores: as threads of one rank, and as data
+    ranks. Rounds alternate the programs. Every row gets the likeliest tokens, in float32; programs whose first tokens differ
+    are not compared.
+    """
+    _check_launch("generate", output)
+    names = generation.installed() if peers else []
+    if peers:
+        click.echo(f"peers: {', '.join(names) or 'none installed'}", err=True)
+    with tempfile.TemporaryDirectory(prefix="mpillm-bench-") as name:
+        model = generation.prepare(run, Path(name), names)
+        chosen = generation.make_workloads(model.vocab_size, model.max_seq_len, prompts, workloads)
+        programs = generation.make_programs(Path(name), names, ranks, chosen, usable_cores())
+        rows = generation.make_rows(chosen, generation.measure(programs, pairs, lambda *done: _show_generation(pairs, *done)))
+    click.echo(generation_table(rows))
+    if output:
+        _write_report(output, rows)
+
+
 def collectives_table(rows):
     """Return the rows as text, a line each."""
     head = (f"{'op':15} {'bytes':>10} {'impl':19} {'memory':6} {'algorithm':18} {'median us':>11} {'p99 us':>11} "
@@ -159,6 +190,18 @@ def table(rows):
     return "\n".join(lines)
 
 
+def generation_table(rows):
+    """Return the rows as text, a line each."""
+    lines = [f"{'workload':10} {'program':14} {'ranks':>5} {'rows':>5} {'tokens/s':>9}  speed of mpillm over it [interval]"]
+    for row in rows:
+        speed = row.get("speed_of_mpillm")
+        found = f"{speed['median']:.3f} [{speed['low']:.3f}, {speed['high']:.3f}]" if speed else ""
+        makespan = f"  makespan {row['makespan_over_mean']:.3f} x mean" if row["ranks"] > 1 else ""
+        lines.append(f"{row['workload']:10} {row['impl']:14} {row['ranks']:5} {row['batch'] or '':>5} "
+                     f"{row['tokens_per_s']:9.1f}  {found}{makespan}".rstrip())
+    return "\n".join(lines)
+
+
 def machine():
     """Return what the figures depend on: cores, processor, PyTorch and MPI library."""
     model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -179,12 +222,12 @@ def _table(name, num_ranks):
     return DecisionTable(machine.table)
 
 
-def _check_launch(output):
+def _check_launch(command, output):
     """Refuse what would only fail after hours of measuring."""
     variable, announced = launched_size()
     if announced > 1:
         raise LaunchError(
-            f"mpillm bench train: started on {announced} ranks ({variable}), but it starts its jobs itself: start it "
+            f"mpillm bench {command}: started on {announced} ranks ({variable}), but it starts its jobs itself: start it "
             "without mpirun"
         )
     _check_writable("--json", output)
@@ -220,6 +263,12 @@ def _show(pairs, program, number, step_s):
     """Say which job is done."""
     stage = f"round {number}/{pairs}" if number else "memory"
     click.echo(f"{stage} {program.case.layout} {program.impl}: {step_s:.4f} s a step", err=True)
+
+
+def _show_generation(pairs, program, number, found):
+    """Say which job is done."""
+    times = ", ".join(f"{name} {result['seconds']:.2f} s" for name, result in found.items())
+    click.echo(f"round {number}/{pairs} {program.label}: {times}", err=True)
 
 
 def _lines(path):

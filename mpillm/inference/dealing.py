@@ -1,14 +1,12 @@
 """Work dealt out among replicas as they have room: a counter that is read and raised from one side, the longest first.
 
-Nobody waits for a manager. Whoever has room takes the next number; towards the end in smaller portions, so that all end at one
-time.
+Nobody waits for a manager: whoever has room takes the next number.
 """
 
 import numpy as np
 
 from mpillm.errors import MpillmError
 
-LEAST = 8  # requests that a replica has at a time, if there are so many
 NEXT = 0  # the counter that a dealer raises
 
 
@@ -68,14 +66,15 @@ class Dealer:
         Of all ranks; the first is raised.
     replicas : int
     costs : sequence of float
-        Of every request, the same on every rank; the dearest go first.
+        Of every request, the same on every rank.
     batch : int
         Requests at most that a replica has at a time.
     """
 
     def __init__(self, counters, replicas, costs, batch):
-        self._order = sorted(range(len(costs)), key=lambda i: -costs[i])
-        self._counters, self._replicas, self._batch, self._dealt = counters, replicas, batch, 0
+        self._order = dealing_order(costs, replicas, batch)
+        self._share = share_of(len(costs), replicas, batch)
+        self._counters, self._dealt = counters, 0
 
     @property
     def is_done(self):
@@ -84,8 +83,23 @@ class Dealer:
 
     def take(self, busy):
         """Return the number of a request for a replica that has ``busy`` of them, or None if it has enough for now."""
-        left = len(self._order) - self._dealt
-        if self.is_done or busy >= min(self._batch, max(LEAST, left // (2 * self._replicas))):
+        if self.is_done or busy >= self._share:
             return None
         self._dealt = 1 + self._counters.add(NEXT, 1)
         return None if self._dealt > len(self._order) else self._order[self._dealt - 1]
+
+
+def share_of(count, replicas, batch):
+    """Return how many requests a replica has at a time: no more than its part, though it come first. Local."""
+    return min(batch, -(-count // replicas))
+
+
+def dealing_order(costs, replicas, batch):
+    """Return the numbers of requests in the order in which they are dealt out, the dearest first.
+
+    Local. A replica takes several at a time, so those that it takes together come from far apart: of each round of as many as
+    all replicas have room for, every one gets its share of dear and of cheap ones.
+    """
+    order, share = sorted(range(len(costs)), key=lambda i: -costs[i]), share_of(len(costs), replicas, batch)
+    rounds = [order[start:start + share * replicas] for start in range(0, len(order), max(1, share * replicas))]
+    return [i for each in rounds for first in range(replicas) for i in each[first::replicas]]

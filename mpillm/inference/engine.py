@@ -4,7 +4,7 @@ import torch
 
 from mpillm.comm.devices import pick_device
 from mpillm.comm.group import as_group
-from mpillm.comm.limits import memory_bounds, memory_of_rank
+from mpillm.comm.limits import keep_freed_memory, memory_bounds, memory_of_rank
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.errors import ConfigError, agreed, half_made, on_rank_0
@@ -78,6 +78,7 @@ class Engine:
             with agreed(comm, f"read {path}"):
                 load_weights(stage, source)
             block_bytes = warm_up(model, stage)
+            keep_freed_memory()
             self.caveat = rows_apart(model, stage, [self.mesh.group("data"), self.mesh.world])
             blocks = self._num_blocks(block_bytes)
             self.replica = Replica(self.config, self.mesh, stage, blocks, self.tokenizer.vocab_size)

@@ -49,7 +49,7 @@ class Rows:
         if self.source.is_stopped:
             for number in list(self._keys):
                 self.cancel(number, scheduler)
-        while (found := self.source.take(len(scheduler))) is not None:
+        while scheduler.has_room and (found := self.source.take(len(scheduler))) is not None:
             key, request = found
             number, length = self._next, len(request.prompt)
             self._next += 1

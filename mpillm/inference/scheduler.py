@@ -104,6 +104,11 @@ class Scheduler:
         """Return how many requests are not done."""
         return len(self._sequences)
 
+    @property
+    def has_room(self):
+        """Whether what waits is less than a pass takes, so that a new request would soon be computed."""
+        return sum(len(sequence.tokens) for sequence in self.waiting) < self.budget
+
     def add(self, number, tokens, limit, scored_from=None):
         """Take a request.
 
