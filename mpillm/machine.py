@@ -141,6 +141,9 @@ class Machine:
         Overhead of one layer's forward: launching kernels, the interpreter.
     shares_memory : bool
         Whether ranks of a node share windows, so that replicas keep one copy of the weights.
+    adds_in_parts : bool
+        Whether a product in float32 is added to a gradient part by part, which takes memory: where oneDNN multiplies. So where
+        nothing is known.
     keeps_scores : bool
         Whether its programs keep attention scores as a matrix, and what an activation makes of its input: those of a time
         before fused attention, by which the machine was calibrated.
@@ -167,6 +170,7 @@ class Machine:
     elementwise_bytes_per_s: float = 0.0
     attention_flops_per_s: float = 0.0
     shares_memory: bool = False
+    adds_in_parts: bool = True
     keeps_scores: bool = False
     hides_calls: bool = False
     wave: tuple[StrictInt, ...] = ()

@@ -19,8 +19,8 @@ Every rank runs forward and backward, in the same order. All work on CPU and CUD
 recompute, and accumulate like any operation. Where ranks share memory nothing is sent.
 """
 
-import torch
 
+from mpillm.autograd.node import Node
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group
 from mpillm.errors import ShapeError
@@ -175,7 +175,7 @@ def reduce_scatter_from(x, comm, dim=0):
     return _Movement.apply(x, as_group(comm), _reduce_scatter(dim), _allgather(dim, whole))
 
 
-class _Movement(torch.autograd.Function):
+class _Movement(Node):
     """A linear movement and its adjoint, each a function of ``(tensor, group)``."""
 
     @staticmethod

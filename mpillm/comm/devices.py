@@ -50,6 +50,14 @@ def device_name(device):
     return _processor("model name") or platform.processor()
 
 
+def onednn_gains(comm, device, dtype):
+    """Tell whether products of ``fast`` are oneDNN's: where PyTorch's own leave instructions of every rank's processor unused.
+
+    Collective over ``comm``. The processors decide, not a measurement, by which a run that goes on might get other bits.
+    """
+    return all(comm.allgather(leaves_instructions_unused(device, dtype)))
+
+
 def leaves_instructions_unused(device, dtype):
     """Tell whether products of PyTorch's own library do without the widest instructions of this processor. Local.
 

@@ -40,11 +40,15 @@ class MemoryLimit(NamedTuple):
 
 
 def keep_freed_memory():
-    """Let this process keep memory that it frees, because a step frees what the next one takes again.
+    """Let this process keep memory that it frees, because a step frees what the next one takes again, and have large tensors in
+    large pages.
 
-    Local. The system would have to fill every page with zeros first, up to 5 % of a step. Blocks of more than 32 MiB go back to
-    it. Of the GNU C library, whose own limits move with what a process happens to free; others stay as they are.
+    Local; before PyTorch makes its first tensor. The system would have to fill every page with zeros first, up to 5 % of a
+    step. Blocks of more than 32 MiB go back to it. Of the GNU C library, whose own limits move with what a process happens to
+    free; others stay as they are. Reading weights through pages of 4 KiB takes up to 1.3 times as long, because a processor
+    finds few of them at a time; the system gives large ones where it has some (Linux, "transparent huge pages").
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # which PyTorch reads
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for parameter, limit in _MALLOC_LIMITS.items() if mallopt else ():
         mallopt(parameter, limit)

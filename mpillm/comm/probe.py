@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from mpillm.comm import limits
 from mpillm.comm.buffers import as_words, synchronize
-from mpillm.comm.devices import device_name
+from mpillm.comm.devices import device_name, onednn_gains
 from mpillm.comm.group import Group
 from mpillm.comm.tables import largest_window, make_call, measure_table, medians, time_calls
 from mpillm.errors import ConfigError
@@ -151,7 +151,7 @@ def measure_machine(group, table=None, device=torch.device("cpu"), dtype=torch.f
         attention_flops_per_s=3 * 2 * sizes.sequences * 8 * 64 * sizes.seq**2 / attention_s,
         shares_memory=device.type == "cpu" and group.size > 1 and group.node is not None, num_ranks=group.size,
         num_nodes=len(set(nodes)), table=table.rows, repeatability=spread, wave=_wave(device),
-        hides_calls=device.type == "cuda",
+        hides_calls=device.type == "cuda", adds_in_parts=onednn_gains(group.comm, device, dtype),
         speeds=_speeds(group.comm, _rising(matmul), device, dtype, multiply),
     )
 

@@ -6,12 +6,11 @@ that are not there left empty. A generated token asks every block by itself, and
 its pass, nor from how a prompt was cut into passes.
 
 Legend: T tokens, H query heads, K key/value heads, G query heads that ask one of them, N head width, P positions of a block,
-R generated tokens, E pairs of such a token and a block, M blocks of the longest.
+R generated tokens, M blocks of the longest, B blocks that are asked.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,14 +60,23 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Singles:
-    """Generated tokens of a pass, and the blocks that each sees."""
+class Asked:
+    """Blocks that generated tokens ask: all up to the last one, where they lie in the pool, or some of them. What is found in
+    those that nobody asks is not looked at."""
 
-    rows: torch.Tensor  # [R]
-    pair_rows: torch.Tensor  # [E]: index among the R
-    pair_blocks: torch.Tensor  # [E]
-    mask: torch.Tensor  # [E, P]
-    table: torch.Tensor  # [R, M]: which pairs are of a token, in the order of positions; E where there are fewer
+    rows: torch.Tensor  # [B]: who asks, among the R
+    blocks: slice | torch.Tensor
+    mask: torch.Tensor  # [B, 1, 1, P]
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Generated tokens of a pass, what they ask, and where among all answers theirs are."""
+
+    rows: torch.Tensor | None  # [R]; None where they are all tokens of the pass
+    asked: list
+    places: torch.Tensor  # [R, M], in the order of positions
+    lacks: torch.Tensor | None  # [R, M, 1, 1]: minus infinity where a token sees fewer blocks; None where all see as many
 
 
 class Pages:
@@ -102,12 +110,14 @@ class Pages:
         kept = self.pool.of(owner, k_TKN)
         kept[self._blocks, 0, :, self._places] = k_TKN
         kept[self._blocks, 1, :, self._places] = v_TKN
+        q_TKGN, singles = q_THN.unflatten(1, (kept.shape[2], -1)), self._singles
+        if singles is not None and singles.rows is None:
+            return _attend_singles(singles, q_TKGN, kept).flatten(1, 2).transpose(0, 1)[None]
         out_THN = torch.empty(q_THN.shape, dtype=q_THN.dtype, device=q_THN.device)
-        q_TKGN = q_THN.unflatten(1, (kept.shape[2], -1))
         for tiles in self._tiles:
             self._attend_tiles(tiles, q_TKGN, kept, out_THN)
-        if self._singles is not None:
-            out_THN[self._singles.rows] = self._attend_singles(q_TKGN[self._singles.rows], kept).flatten(1, 2)
+        if singles is not None:
+            out_THN[singles.rows] = _attend_singles(singles, q_TKGN[singles.rows], kept).flatten(1, 2)
         return out_THN.transpose(0, 1)[None]
 
     def _attend_tiles(self, tiles, q_TKGN, kept, out_THN):
@@ -121,54 +131,6 @@ class Pages:
         found = found.unflatten(2, (group, self._size)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         is_there = tiles.rows < self.tokens
         out_THN[tiles.rows[is_there]] = found[is_there]
-
-    def _attend_singles(self, q_RKGN, kept):
-        """Return ``[R, K, G, N]``."""
-        singles = self._singles
-        found, weights = zip(*(self._ask(part, q_RKGN, kept) for part in self._parts))
-        found, weights = torch.cat(found)[self._order], torch.cat(weights)[self._order]
-        if singles.table.shape[1] == 1:
-            return found
-        found = torch.cat((found, found.new_zeros(1, *found.shape[1:])))
-        weights = torch.cat((weights, weights.new_full((1, *weights.shape[1:]), -math.inf)))[singles.table]  # [R, M, K, G]
-        weights = torch.exp(weights - weights.amax(1, keepdim=True))
-        total, summed = weights[:, 0].clone(), found[singles.table[:, 0]] * weights[:, 0, ..., None].to(found.dtype)
-        for i in range(1, singles.table.shape[1]):  # in the order of positions
-            total += weights[:, i]
-            summed += found[singles.table[:, i]] * weights[:, i, ..., None].to(found.dtype)
-        return summed / total[..., None].to(found.dtype)
-
-    def _ask(self, part, q_RKGN, kept):
-        """Return what the pairs of a part find, and the logarithm of its weight."""
-        pairs, dense = part
-        rows, blocks, mask = self._singles.pair_rows[pairs], self._singles.pair_blocks[pairs], self._singles.mask[pairs]
-        if not dense:
-            keys, values = kept[blocks].unbind(1)
-            return attention(q_RKGN[rows], keys, values, mask[:, None, None].expand(-1, -1, q_RKGN.shape[2], -1))
-        # All blocks up to the last one, where they lie: what is found in those that nobody asks is not looked at
-        span = int(blocks.max()) + 1
-        owner = rows.new_zeros(span).index_put_((blocks,), rows)
-        spread = mask.new_zeros(span, self._size).index_put_((blocks,), mask)
-        keys, values = kept[:span].unbind(1)
-        found = attention(q_RKGN[owner], keys, values, spread[:, None, None].expand(-1, -1, q_RKGN.shape[2], -1))
-        return [x[blocks] for x in found]
-
-    @cached_property
-    def _parts(self):
-        """The pairs of the generated tokens, as ``(indices, whether their blocks are read where they lie)``: the first who
-        asks a block, if these lie close together, then the others."""
-        blocks = self._singles.pair_blocks.cpu().numpy()
-        distinct, first = np.unique(blocks, return_index=True)
-        if 2 * len(distinct) < int(distinct[-1]) + 1:
-            return [(self._index(np.arange(len(blocks))), False)]
-        rest = np.setdiff1d(np.arange(len(blocks)), first)
-        parts = [(self._index(first), True)]
-        return parts + [(self._index(rest), False)] if len(rest) else parts
-
-    @cached_property
-    def _order(self):
-        """Where each pair stands among the parts."""
-        return torch.argsort(torch.cat([pairs for pairs, _ in self._parts]))
 
     def _find_tiles(self, pieces):
         """Group the tiles of prompts by their place."""
@@ -201,13 +163,33 @@ class Pages:
                 rows.append(row + i)
         if not rows:
             return None
-        counts = np.bincount(pair_rows)
-        first = np.cumsum(counts) - counts
-        table = first[:, None] + np.arange(counts.max())
-        table = np.where(np.arange(counts.max()) < counts[:, None], table, len(pair_rows))
-        keys = np.asarray(starts)[:, None] + np.arange(self._size)
-        mask = self._mask(np.asarray(positions)[:, None], keys)
-        return Singles(*map(self._index, (rows, pair_rows, pair_blocks)), mask, self._index(table))
+        blocks, who = np.array(pair_blocks), np.array(pair_rows)
+        keys = np.array(starts)[:, None] + np.arange(self._size)
+        mask = self._mask(np.array(positions)[:, None], keys)[:, None, None]
+        asked, answers = self._find_asked(blocks, who, mask)
+        counts = np.bincount(who)
+        nth = np.arange(counts.max())
+        is_there = nth < counts[:, None]
+        pairs = (np.cumsum(counts) - counts)[:, None] + np.where(is_there, nth, 0)
+        lacks = None if is_there.all() else self._added(is_there)[..., None, None]
+        is_whole = len(rows) == self.tokens
+        return Singles(None if is_whole else self._index(rows), asked, self._index(answers[pairs]), lacks)
+
+    def _find_asked(self, blocks, who, mask):
+        """Return how pairs are asked, and where the answer of each is: the first who asks a block where that lies, if those
+        that are asked lie close together, and the others."""
+        distinct, first = np.unique(blocks, return_index=True)
+        span = int(distinct[-1]) + 1
+        if 2 * len(distinct) < span:
+            return [Asked(self._index(who), self._index(blocks), mask)], np.arange(len(blocks))
+        owner, spread = np.zeros(span, np.int64), mask.new_zeros(span, *mask.shape[1:])
+        owner[distinct], spread[distinct] = who[first], mask[first]
+        asked, answers = [Asked(self._index(owner), slice(span), spread)], blocks.copy()
+        rest = np.setdiff1d(np.arange(len(blocks)), first)
+        if len(rest):
+            asked.append(Asked(self._index(who[rest]), self._index(blocks[rest]), mask[rest]))
+            answers[rest] = span + np.arange(len(rest))
+        return asked, answers
 
     def _first_block(self, position):
         """Return the first block that a position sees something of."""
@@ -218,10 +200,32 @@ class Pages:
         is_seen = keys <= queries
         if self._window is not None:
             is_seen &= keys > queries - self._window
+        return self._added(is_seen)
+
+    def _added(self, is_seen):
         return torch.from_numpy(np.where(is_seen, 0, -np.inf)).to(self._like)
 
     def _index(self, values):
         return torch.from_numpy(np.asarray(values, np.int64)).to(self._like.device)
+
+
+def _attend_singles(singles, q_RKGN, kept):
+    """Return ``[R, K, G, N]``."""
+    answers = [attention(q_RKGN[asked.rows], *kept[asked.blocks].unbind(1), asked.mask.expand(-1, -1, q_RKGN.shape[2], -1))
+               for asked in singles.asked]
+    found, weights = answers[0] if len(answers) == 1 else (torch.cat(parts) for parts in zip(*answers))
+    if singles.places.shape[1] == 1:
+        return found[singles.places[:, 0]]
+    found, weights = found[singles.places], weights[singles.places]  # [R, M, K, G, N] and without N
+    if singles.lacks is not None:
+        weights = weights + singles.lacks
+    weights = torch.exp(weights - weights.amax(1, keepdim=True))
+    total, weights = weights[:, 0].clone(), weights.to(found.dtype)[..., None]
+    summed = found[:, 0] * weights[:, 0]
+    for i in range(1, weights.shape[1]):  # in the order of positions
+        total += weights[:, i, ..., 0]
+        summed.addcmul_(found[:, i], weights[:, i])
+    return summed.div_(total[..., None])
 
 
 def attention(q, k, v, mask):

@@ -60,6 +60,7 @@ class Engine:
     """
 
     def __init__(self, path, comm=None, overrides=None):
+        keep_freed_memory()
         comm = as_group(comm_world() if comm is None else comm).comm
         with agreed(comm, f"open {path}"):
             source, self.config, self.tokenizer = open_model(path, overrides or {}, comm.size)
@@ -78,7 +79,6 @@ class Engine:
             with agreed(comm, f"read {path}"):
                 load_weights(stage, source)
             block_bytes = warm_up(model, stage)
-            keep_freed_memory()
             self.caveat = rows_apart(model, stage, [self.mesh.group("data"), self.mesh.world])
             blocks = self._num_blocks(block_bytes)
             self.replica = Replica(self.config, self.mesh, stage, blocks, self.tokenizer.vocab_size)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mpillm.autograd.node import Node
 from mpillm.model.parameters import in_groups
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear, project
 from mpillm.nn.positions import turn
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         return x_BKSN.repeat_interleave(self.group_size, dim=1) if self.group_size > 1 else x_BKSN
 
 
-class _Heads(torch.autograd.Function):
+class _Heads(Node):
     """Queries, keys and values of a block of heads, ``[B, H, S, N]``, the first two turned by their positions, unless a norm
     comes between."""
 
@@ -150,7 +151,7 @@ def _by_head(x_TF, head_dim, batch):
     return x_TF.view(batch.sequences, batch.positions, x_TF.shape[1] // head_dim, head_dim).transpose(1, 2)
 
 
-class _Turn(torch.autograd.Function):
+class _Turn(Node):
     """Queries or keys turned by their positions."""
 
     @staticmethod

@@ -15,7 +15,7 @@ def evenly(function):
 
     def compute(x):
         threads = min(torch.get_num_threads(), max(1, -(-x.numel() // _GRAIN)))
-        room = x.new_zeros(x.numel() + -x.numel() % (_AT_A_TIME * threads))
+        room = x.new_empty(x.numel() + -x.numel() % (_AT_A_TIME * threads))
         room[:x.numel()].view(x.shape).copy_(x)
         return function(room)[:x.numel()].view(x.shape)
 

@@ -7,6 +7,7 @@ Legend: B sequences, S positions, T = B*S tokens, P numbers of a patch, D model.
 import torch
 from torch import nn
 
+from mpillm.autograd.node import Node
 from mpillm.nn.linear import Projection, RowParallelLinear, project
 from mpillm.nn.norm import make_norm
 from mpillm.nn.split import gradient_of, later
@@ -97,7 +98,7 @@ class Table(nn.Module):
         return _Lookup.apply(indices_T, self.weight, self)
 
 
-class _Lookup(torch.autograd.Function):
+class _Lookup(Node):
     @staticmethod
     def forward(ctx, indices, weight, table):
         low, high = table.rows

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mpillm.autograd.node import Node
 from mpillm.nn.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 
@@ -65,7 +66,7 @@ def _goes_on(ctx):
     return ctx.up_projection.is_trained or ctx.needs_input_grad[0]
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(Node):
     """``down(act(gate x) * up x)``, of which the outputs of gate and up are kept."""
 
     @staticmethod
@@ -91,7 +92,7 @@ class _Gated(torch.autograd.Function):
         return ctx.up_projection.backward(x_TD, outputs, ctx.needs_input_grad[0]), None, None, None, None
 
 
-class _Plain(torch.autograd.Function):
+class _Plain(Node):
     """``down(act(up x))``, of which the output of up is kept."""
 
     @staticmethod

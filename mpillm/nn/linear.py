@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from mpillm.autograd.node import Node
 from mpillm.nn.products import add_product
 from mpillm.nn.split import add_over_blocks, first_trained, gradient_of, is_in_flat_storage, later, trained
 
@@ -75,7 +76,7 @@ class RowParallelLinear(ColumnParallelLinear):
         return x_TD if self.bias is None else _Bias.apply(x_TD, self.bias, self.split, total)
 
 
-class _Bias(torch.autograd.Function):
+class _Bias(Node):
     """A bias that is whole on every rank, for the tokens that lie there."""
 
     @staticmethod
@@ -199,7 +200,7 @@ def project(x_TD, projection):
     return _Project.apply(x_TD, projection.weight, projection)
 
 
-class _Project(torch.autograd.Function):
+class _Project(Node):
     @staticmethod
     def forward(ctx, x, weight, projection):
         ctx.save_for_backward(x if projection.is_trained else None)

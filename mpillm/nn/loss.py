@@ -9,6 +9,7 @@ Legend: T tokens, C tokens of a chunk, D width, V vocabulary.
 import torch
 from torch import nn
 
+from mpillm.autograd.node import Node
 from mpillm.comm import collectives
 from mpillm.nn.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, project
@@ -82,7 +83,7 @@ class ChoiceHead(Head):
         return tanh(logits.div(self.softcap)).mul_(self.softcap) if self.softcap else logits
 
 
-class _HeadLoss(torch.autograd.Function):
+class _HeadLoss(Node):
     @staticmethod
     def forward(ctx, x, weight, head, targets, scale, is_recorded):
         parameters = trained(head.weight, head.linear.bias)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mpillm.autograd.node import Node
 from mpillm.comm.buffers import HALF_TYPES
 from mpillm.nn.split import add_over_blocks, first_trained, later
 
@@ -50,7 +51,7 @@ def scale_of(weight, is_offset, dtype):
     return weight + 1 if is_offset else weight
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Node):
     @staticmethod
     def forward(ctx, x, weight, norm, total):
         ctx.norm, ctx.total = norm, total
@@ -107,7 +108,7 @@ def rms_gradients(dy, x, inverse, scale, is_exact):
     return dx.to(x.dtype), dw
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Node):
     @staticmethod
     def forward(ctx, x, trained, norm, total):
         ctx.norm, ctx.total = norm, total

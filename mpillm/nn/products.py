@@ -9,7 +9,7 @@ start (:mod:`mpillm.train.selftest`); what ``fast`` takes the processors decide 
 import torch
 from torch.nn import functional
 
-from mpillm.comm.devices import leaves_instructions_unused
+from mpillm.comm.devices import onednn_gains
 from mpillm.schedules.blocks import SUM_BYTES
 
 MEMORY_ALIGNMENT = 64  # bytes on whose multiples PyTorch allocates
@@ -48,11 +48,8 @@ def by_size(left, right):
 
 
 def fast_product(comm, device, dtype):
-    """Return the product of ``fast``, :func:`plain` or :func:`by_size`, the same on all ranks.
-
-    Collective over ``comm``. The processors decide, not a measurement, by which a run that goes on might get other bits.
-    """
-    return by_size if all(comm.allgather(leaves_instructions_unused(device, dtype))) else plain
+    """Return the product of ``fast``, :func:`plain` or :func:`by_size`, the same on all ranks. Collective over ``comm``."""
+    return by_size if onednn_gains(comm, device, dtype) else plain
 
 
 def add_product(out, left, right, multiply=plain, is_new=False):

@@ -6,6 +6,7 @@ Legend: B sequences, S positions, H heads, N head width, T = B*S tokens.
 import torch
 from torch import nn
 
+from mpillm.autograd.node import Node
 from mpillm.comm import collectives
 from mpillm.comm.sums import combine_tree
 from mpillm.model.parameters import in_groups
@@ -47,7 +48,7 @@ class _HeadNorm(nn.Module):
             add_over_blocks(self.weight, [gradients.get(i) for i in range(self.split.local_blocks)])
 
 
-class _NormOfHeads(torch.autograd.Function):
+class _NormOfHeads(Node):
     @staticmethod
     def forward(ctx, x_BHSN, weight, norm, index, indices):
         ctx.norm, ctx.index, ctx.indices = norm, index, indices
@@ -96,7 +97,7 @@ class WholeNorms(nn.Module):
         return [total / width for total, width in zip(sums, self.widths)]
 
 
-class _WholeNorms(torch.autograd.Function):
+class _WholeNorms(Node):
     @staticmethod
     def forward(ctx, norms, query_weight, key_weight, *blocks):
         ctx.norms, half = norms, len(blocks) // 2

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mpillm.autograd.node import Node
 from mpillm.autograd.regions import allgather_to, copy_to, reduce_from, reduce_scatter_from
 from mpillm.comm.sums import combine_tree
 from mpillm.model.parameters import Parameter, held, is_frozen
@@ -181,7 +182,7 @@ class TensorSplit:
         return [x_TD[low - offset:high - offset] for low, high in cuts]
 
 
-class _FanOut(torch.autograd.Function):
+class _FanOut(Node):
     """One tensor to several blocks; their gradients are added along the tree."""
 
     @staticmethod
@@ -193,7 +194,7 @@ class _FanOut(torch.autograd.Function):
         return combine_tree(list(grads)), None
 
 
-class _FanIn(torch.autograd.Function):
+class _FanIn(Node):
     """Partial results of several blocks, added along the tree; each block gets the gradient."""
 
     @staticmethod

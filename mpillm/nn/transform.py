@@ -8,6 +8,7 @@ Legend: T tokens, D model.
 import torch
 from torch import nn
 
+from mpillm.autograd.node import Node
 from mpillm.nn.feed_forward import ACTIVATIONS
 from mpillm.nn.norm import make_norm
 from mpillm.nn.split import add_over_blocks, first_trained, later
@@ -36,7 +37,7 @@ class Transform(nn.Module):
         return y_TD if self.norm is None else self.norm(y_TD, total)
 
 
-class _Transform(torch.autograd.Function):
+class _Transform(Node):
     @staticmethod
     def forward(ctx, x, _, transform, total):
         split, weight = transform.split, transform.weight.detach()

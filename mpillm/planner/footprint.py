@@ -94,7 +94,7 @@ class Footprint:
         most = np.tile((ends, ends, begins), (layout.pipeline, 1))
         forward = self.layer(layout, "none", LayerTrained(has_backward=False))
         most[self._stages_with_backward(layout, sizes) == 0] = forward.backward
-        most[-1, 2] -= sum(self._activation(layout))  # the last rank no longer has what the head kept
+        most[-1, 2] -= sum(self._activation(layout)) + self._transform(layout)  # the last rank no longer has what the head kept
         most[-1, 1:] = np.maximum(most[-1, 1:], self._head_forward(layout))
         return most
 
@@ -109,10 +109,16 @@ class Footprint:
         begin, passes = trained_from(model, self.config.train.freeze), passes_head(model, self.config.train.freeze)
         kept *= self._stages_with_backward(layout, sizes) / layout.chunks
         kept[0] += (between + statistics) * model.embedding_norm * (begin < 0)
-        # Into a transform goes what a norm made; its activation, and its norm if it has one, keep what goes into them.
-        transform = model.pooler * 2 * between + (model.head == "masked") * (3 * between + statistics)
-        kept[-1] += passes * (whole + model.has_final_norm * statistics + transform + between * (begin == model.num_layers))
+        kept[-1] += passes * (whole + model.has_final_norm * statistics + self._transform(layout)
+                              + between * (begin == model.num_layers))
         return kept + self.waiting(layout)
+
+    def _transform(self, layout):
+        """Return what is kept before the head: into a transform goes what a norm made; its activation, and its norm if it has
+        one, keep what goes into them."""
+        model, between = self.config.model, self._activation(layout)[1]
+        statistics = self._statistics(layout.microbatch, layout.tensor, layout.sequence_parallel)
+        return model.pooler * 2 * between + (model.head == "masked") * (3 * between + statistics)
 
     def _stages_with_backward(self, layout, sizes):
         """Return how many of the stages of every pipeline rank have a backward: those that end behind the first that is
@@ -232,12 +238,12 @@ class Footprint:
 
     def _added(self, rows, tokens):
         """Return the bytes of what is there of a product while it is added to a weight's gradient of so many rows: in a half
-        type all of it, in both types; in float32, where oneDNN multiplies, a part with its factor. A sum in one pass needs
-        nothing."""
+        type all of it, in both types; in float32, where products are added in parts, one with its factor. A sum in one pass
+        needs nothing."""
         width = self.config.model.hidden_size
         if self.item < self.wide:
             return width * rows * (self.item + self.wide)
-        is_in_parts = self.item == MASTER_BYTES and not self.is_exact
+        is_in_parts = self.machine.adds_in_parts and self.item == MASTER_BYTES and not self.is_exact
         return is_in_parts * min(SUM_BYTES, rows * (width + 2 * tokens) * self.item)
 
     def _head_forward(self, layout):

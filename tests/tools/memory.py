@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mpillm.comm import handover, shared
+from mpillm.comm.devices import onednn_gains
 from mpillm.comm.world import comm_world, set_threads
 from mpillm.config import Config
 from mpillm.machine import Level, Machine
@@ -123,7 +125,8 @@ def machine_of(comm):
         is_shared.free()
     level = Level("node", comm.size, 1e-6, 1e-9)
     levels = (level,) if is_shared else (Level("core", 1, 1e-6, 1e-9), level)
-    return Machine("any", "made up", levels, ((32, 1e9),), 1e15, 1e10, shares_memory=bool(is_shared))
+    return Machine("any", "made up", levels, ((32, 1e9),), 1e15, 1e10, shares_memory=bool(is_shared),
+                   adds_in_parts=onednn_gains(comm, torch.device("cpu"), torch.float32))
 
 
 def synthesised(pipeline, microbatches):
