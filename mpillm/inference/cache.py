@@ -92,6 +92,8 @@ class Pages:
         blocks = np.concatenate([np.asarray(p.blocks)[np.arange(p.start, p.start + len(p.tokens)) // self._size]
                                  for p in pieces])
         self._blocks, self._places = self._index(blocks), self._index(self.positions % self._size)
+        self._copies = [(p.source, p.blocks[p.start // self._size], p.start % self._size)
+                        for p in pieces if p.source is not None]
         self._tiles = self._find_tiles([(p, int(row)) for p, row in zip(pieces, starts) if p.is_prompt])
         self._singles = self._find_singles([(p, int(row)) for p, row in zip(pieces, starts) if not p.is_prompt])
 
@@ -102,6 +104,8 @@ class Pages:
         kept = self.pool.of(owner, k_TKN)
         kept[self._blocks, 0, :, self._places] = k_TKN
         kept[self._blocks, 1, :, self._places] = v_TKN
+        for source, block, count in self._copies:  # one after the other: what is copied may be a copy
+            kept[block, :, :, :count] = kept[source, :, :, :count]
         out_THN = torch.empty(q_THN.shape, dtype=q_THN.dtype, device=q_THN.device)
         q_TKGN = q_THN.unflatten(1, (kept.shape[2], -1))
         for tiles in self._tiles:
