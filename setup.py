@@ -38,6 +38,7 @@ setup(
         "text": ["tokenizers"],
         "hf": ["safetensors"],
         "gguf": ["gguf", "tokenizers"],
+        "eval": ["lm-eval", "tokenizers"],
         "plot": ["matplotlib"],
         "test": ["gguf", "matplotlib", "pytest", "pytest-mpi", "safetensors", "tokenizers", "transformers"],
         "docs": ["sphinx"],
