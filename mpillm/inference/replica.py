@@ -4,6 +4,7 @@ The leader decides each pass and tells the others in one message. Activations go
 last stage, sends back what was chosen. While a pass is on its way the leader starts others, of other requests.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ import torch
 from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.errors import CheckpointError
 from mpillm.inference.cache import KeyValuePool, Pages, block_size
-from mpillm.inference.sampling import choose, likeliest, log_probabilities
+from mpillm.inference.likelihood import log_probabilities
+from mpillm.inference.sampling import choose, likeliest, log_softmax
 from mpillm.inference.scheduler import Scheduler
 from mpillm.nn.positions import Batch, rotary_tables
 
@@ -111,8 +113,8 @@ class Replica:
 
     def _settle(self, rows, pieces, answers):
         """Hand answers to their rows and let the scheduler know."""
-        broken = [number for number, answer in answers.chosen.items() if answer[0] < 0]
-        if broken:
+        scores = [value for _, _, values, _ in answers.scored for value in values]
+        if any(answer[0] < 0 for answer in answers.chosen.values()) or not all(map(math.isfinite, scores)):
             raise CheckpointError("inference: the weights give logits that are not finite: take an earlier checkpoint")
         ends = {number: (answer[0], rows.take(number, *answer)) for number, answer in answers.chosen.items()}
         for number, start, values, are_first in answers.scored:
@@ -158,12 +160,10 @@ class Replica:
             row += len(piece.tokens)
             if piece.chooses:
                 choosing.append((piece.request, row - 1))
-        values, are_first = [], []
+        found = []
         for start in range(0, len(scored), ROWS):
-            logits = self._logits(x_TD, scored[start:start + ROWS], batch)
-            if self._chooses:
-                found = log_probabilities(logits, torch.tensor(targets[start:start + ROWS]))
-                values, are_first = values + found[0].tolist(), are_first + found[1].tolist()
+            parts = self.stage.own_logits(*self._rows(x_TD, scored[start:start + ROWS], batch))
+            found += log_probabilities(parts, self.stage.split, self.vocab_size, targets[start:start + ROWS])
         answers = Answers({}, [])
         for start in range(0, len(choosing), ROWS):
             part = choosing[start:start + ROWS]
@@ -175,16 +175,19 @@ class Replica:
             for piece in order.pieces:
                 count = len(piece.targets)
                 if count:
-                    first = piece.start + piece.target_row + 1
-                    answers.scored.append((piece.request, first, values[:count], are_first[:count]))
-                    values, are_first = values[count:], are_first[count:]
+                    values, are_first = zip(*found[:count])
+                    answers.scored.append((piece.request, piece.start + piece.target_row + 1, values, are_first))
+                    found = found[count:]
         return answers
 
     def _logits(self, x_TD, rows, batch):
         """Return logits of some rows, on the processor and in float32 at least, without the padding."""
-        x_TD = x_TD[torch.tensor(rows, device=x_TD.device)]
-        logits = self.stage.logits(x_TD, replace(batch, positions=len(rows)))[:, :self.vocab_size]
+        logits = self.stage.logits(*self._rows(x_TD, rows, batch))[:, :self.vocab_size]
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)).contiguous()
+
+    def _rows(self, x_TD, rows, batch):
+        """Return some rows, and a pass of them."""
+        return x_TD[torch.tensor(rows, device=x_TD.device)], replace(batch, positions=len(rows))
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,8 @@ def answer_of(logits, sampling, position, seen):
     token = choose(logits, sampling, position, seen)
     if sampling.logprobs is None or token < 0:
         return token, None, None
-    values, _ = log_probabilities(torch.from_numpy(logits)[None], torch.tensor([token]))
-    return token, float(values[0]), likeliest(logits, sampling.logprobs)
+    logprobs = log_softmax(logits)
+    return token, float(logprobs[token]), likeliest(logprobs, sampling.logprobs)
 
 
 def batch_of(model, pages, like):
