@@ -16,6 +16,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from mpillm.nn.products import MEMORY_ALIGNMENT
+
 
 def block_size(head_dim):
     """Return how many positions a block has. Local.
@@ -42,7 +44,7 @@ class KeyValuePool:
         """Return the blocks ``[blocks, 2, K, P, N]`` of a part of a layer."""
         if owner not in self._kept:
             heads, width = k_TKN.shape[1:]
-            self._kept[owner] = k_TKN.new_zeros(self.num_blocks, 2, heads, self.block_size, width)
+            self._kept[owner] = _zeros((self.num_blocks, 2, heads, self.block_size, width), k_TKN)
         return self._kept[owner]
 
     @property
@@ -226,6 +228,16 @@ class Pages:
 
     def _index(self, values):
         return torch.from_numpy(np.asarray(values, np.int64)).to(self._like.device)
+
+
+def _zeros(shape, like):
+    """Return zeros that take memory only once something is written to them."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    n_bytes = math.prod(shape) * like.element_size()
+    memory = np.zeros(n_bytes + MEMORY_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % MEMORY_ALIGNMENT
+    return torch.from_numpy(memory[start:start + n_bytes]).view(like.dtype).view(shape)
 
 
 def attention(q, k, v, mask):
