@@ -15,7 +15,7 @@ from mpillm.inference.dealing import Counters, Dealer
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
 from mpillm.inference.rows import Rows, Source
-from mpillm.inference.scoring import Scored, by_context, score_of
+from mpillm.inference.scoring import Scored, answer_to, by_context, merged, score_of
 from mpillm.inference.selftest import rows_apart, warm_up
 from mpillm.nn.products import row_product
 from mpillm.nn.split import TensorSplit
@@ -125,8 +125,9 @@ class Engine:
         """
         scored = Scored(self.tokenizer, self.config.model.max_seq_len)
         asked = [scored.ask(pair) for pair in pairs]
-        requests = [request for rows, _ in asked for request in rows]
-        results = iter(self._carry_out(requests, by_context(requests)))
+        requests, places = merged([request for rows, _ in asked for request in rows])
+        found = self._carry_out(requests, by_context(requests))
+        results = (answer_to(*place, found) for place in places)
         return [score_of([next(results) for _ in rows], dropped) for rows, dropped in asked]
 
     def serve(self, source, deliver, show=None):
@@ -164,8 +165,9 @@ class Engine:
         if len(prompt) > model.max_seq_len + (request.max_tokens == 0):  # of a row that is scored the last is not computed
             raise ConfigError(f"the prompt has {len(prompt)} tokens, the model takes model.max_seq_len = {model.max_seq_len}: "
                               "give a shorter one")
-        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-            raise ConfigError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model knows 0 to "
+        tokens = prompt + request.alternatives
+        if not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
+            raise ConfigError(f"the prompt has tokens from {min(tokens)} to {max(tokens)}, the model knows 0 to "
                               f"{model.vocab_size - 1}: the tokenizer of the run is not the model's")
         self.replica.scheduler.check(min(len(prompt) + request.max_tokens, model.max_seq_len))
 

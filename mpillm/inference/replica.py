@@ -113,12 +113,12 @@ class Replica:
 
     def _settle(self, rows, pieces, answers):
         """Hand answers to their rows and let the scheduler know."""
-        scores = [value for _, _, values, _ in answers.scored for value in values]
+        scores = [value for *_, found, alternatives in answers.scored for value, _ in found + alternatives]
         if any(answer[0] < 0 for answer in answers.chosen.values()) or not all(map(math.isfinite, scores)):
             raise CheckpointError("inference: the weights give logits that are not finite: take an earlier checkpoint")
         ends = {number: (answer[0], rows.take(number, *answer)) for number, answer in answers.chosen.items()}
-        for number, start, values, are_first in answers.scored:
-            rows.score(number, start, values, are_first)
+        for scored in answers.scored:
+            rows.score(*scored)
         for number in self.scheduler.commit(pieces, ends):
             rows.finish(number)
 
@@ -156,8 +156,9 @@ class Replica:
         scored, choosing, targets, row = [], [], [], 0
         for piece in order.pieces:
             scored += range(row + piece.target_row, row + piece.target_row + len(piece.targets))
-            targets += piece.targets
             row += len(piece.tokens)
+            scored += [row - 1] * len(piece.alternatives)
+            targets += piece.targets + piece.alternatives
             if piece.chooses:
                 choosing.append((piece.request, row - 1))
         found = []
@@ -173,11 +174,11 @@ class Replica:
                     answers.chosen[number] = answer_of(row, *order.choices[number])
         if self._chooses:
             for piece in order.pieces:
-                count = len(piece.targets)
+                count, last = len(piece.targets), len(piece.targets) + len(piece.alternatives)
                 if count:
-                    values, are_first = zip(*found[:count])
-                    answers.scored.append((piece.request, piece.start + piece.target_row + 1, values, are_first))
-                    found = found[count:]
+                    first = piece.start + piece.target_row + 1
+                    answers.scored.append((piece.request, first, found[:count], found[count:last]))
+                    found = found[last:]
         return answers
 
     def _logits(self, x_TD, rows, batch):
@@ -193,7 +194,7 @@ class Replica:
 @dataclass(frozen=True)
 class Answers:
     """What a pass found: ``chosen`` by request, as :func:`answer_of` says; ``scored`` as ``(request, position,
-    log-probabilities of the tokens from there on, whether each was the likeliest)``."""
+    of the tokens from there on the log-probability and whether it is the likeliest, the same of alternatives)``."""
 
     chosen: dict
     scored: list

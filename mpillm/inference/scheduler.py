@@ -40,6 +40,8 @@ class Piece(NamedTuple):
         Whether the tokens are of the prompt. Generated ones are always computed as if each came alone.
     targets : tuple of int
         Tokens whose log-probabilities are asked for, by consecutive rows from ``target_row`` of the piece on.
+    alternatives : tuple of int
+        The same of the last row.
     chooses : bool
         Whether the last token is answered with the next one.
     source : int or None
@@ -55,6 +57,7 @@ class Piece(NamedTuple):
     target_row: int = 0
     chooses: bool = False
     source: int | None = None
+    alternatives: tuple = ()
 
 
 @dataclass(eq=False)
@@ -66,6 +69,7 @@ class Sequence:
     limit: int
     scored_from: int
     prompt_length: int
+    alternatives: tuple = ()
     computed: int = 0
     blocks: list = field(default_factory=list)  # none while it waits
     digests: list = field(default_factory=lambda: [b""])  # of the first 0, 1, 2 … blocks of the prompt, as far as asked for
@@ -121,7 +125,7 @@ class Scheduler:
         """Return how many requests are not done."""
         return len(self._sequences)
 
-    def add(self, number, tokens, limit, scored_from=None):
+    def add(self, number, tokens, limit, scored_from=None, alternatives=()):
         """Take a request.
 
         Parameters
@@ -134,6 +138,8 @@ class Scheduler:
             Length at which the row ends; that of the prompt if nothing is to be generated.
         scored_from : int, optional
             Position of the first token whose log-probability is asked for, at least 1.
+        alternatives : tuple of int
+            Where nothing is to be generated: tokens that are asked for in the place of the last one, too.
 
         Raises
         ------
@@ -142,7 +148,8 @@ class Scheduler:
         """
         self.check(limit)
         scored_from = len(tokens) if scored_from is None else scored_from
-        sequence = self._sequences[number] = Sequence(number, list(tokens), limit, scored_from, len(tokens))
+        sequence = self._sequences[number] = Sequence(
+            number, list(tokens), limit, scored_from, len(tokens), alternatives)
         self.waiting.append(sequence)
 
     def check(self, limit):
@@ -243,7 +250,8 @@ class Scheduler:
             pieces.append(Piece(
                 sequence.number, start, tuple(sequence.tokens[start:stop]), tuple(sequence.blocks[:self._count(stop)]),
                 is_prompt, tuple(sequence.tokens[first:min(stop + 1, sequence.prompt_length)]), first - 1 - start,
-                stop == len(sequence.tokens), source if known else None))
+                stop == len(sequence.tokens), source if known else None,
+                sequence.alternatives if stop == wanted else ()))
             self._room -= stop - start
             sequence.computed, sequence.is_in_flight = stop, stop == wanted
             if is_prompt:

@@ -1,7 +1,7 @@
 """How likely texts are: which tokens are scored behind which, in windows and by the rules of ``lm-eval``. Local."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpillm.errors import ConfigError
 from mpillm.inference.requests import Request
@@ -102,6 +102,35 @@ def score_of(results, dropped=0):
     """Return the :class:`Score` that the results of :meth:`Scored.ask`'s requests are together."""
     scores = [score for result in results for score in result.scores]
     return Score(math.fsum(scores), len(scores), all(result.is_greedy for result in results), dropped)
+
+
+def merged(requests):
+    """Return fewer requests, where some differ in their one token that is scored, and of each of ``requests`` which one answers
+    it, and as which alternative, or None."""
+    fewer, alternatives, found, first = [], [], [], {}
+    for request in requests:
+        context = request.prompt[:-1]
+        is_single = request.scored_from == len(context)
+        if is_single and context in first:
+            place = first[context]
+            found.append((place, len(alternatives[place])))
+            alternatives[place].append(request.prompt[-1])
+            continue
+        if is_single:
+            first[context] = len(fewer)
+        found.append((len(fewer), None))
+        fewer.append(request)
+        alternatives.append([])
+    return [replace(request, alternatives=tuple(more)) for request, more in zip(fewer, alternatives)], found
+
+
+def answer_to(place, alternative, results):
+    """Return the result of a request that was :func:`merged`."""
+    result = results[place]
+    if alternative is None:
+        return result
+    score, is_greedy = result.alternatives[alternative]
+    return replace(result, scores=[score], is_greedy=is_greedy)
 
 
 def by_context(requests):

@@ -107,6 +107,15 @@ def test_pairs_are_texts_or_tokens(comm, path):
             scores(path, comm, [("a", "b"), wrong])
 
 
+def test_choices_of_one_token_are_one_row(comm, path):
+    context = list(b"abc" * 40)
+    asked = [(context, [token]) for token in b"abca"] + [(context, b"ab"), (context[:7], b"a")]
+    alone = [scores(path, SingleComm(), [each])[0][0] for each in asked]
+    found, computed = scores(path, comm, asked)
+    assert_all(found == alone and sum(each.is_greedy for each in found[:3]) <= 1, (found, alone), comm)
+    assert_all(computed <= 120 + 2 + 7, computed, comm)
+
+
 @pytest.fixture
 def harness():
     pytest.importorskip("lm_eval")

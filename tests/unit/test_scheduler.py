@@ -26,12 +26,13 @@ class Row:
     limit: int
     scored_from: int | None = None
     ends_at: int | None = None
+    alternatives: tuple = ()
     targets: dict = field(default_factory=dict)
     is_answered: bool = True
     is_cancelled: bool = False
 
     def __post_init__(self):
-        self.prompt_length, self.digests = len(self.tokens), []
+        self.prompt_length, self.digests, self.asked_instead = len(self.tokens), [], ()
 
     @property
     def last(self):
@@ -59,7 +60,7 @@ class Machine:
 
     def add(self, row):
         self.rows[row.number] = row
-        self.scheduler.add(row.number, list(row.tokens), row.limit, row.scored_from)
+        self.scheduler.add(row.number, list(row.tokens), row.limit, row.scored_from, row.alternatives)
 
     def cancel(self, number):
         row = self.rows[number]
@@ -100,6 +101,8 @@ class Machine:
             for i, token in enumerate(piece.targets, piece.start + piece.target_row + 1):
                 assert piece.start < i <= stop and token == row.tokens[i]
                 row.targets[i] = token
+            row.asked_instead = row.asked_instead or piece.alternatives
+            assert not piece.alternatives or stop == row.last
             assert piece.chooses == (stop == row.last == len(row.tokens))
             if piece.chooses:
                 row.is_answered = False
@@ -165,7 +168,7 @@ class Machine:
         if not row.is_cancelled:
             first = row.prompt_length if row.scored_from is None else row.scored_from
             assert sorted(row.targets) == list(range(first, row.prompt_length)), "targets are missing"
-            assert len(row.tokens) in (row.limit, row.ends_at)
+            assert len(row.tokens) in (row.limit, row.ends_at) and row.asked_instead == row.alternatives
 
     def drain(self):
         """Go on until nothing is left, as the leader of a replica does."""
@@ -193,7 +196,7 @@ def random_rows(rng, count, longest):
         if kind == "scored":
             scored_from = min(scored_from, length - 1)
         ends_at = rng.randint(length + 1, limit) if limit > length and rng.random() < 0.3 else None
-        rows.append(Row(number, prompt, limit, scored_from, ends_at))
+        rows.append(Row(number, prompt, limit, scored_from, ends_at, (5, 6) if kind == "scored" and number % 2 else ()))
     return rows
 
 
