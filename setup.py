@@ -40,7 +40,7 @@ setup(
         "gguf": ["gguf", "tokenizers"],
         "eval": ["lm-eval", "tokenizers"],
         "plot": ["matplotlib"],
-        "test": ["gguf", "matplotlib", "pytest", "pytest-mpi", "safetensors", "tokenizers", "transformers"],
+        "test": ["gguf", "lm-eval", "matplotlib", "pytest", "pytest-mpi", "safetensors", "tokenizers", "transformers"],
         "docs": ["sphinx"],
     },
     entry_points={"console_scripts": ["mpillm = mpillm.__main__:main"]},

@@ -2,12 +2,14 @@
 
 import json
 import random
+import sys
 
 import pytest
 import torch
 from helpers import assert_all
 from written import make_model, reference_of, shared_run
 
+from mpillm.cli import evaluate as cli
 from mpillm.comm.single import SingleComm
 from mpillm.errors import CollectiveError, ConfigError, DataError, MpillmError
 from mpillm.inference.crew import Crew
@@ -148,6 +150,14 @@ def test_the_harness_finds_the_same_on_every_layout(comm, path, harness):
         size = sum(len(each["question"]) for each in questions())
         perplexity = torch.tensor(-sum(each.logprob for each in rolled) / size, dtype=torch.float64).exp().item()
         assert abs(results["rolling"]["byte_perplexity,none"] / perplexity - 1) < 1e-12
+
+
+def test_without_the_harness_all_ranks_say_what_to_install(comm, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mpillm.inference.harness", raising=False)
+    monkeypatch.delattr("mpillm.inference.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mpillm\[eval\]'"):
+        Crew(comm).run(cli._harness)
 
 
 @pytest.mark.parametrize("name, kind, reason", [
