@@ -23,13 +23,14 @@ COMMANDS = {
     "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
     "generate": "sample text from a run (under mpirun or srun)",
     "score": "how likely texts are to a run (under mpirun or srun)",
+    "evaluate": "tasks of lm-eval with a run (under mpirun or srun)",
     "bench": "measure, beside PyTorch when asked",
     "convert": "weights out of a run for transformers; Hugging Face or GGUF weights into a new run",
     "diagnose": "why a run hung: the rank and the call that stopped first",
     "report": "draw the pictures of a run",
 }
 UNDER_MPI = (  # doctor starts MPI itself, to tell why that fails
-    "probe", "train", "verify", "generate", "score", "bench collectives")
+    "probe", "train", "verify", "generate", "score", "evaluate", "bench collectives")
 
 
 class Commands(click.Group):

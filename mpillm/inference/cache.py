@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpillm.nn.products import MEMORY_ALIGNMENT
+
 
 def block_size(head_dim):
     """Return how many positions a block has. Local.
@@ -41,7 +43,7 @@ class KeyValuePool:
         """Return the blocks ``[blocks, 2, K, P, N]`` of a part of a layer."""
         if owner not in self._kept:
             heads, width = k_TKN.shape[1:]
-            self._kept[owner] = k_TKN.new_zeros(self.num_blocks, 2, heads, self.block_size, width)
+            self._kept[owner] = _zeros((self.num_blocks, 2, heads, self.block_size, width), k_TKN)
         return self._kept[owner]
 
     @property
@@ -100,6 +102,8 @@ class Pages:
         blocks = np.concatenate([np.asarray(p.blocks)[np.arange(p.start, p.start + len(p.tokens)) // self._size]
                                  for p in pieces])
         self._blocks, self._places = self._index(blocks), self._index(self.positions % self._size)
+        self._copies = [(p.source, p.blocks[p.start // self._size], p.start % self._size)
+                        for p in pieces if p.source is not None]
         self._tiles = self._find_tiles([(p, int(row)) for p, row in zip(pieces, starts) if p.is_prompt])
         self._singles = self._find_singles([(p, int(row)) for p, row in zip(pieces, starts) if not p.is_prompt])
 
@@ -110,6 +114,8 @@ class Pages:
         kept = self.pool.of(owner, k_TKN)
         kept[self._blocks, 0, :, self._places] = k_TKN
         kept[self._blocks, 1, :, self._places] = v_TKN
+        for source, block, count in self._copies:  # one after the other: what is copied may be a copy
+            kept[block, :, :, :count] = kept[source, :, :, :count]
         q_TKGN, singles = q_THN.unflatten(1, (kept.shape[2], -1)), self._singles
         if singles is not None and singles.rows is None:
             return _attend_singles(singles, q_TKGN, kept).flatten(1, 2).transpose(0, 1)[None]
@@ -226,6 +232,16 @@ def _attend_singles(singles, q_RKGN, kept):
         total += weights[:, i, ..., 0]
         summed.addcmul_(found[:, i], weights[:, i])
     return summed.div_(total[..., None])
+
+
+def _zeros(shape, like):
+    """Return zeros that take memory only once something is written to them."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    n_bytes = math.prod(shape) * like.element_size()
+    memory = np.zeros(n_bytes + MEMORY_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % MEMORY_ALIGNMENT
+    return torch.from_numpy(memory[start:start + n_bytes]).view(like.dtype).view(shape)
 
 
 def attention(q, k, v, mask):

@@ -1,5 +1,7 @@
 """The engine: many requests at once, on any number of ranks, with the same results."""
 
+from collections import deque
+
 import torch
 
 from mpillm.comm.devices import pick_device
@@ -13,6 +15,7 @@ from mpillm.inference.dealing import Counters, Dealer
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
 from mpillm.inference.rows import Rows, Source
+from mpillm.inference.scoring import Scored, answer_to, by_context, merged, score_of
 from mpillm.inference.selftest import rows_apart, warm_up
 from mpillm.nn.products import row_product
 from mpillm.nn.split import TensorSplit
@@ -100,16 +103,33 @@ class Engine:
         CheckpointError
             On every rank, if the weights give logits that are not finite.
         """
-        for request in requests:
-            self.check(request)
-        found, comm = {}, self.mesh.world.comm
-        costs = [len(request.prompt) + request.max_tokens for request in requests]
-        with Counters(comm, 1) as counters:
-            dealer = Dealer(counters, self.mesh.size("data"), costs, self.config.inference.batch)
-            with agreed(comm, "generate"):
-                self.serve(_Dealt(dealer, requests), found.__setitem__, show)
-        found = dict(item for part in comm.allgather(found) for item in part.items())
-        return [found[i] for i in range(len(requests))]
+        return self._carry_out(requests, [[place] for place in range(len(requests))], show)
+
+    def score(self, pairs):
+        """Return a :class:`~mpillm.inference.scoring.Score` for each of ``pairs``, in order, on every rank.
+
+        What contexts have in common is computed once.
+
+        Parameters
+        ----------
+        pairs : list of (context, continuation) or of str
+            The same on every rank. Both of a pair are texts, or both rows of tokens. An empty context is the token that begins
+            texts; of one that does not fit into the model the first tokens are dropped. A text by itself is scored from its
+            first token on, in windows.
+
+        Raises
+        ------
+        ConfigError
+            On every rank, before anything is computed, if one cannot be scored.
+        CheckpointError
+            On every rank, if the weights give logits that are not finite.
+        """
+        scored = Scored(self.tokenizer, self.config.model.max_seq_len)
+        asked = [scored.ask(pair) for pair in pairs]
+        requests, places = merged([request for rows, _ in asked for request in rows])
+        found = self._carry_out(requests, by_context(requests))
+        results = (answer_to(*place, found) for place in places)
+        return [score_of([next(results) for _ in rows], dropped) for rows, dropped in asked]
 
     def serve(self, source, deliver, show=None):
         """Work on what a :class:`~mpillm.inference.rows.Source` gives on the leader of each replica, and ``deliver`` results
@@ -118,6 +138,19 @@ class Engine:
             self.replica.lead(Rows(source, self.tokenizer, self.config.model.max_seq_len, deliver, show))
         else:
             self.replica.follow(source.look)
+
+    def _carry_out(self, requests, portions, show=None):
+        """Return a result for each request; ``portions`` of their places go to one replica each."""
+        for request in requests:
+            self.check(request)
+        found, comm = {}, self.mesh.world.comm
+        costs = [sum(len(requests[place].prompt) + requests[place].max_tokens for place in portion) for portion in portions]
+        with Counters(comm, 1) as counters:
+            dealer = Dealer(counters, self.mesh.size("data"), costs, self.config.inference.batch)
+            with agreed(comm, "generate"):
+                self.serve(_Dealt(dealer, requests, portions), found.__setitem__, show)
+        found = dict(item for part in comm.allgather(found) for item in part.items())
+        return [found[place] for place in range(len(requests))]
 
     def check(self, request):
         """Refuse a request that cannot be carried out. Local.
@@ -133,8 +166,9 @@ class Engine:
         if len(prompt) > model.max_seq_len + (request.max_tokens == 0):  # of a row that is scored the last is not computed
             raise ConfigError(f"the prompt has {len(prompt)} tokens, the model takes model.max_seq_len = {model.max_seq_len}: "
                               "give a shorter one")
-        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-            raise ConfigError(f"the prompt has tokens from {min(prompt)} to {max(prompt)}, the model knows 0 to "
+        tokens = prompt + request.alternatives
+        if not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
+            raise ConfigError(f"the prompt has tokens from {min(tokens)} to {max(tokens)}, the model knows 0 to "
                               f"{model.vocab_size - 1}: the tokenizer of the run is not the model's")
         self.replica.scheduler.check(min(len(prompt) + request.max_tokens, model.max_seq_len))
 
@@ -159,15 +193,19 @@ class Engine:
 
 
 class _Dealt(Source):
-    """Some of a list of requests, as the dealer gives them to this replica."""
+    """Some of a list of requests, as the dealer gives them to this replica, in portions."""
 
-    def __init__(self, dealer, requests):
-        self._dealer, self._requests = dealer, requests
+    def __init__(self, dealer, requests, portions):
+        self._dealer, self._requests, self._portions, self._waiting = dealer, requests, portions, deque()
 
     @property
     def is_done(self):
-        return self._dealer.is_done
+        return self._dealer.is_done and not self._waiting
 
     def take(self, busy):
-        index = self._dealer.take(busy)
-        return None if index is None else (index, self._requests[index])
+        if not self._waiting and (dealt := self._dealer.take(busy)) is not None:
+            self._waiting.extend(self._portions[dealt])
+        if not self._waiting:
+            return None
+        place = self._waiting.popleft()
+        return place, self._requests[place]

@@ -4,6 +4,7 @@ The leader decides each pass and tells the others in one message. Activations go
 last stage, sends back what was chosen. While a pass is on its way the leader starts others, of other requests.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ import torch
 from mpillm.comm.p2p import FORWARD, irecv, isend, tag_of
 from mpillm.errors import CheckpointError
 from mpillm.inference.cache import KeyValuePool, Pages, block_size
-from mpillm.inference.sampling import choose, likeliest, log_probabilities
+from mpillm.inference.likelihood import log_probabilities
+from mpillm.inference.sampling import choose, likeliest, log_softmax
 from mpillm.inference.scheduler import Scheduler
 from mpillm.nn.positions import Batch, rotary_tables
 
@@ -111,12 +113,12 @@ class Replica:
 
     def _settle(self, rows, pieces, answers):
         """Hand answers to their rows and let the scheduler know."""
-        broken = [number for number, answer in answers.chosen.items() if answer[0] < 0]
-        if broken:
+        scores = [value for *_, found, alternatives in answers.scored for value, _ in found + alternatives]
+        if any(answer[0] < 0 for answer in answers.chosen.values()) or not all(map(math.isfinite, scores)):
             raise CheckpointError("inference: the weights give logits that are not finite: take an earlier checkpoint")
         ends = {number: (answer[0], rows.take(number, *answer)) for number, answer in answers.chosen.items()}
-        for number, start, values, are_first in answers.scored:
-            rows.score(number, start, values, are_first)
+        for scored in answers.scored:
+            rows.score(*scored)
         for number in self.scheduler.commit(pieces, ends):
             rows.finish(number)
 
@@ -154,16 +156,15 @@ class Replica:
         scored, choosing, targets, row = [], [], [], 0
         for piece in order.pieces:
             scored += range(row + piece.target_row, row + piece.target_row + len(piece.targets))
-            targets += piece.targets
             row += len(piece.tokens)
+            scored += [row - 1] * len(piece.alternatives)
+            targets += piece.targets + piece.alternatives
             if piece.chooses:
                 choosing.append((piece.request, row - 1))
-        values, are_first = [], []
+        found = []
         for start in range(0, len(scored), ROWS):
-            logits = self._logits(x_TD, scored[start:start + ROWS], batch)
-            if self._chooses:
-                found = log_probabilities(logits, torch.tensor(targets[start:start + ROWS]))
-                values, are_first = values + found[0].tolist(), are_first + found[1].tolist()
+            parts = self.stage.own_logits(*self._rows(x_TD, scored[start:start + ROWS], batch))
+            found += log_probabilities(parts, self.stage.split, self.vocab_size, targets[start:start + ROWS])
         answers = Answers({}, [])
         for start in range(0, len(choosing), ROWS):
             part = choosing[start:start + ROWS]
@@ -173,24 +174,27 @@ class Replica:
                     answers.chosen[number] = answer_of(row, *order.choices[number])
         if self._chooses:
             for piece in order.pieces:
-                count = len(piece.targets)
+                count, last = len(piece.targets), len(piece.targets) + len(piece.alternatives)
                 if count:
                     first = piece.start + piece.target_row + 1
-                    answers.scored.append((piece.request, first, values[:count], are_first[:count]))
-                    values, are_first = values[count:], are_first[count:]
+                    answers.scored.append((piece.request, first, found[:count], found[count:last]))
+                    found = found[last:]
         return answers
 
     def _logits(self, x_TD, rows, batch):
         """Return logits of some rows, on the processor and in float32 at least, without the padding."""
-        x_TD = x_TD[torch.tensor(rows, device=x_TD.device)]
-        logits = self.stage.logits(x_TD, replace(batch, positions=len(rows)))[:, :self.vocab_size]
+        logits = self.stage.logits(*self._rows(x_TD, rows, batch))[:, :self.vocab_size]
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32)).contiguous()
+
+    def _rows(self, x_TD, rows, batch):
+        """Return some rows, and a pass of them."""
+        return x_TD[torch.tensor(rows, device=x_TD.device)], replace(batch, positions=len(rows))
 
 
 @dataclass(frozen=True)
 class Answers:
     """What a pass found: ``chosen`` by request, as :func:`answer_of` says; ``scored`` as ``(request, position,
-    log-probabilities of the tokens from there on, whether each was the likeliest)``."""
+    of the tokens from there on the log-probability and whether it is the likeliest, the same of alternatives)``."""
 
     chosen: dict
     scored: list
@@ -202,8 +206,8 @@ def answer_of(logits, sampling, position, seen):
     token = choose(logits, sampling, position, seen)
     if sampling.logprobs is None or token < 0:
         return token, None, None
-    values, _ = log_probabilities(torch.from_numpy(logits)[None], torch.tensor([token]))
-    return token, float(values[0]), likeliest(logits, sampling.logprobs)
+    logprobs = log_softmax(logits)
+    return token, float(logprobs[token]), likeliest(logprobs, sampling.logprobs)
 
 
 def batch_of(model, pages, like):

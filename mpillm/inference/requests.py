@@ -68,6 +68,8 @@ class Request:
         Go on behind the tokens that end a text.
     scored_from : int, optional
         Position in the prompt, at least 1, of the first token whose log-probability is asked for.
+    alternatives : tuple of int
+        Of a prompt that is only scored: tokens that are scored in the place of its last one as well.
     """
 
     id: str
@@ -77,6 +79,7 @@ class Request:
     stop: tuple = ()
     ignore_ends: bool = False
     scored_from: int | None = None
+    alternatives: tuple = ()
 
     def __post_init__(self):
         object.__setattr__(self, "prompt", tuple(int(token) for token in self.prompt))
@@ -84,6 +87,9 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} {value}: must be at least {least}")
+        object.__setattr__(self, "alternatives", tuple(int(token) for token in self.alternatives))
+        if self.alternatives and (self.max_tokens or not (self.scored_from or len(self.prompt)) < len(self.prompt)):
+            raise ConfigError("alternatives: the prompt's last token must be scored, and max_tokens be 0")
 
 
 @dataclass
@@ -105,6 +111,8 @@ class Result:
         Log-probabilities of the prompt's tokens from ``scored_from`` on.
     is_greedy : bool
         Whether each of these was the likeliest.
+    alternatives : list of (float, bool)
+        The same of each of the request's alternatives.
     """
 
     id: str
@@ -115,6 +123,7 @@ class Result:
     top_logprobs: list = field(default_factory=list)
     scores: list = field(default_factory=list)
     is_greedy: bool = True
+    alternatives: list = field(default_factory=list)
 
 
 def seed_of(seed, name, choice=0):

@@ -59,7 +59,7 @@ class Rows:
             if limit == length and not is_scored:
                 self.finish(number)
             else:
-                scheduler.add(number, request.prompt, limit, request.scored_from)
+                scheduler.add(number, request.prompt, limit, request.scored_from, request.alternatives)
 
     def cancel(self, number, scheduler):
         """Drop a request: at once, or when the pass that it is in comes back."""
@@ -100,12 +100,14 @@ class Rows:
                 return True
         return False
 
-    def score(self, number, start, values, are_first):
-        """Take log-probabilities of the prompt from position ``start`` on; what comes once more is the same."""
+    def score(self, number, start, found, alternatives):
+        """Take log-probabilities of the prompt from position ``start`` on, each with whether it is the largest, and those of
+        alternatives; what comes once more is the same."""
         if number in self._asked:
             result, place = self._results[number], start - self._asked[number].scored_from
-            result.scores[place:place + len(values)] = values
-            result.is_greedy &= all(are_first)
+            result.scores[place:place + len(found)] = [value for value, _ in found]
+            result.is_greedy &= all(is_first for _, is_first in found)
+            result.alternatives = alternatives
 
     def finish(self, number):
         """Deliver a result."""

@@ -1,12 +1,6 @@
-"""A token out of logits: in one thread and row by row, so that equal logits give the same token everywhere.
-
-Legend: T rows, V vocabulary.
-"""
+"""A token out of logits: in one thread and row by row, so that equal logits give the same token everywhere."""
 
 import numpy as np
-import torch
-
-ROWS = 64  # of which log-probabilities are computed at a time
 
 
 def choose(logits, sampling, position, seen=()):
@@ -53,22 +47,14 @@ def _truncated(odds, sampling):
     return np.where(odds < sampling.min_p * odds.max(), 0, odds) if sampling.min_p else odds
 
 
-def log_probabilities(logits_TV, tokens_T):
-    """Return of each row the log-probability of its token, in float64, and whether the token is the likeliest. Local."""
-    values, firsts = [], []
-    for logits, tokens in zip(logits_TV.split(ROWS), tokens_T.split(ROWS)):
-        wide = logits.double()
-        tallest = wide.amax(1, keepdim=True)
-        total = torch.exp(wide - tallest).sum(1, keepdim=True).log_() + tallest
-        values.append((wide.gather(1, tokens[:, None]) - total)[:, 0])
-        firsts.append(wide.argmax(1) == tokens)
-    return torch.cat(values).numpy(), torch.cat(firsts).numpy()
-
-
-def likeliest(logits, count):
-    """Return the ``count`` likeliest tokens of a row (numpy) with their log-probabilities, the likeliest first."""
+def log_softmax(logits):
+    """Return the log-probabilities of a row (numpy) in float64. Local."""
     wide = logits.astype(np.float64)
-    wide = wide - wide.max()
-    wide -= np.log(np.exp(wide).sum())
-    order = np.argsort(-wide, kind="stable")[:count]
-    return [(int(token), float(wide[token])) for token in order]
+    wide -= wide.max()
+    return wide - np.log(np.exp(wide).sum())
+
+
+def likeliest(logprobs, count):
+    """Return the ``count`` likeliest tokens of a row (numpy) with their log-probabilities, the likeliest first."""
+    order = np.argsort(-logprobs, kind="stable")[:count]
+    return [(int(token), float(logprobs[token])) for token in order]

@@ -5,12 +5,15 @@ answers with the next token. A pass takes one token of every request that goes o
 budget leaves, so that a long prompt holds nobody up (Agrawal et al. 2024). Requests join and leave between passes (Yu et al.
 2022). When the pool is full the youngest request gives its blocks back and is computed once more later (Kwon et al. 2023).
 Passes are carried out in the order in which they are decided, so blocks may change hands before a pass is back.
+
+Prompts that begin alike share the blocks in which they are equal. Where they part within a block, the later one gets a copy of
+the positions before (copy on write).
 """
 
 import hashlib
 import heapq
 from array import array
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -19,6 +22,7 @@ from typing import NamedTuple
 from mpillm.errors import ConfigError
 
 AGE = attrgetter("number")
+ENOUGH_PASSES = 4  # full of what waits
 
 
 class Piece(NamedTuple):
@@ -37,8 +41,12 @@ class Piece(NamedTuple):
         Whether the tokens are of the prompt. Generated ones are always computed as if each came alone.
     targets : tuple of int
         Tokens whose log-probabilities are asked for, by consecutive rows from ``target_row`` of the piece on.
+    alternatives : tuple of int
+        The same of the last row.
     chooses : bool
         Whether the last token is answered with the next one.
+    source : int or None
+        Block that holds what the first block of the piece lacks before ``start``: copied once the pass has written its own.
     """
 
     request: int
@@ -49,6 +57,8 @@ class Piece(NamedTuple):
     targets: tuple = ()
     target_row: int = 0
     chooses: bool = False
+    source: int | None = None
+    alternatives: tuple = ()
 
 
 @dataclass(eq=False)
@@ -60,16 +70,27 @@ class Sequence:
     limit: int
     scored_from: int
     prompt_length: int
+    alternatives: tuple = ()
     computed: int = 0
     blocks: list = field(default_factory=list)  # none while it waits
-    digests: list = field(default_factory=list)  # of the prompt up to the end of each whole block, as far as asked for
+    digests: list = field(default_factory=lambda: [b""])  # of the first 0, 1, 2 … blocks of the prompt, as far as asked for
     is_in_flight: bool = False  # the piece that completes the row as it is now is under way
     is_cancelled: bool = False
 
     @property
     def wanted(self):
         """How many tokens are to be computed before something is chosen: the last one of a row that is only scored is not."""
-        return len(self.tokens) - (self.limit == self.prompt_length)
+        return len(self.tokens) - self.is_only_scored
+
+    @property
+    def is_only_scored(self):
+        """Whether nothing is to be generated."""
+        return self.limit == self.prompt_length
+
+    @property
+    def sharable(self):
+        """How many positions at most others may have computed: behind them something is asked for."""
+        return min(self.prompt_length, self.scored_from, self.wanted) - 1
 
 
 class Scheduler:
@@ -96,8 +117,9 @@ class Scheduler:
         self.waiting, self.running, self._sequences = deque(), [], {}
         self._free = list(range(num_blocks))
         self._users = [0] * num_blocks
-        self._known, self._digest_of = {}, {}  # blocks of prompts by their digests, and the reverse
+        self._known, self._entry_of = {}, {}  # by the digest of what is before: sorted (tokens, block); and by block
         self._idle = OrderedDict()  # those of them that nobody uses now, the first to be forgotten first
+        self._lent = []  # blocks that the pass at hand copies from
         self._room = self.preempted = self.shared_tokens = 0
 
     def __len__(self):
@@ -106,10 +128,10 @@ class Scheduler:
 
     @property
     def has_room(self):
-        """Whether what waits is less than a pass takes, so that a new request would soon be computed."""
-        return sum(len(sequence.tokens) for sequence in self.waiting) < self.budget
+        """Whether what waits is less than a few passes take, so that a new request would soon be computed."""
+        return sum(len(sequence.tokens) for sequence in self.waiting) < ENOUGH_PASSES * self.budget
 
-    def add(self, number, tokens, limit, scored_from=None):
+    def add(self, number, tokens, limit, scored_from=None, alternatives=()):
         """Take a request.
 
         Parameters
@@ -122,6 +144,8 @@ class Scheduler:
             Length at which the row ends; that of the prompt if nothing is to be generated.
         scored_from : int, optional
             Position of the first token whose log-probability is asked for, at least 1.
+        alternatives : tuple of int
+            Where nothing is to be generated: tokens that are asked for in the place of the last one, too.
 
         Raises
         ------
@@ -130,7 +154,8 @@ class Scheduler:
         """
         self.check(limit)
         scored_from = len(tokens) if scored_from is None else scored_from
-        sequence = self._sequences[number] = Sequence(number, list(tokens), limit, scored_from, len(tokens))
+        sequence = self._sequences[number] = Sequence(
+            number, list(tokens), limit, scored_from, len(tokens), alternatives)
         self.waiting.append(sequence)
 
     def check(self, limit):
@@ -156,6 +181,8 @@ class Scheduler:
             pieces += self._pieces(sequence)
         while self.waiting and len(self.running) < self.batch and self._room > 0 and (sequence := self._admit()):
             pieces += self._pieces(sequence)
+        self._release(self._lent)
+        self._lent = []
         return pieces
 
     def commit(self, pieces, chosen):
@@ -210,18 +237,27 @@ class Scheduler:
         self._share(sequence, self._known_blocks(sequence))
         pieces, wanted = [], sequence.wanted
         while sequence.computed < wanted:
-            start, is_prompt = sequence.computed, sequence.computed < sequence.prompt_length
+            is_prompt = sequence.computed < sequence.prompt_length
+            source, known = self._find(sequence, sequence.computed) if is_prompt else (None, 0)
+            start = sequence.computed + known
             end = min(wanted, sequence.prompt_length) if is_prompt else wanted
             stop = min(end, start + self._room)
             if is_prompt and stop < end:
                 stop -= stop % self.block_size  # whole blocks, whose rows are computed together
-            if stop <= start or not self._reserve(sequence, stop):
+            if stop <= start:
                 break
+            if known:
+                self._use(source)
+                self._lent.append(source)
+            if not self._reserve(sequence, stop):
+                break
+            self.shared_tokens += known
             first = max(start + 1, sequence.scored_from)
             pieces.append(Piece(
                 sequence.number, start, tuple(sequence.tokens[start:stop]), tuple(sequence.blocks[:self._count(stop)]),
                 is_prompt, tuple(sequence.tokens[first:min(stop + 1, sequence.prompt_length)]), first - 1 - start,
-                stop == len(sequence.tokens)))
+                stop == len(sequence.tokens), source if known else None,
+                sequence.alternatives if stop == wanted else ()))
             self._room -= stop - start
             sequence.computed, sequence.is_in_flight = stop, stop == wanted
             if is_prompt:
@@ -249,7 +285,7 @@ class Scheduler:
                 block = heapq.heappop(self._free)  # the lowest, so that those in use lie close together
             elif self._idle:
                 block, _ = self._idle.popitem(last=False)
-                del self._known[self._digest_of.pop(block)]
+                self._forget(block)
             else:
                 younger = self.running[self.running.index(sequence) + 1:]
                 youngest = next((other for other in reversed(younger) if not other.is_in_flight), None)
@@ -272,56 +308,92 @@ class Scheduler:
     def _finish(self, sequence):
         del self._sequences[sequence.number]
         (self.running if sequence.blocks else self.waiting).remove(sequence)
+        if not sequence.is_only_scored and sequence.blocks:
+            for block in sequence.blocks[sequence.prompt_length // self.block_size:]:  # that were generated into
+                self._forget(block)
         self._release(sequence.blocks)
 
     def _release(self, blocks):
         for block in reversed(blocks):  # ends of prompts are forgotten before their beginnings
             self._users[block] -= 1
             if self._users[block] == 0:
-                if block in self._digest_of:
+                if block in self._entry_of:
                     self._idle[block] = None
                 else:
                     heapq.heappush(self._free, block)
 
+    def _use(self, block):
+        self._users[block] += 1
+        self._idle.pop(block, None)
+
     def _known_blocks(self, sequence):
         """Return the blocks that hold what comes next of a prompt already; one token at least is left to compute."""
-        found = []
-        if self.shares_prefixes:
-            most = (min(sequence.prompt_length, sequence.scored_from, sequence.wanted) - 1) // self.block_size
-            for i in range(sequence.computed // self.block_size, most):
-                block = self._known.get(self._digest(sequence, i))
-                if block is None:
-                    break
-                found.append(block)
+        found, start = [], sequence.computed
+        while start + self.block_size <= sequence.sharable:
+            block, count = self._find(sequence, start)
+            if count < self.block_size:
+                break
+            found.append(block)
+            start += self.block_size
         return found
 
     def _share(self, sequence, known):
         """Let a request go on behind known blocks, in the place of those that it would have filled itself."""
         place = slice(sequence.computed // self.block_size, sequence.computed // self.block_size + len(known))
         for block in known:
-            self._users[block] += 1
-            self._idle.pop(block, None)
+            self._use(block)
         self._release(sequence.blocks[place])
         sequence.blocks[place] = known
         sequence.computed += len(known) * self.block_size
         self.shared_tokens += len(known) * self.block_size
 
-    def _remember(self, sequence, start, stop):
-        """Note the whole blocks of a piece of a prompt: what is computed later may read them."""
-        if self.shares_prefixes:
-            for i in range(start // self.block_size, stop // self.block_size):
-                digest, block = self._digest(sequence, i), sequence.blocks[i]
-                if digest not in self._known:
-                    self._known[digest], self._digest_of[block] = block, digest
+    def _find(self, sequence, start):
+        """Return the block that holds most of what comes of a prompt from position ``start`` on, where a block begins, and how
+        many positions that are."""
+        most = min(self.block_size, sequence.sharable - start)
+        if not self.shares_prefixes or start % self.block_size or most <= 0:
+            return None, 0
+        entries = self._known.get(self._digest(sequence, start), ())
+        tokens = tuple(sequence.tokens[start:start + most])
+        place = bisect_left(entries, (tokens,))  # what is likest stands beside it
+        found = [(_equal(tokens, known), block) for known, block in entries[max(0, place - 1):place + 1]]
+        count, block = max(found, default=(0, None))
+        return block, count
 
-    def _digest(self, sequence, i):
-        """Return what names the tokens of the first ``i + 1`` blocks of a prompt."""
-        while len(sequence.digests) <= i:
-            start = len(sequence.digests) * self.block_size
-            before = sequence.digests[-1] if sequence.digests else b""
-            tokens = array("q", sequence.tokens[start:start + self.block_size]).tobytes()
-            sequence.digests.append(hashlib.blake2b(before + tokens, digest_size=16).digest())
-        return sequence.digests[i]
+    def _remember(self, sequence, start, stop):
+        """Note what blocks of a prompt hold behind a piece of it: what is computed later may read them."""
+        if not self.shares_prefixes:
+            return
+        for first in range(start - start % self.block_size, stop, self.block_size):
+            digest, tokens = self._digest(sequence, first), tuple(sequence.tokens[first:min(first + self.block_size, stop)])
+            entries = self._known.setdefault(digest, [])
+            place = bisect_left(entries, (tokens,))
+            if place == len(entries) or entries[place][0][:len(tokens)] != tokens:
+                block = sequence.blocks[first // self.block_size]
+                entries.insert(place, (tokens, block))
+                self._entry_of[block] = digest, tokens
+
+    def _forget(self, block):
+        """Forget what a block holds."""
+        digest, tokens = self._entry_of.pop(block, (None, None))
+        if tokens is not None:
+            entries = self._known[digest]
+            del entries[bisect_left(entries, (tokens, block))]
+            if not entries:
+                del self._known[digest]
+
+    def _digest(self, sequence, start):
+        """Return what names the tokens of a prompt before position ``start``, where a block begins."""
+        place, digests = start // self.block_size, sequence.digests
+        while len(digests) <= place:
+            tokens = array("q", sequence.tokens[(len(digests) - 1) * self.block_size:len(digests) * self.block_size]).tobytes()
+            digests.append(hashlib.blake2b(digests[-1] + tokens, digest_size=16).digest())
+        return digests[place]
 
     def _count(self, tokens):
         return -(-tokens // self.block_size)
+
+
+def _equal(left, right):
+    """Return how many tokens two rows have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))

@@ -8,7 +8,7 @@ from mpillm.inference.cache import KeyValuePool, Pages, block_size
 from mpillm.inference.replica import batch_of
 from mpillm.inference.scheduler import Piece
 
-SHORT, GENERATED = 20, 5  # tokens of the rows that are tried; another prompt is longer than a block
+SHORT, CUT, GENERATED = 20, 7, 5  # tokens of a prompt, and of a part of it; another is longer than a block
 
 
 def warm_up(model, stage):
@@ -75,7 +75,7 @@ def _trials(model, stage):
     blocks = {0: (2, 1), 1: (0,)}
     whole = [[(0, 0, long), (1, 0, SHORT)],
              *([(0, long + i, long + i + 1), (1, SHORT + i, SHORT + i + 1)] for i in range(GENERATED))]
-    apart = [[(0, 0, size)], [(1, 0, SHORT), (0, size, long)],
+    apart = [[(0, 0, size), (1, 0, CUT)], [(1, CUT, SHORT), (0, size, long)],
              *([(number, prompts[number] + i, prompts[number] + i + 1)] for i in range(GENERATED) for number in (0, 1))]
     together = [[(1, 0, SHORT)], [(0, 0, long)],
                 [(1, SHORT, SHORT + GENERATED), (0, long, long + 2)], [(0, long + 2, long + GENERATED)]]

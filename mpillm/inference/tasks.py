@@ -1,13 +1,12 @@
 """What a batch is made for: lines become requests, results become lines again. Local."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from mpillm.data.tokenizers import new_document
-from mpillm.errors import ConfigError
 from mpillm.inference.chat import Chat
 from mpillm.inference.lines import CHOICES, generation_line, name_of, score_line
 from mpillm.inference.requests import Request, Sampling, seed_of
+from mpillm.inference.scoring import Scored, encode, score_of
 
 
 @dataclass(frozen=True)
@@ -99,66 +98,21 @@ class Scoring:
     settings = {"command": "score"}
 
     def __init__(self, engine):
-        self._tokenizer, self._longest = engine.tokenizer, engine.config.model.max_seq_len
+        self._scored = Scored(engine.tokenizer, engine.config.model.max_seq_len)
 
     def ask(self, values, number):
         """Return what the object of line ``number`` asks for; raise :class:`ConfigError` if it cannot be."""
         line, name = score_line(values), name_of(values, number)
-        if line.text is None:
-            context, continuation = self._pair(line.context, line.continuation)
-            if not continuation or len(continuation) > self._longest:
-                raise ConfigError(f"continuation has {len(continuation)} tokens: needs one at least, and no more than "
-                                  f"model.max_seq_len = {self._longest}")
-            dropped = max(0, len(context) + len(continuation) - self._longest - 1)
-            rows = [(context[dropped:] + continuation, len(context) - dropped)]
-        else:
-            dropped, rows = 0, self._windows(encode(self._tokenizer, line.text, "text")[len(self._tokenizer.starts):])
-        return Asked(name, [Request(str(name), tuple(row), 0, scored_from=start) for row, start in rows], dropped)
+        what = (line.context, line.continuation) if line.text is None else line.text
+        return Asked(name, *self._scored.ask(what, str(name)))
 
     def answer(self, asked, results):
         """Return the object of the line that tells what came of it."""
-        scores = [score for result in results for score in result.scores]
-        found = {"id": asked.id, "logprob": math.fsum(scores), "num_tokens": len(scores),
-                 "is_greedy": all(result.is_greedy for result in results)}
-        return {**found, "dropped": asked.dropped} if asked.dropped else found
+        found = {"id": asked.id, **asdict(score_of(results, asked.dropped))}
+        if not asked.dropped:
+            del found["dropped"]
+        return found
 
     def tokens(self, results):
         """Return how many tokens were computed that somebody asked for."""
         return sum(len(result.scores) for result in results)
-
-    def _pair(self, context, continuation):
-        """Return the tokens of both: those of the whole, cut behind as many as the context has by itself."""
-        bare = context.rstrip()
-        context, continuation = bare, context[len(bare):] + continuation
-        whole = encode(self._tokenizer, context + continuation, "context and continuation")
-        if not context:
-            return [self._first()], whole[len(self._tokenizer.starts):]
-        length = len(encode(self._tokenizer, context, "context"))
-        return whole[:length], whole[length:]
-
-    def _windows(self, tokens):
-        """Return rows of as many tokens as the model takes, each token scored in one, and from where on."""
-        if not tokens:
-            raise ConfigError("text has no tokens: give some")
-        stop = min(self._longest, len(tokens))
-        rows = [([self._first(), *tokens[:stop]], 1)]
-        while stop < len(tokens):
-            scored = min(len(tokens) - stop, self._longest)
-            stop += scored
-            row = tokens[stop - self._longest - 1:stop]
-            rows.append((row, len(row) - scored))
-        return rows
-
-    def _first(self):
-        """Return the token that stands before a text."""
-        if self._tokenizer.bos is None:
-            raise ConfigError("the tokenizer names no token that begins or ends a text: give a context")
-        return self._tokenizer.bos
-
-
-def encode(tokenizer, text, what):
-    """Return the tokens of a text."""
-    try:
-        return [int(token) for token in tokenizer.encode(text)]
-    except UnicodeEncodeError as error:  # half of a pair, which JSON can spell
-        raise ConfigError(f"{what}: not a text ({error})") from None

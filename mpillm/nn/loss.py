@@ -43,9 +43,13 @@ class Head(nn.Module):
         """This rank's rows."""
         return self.linear.weight
 
+    def own_logits(self, x_TD):
+        """Return this rank's blocks of the outputs, each with the number of its first label. Local."""
+        return [(start, project(x_TD, projection)) for (start, _), projection in zip(self.labels, self.projections)]
+
     def logits(self, x_TD):
         """Return all outputs ``[T, head_size]`` on every rank."""
-        own = torch.cat([project(x_TD, projection) for projection in self.projections], 1).unflatten(1, (-1, self.unit))
+        own = torch.cat([part for _, part in self.own_logits(x_TD)], 1).unflatten(1, (-1, self.unit))
         return collectives.allgather(own, self.split.group, 1, self.size // self.unit).flatten(1)
 
 
@@ -76,11 +80,11 @@ class ChoiceHead(Head):
         own = trained(self.weight, self.linear.bias)
         return not self.split.is_exact and bool(own) and all(map(is_in_flat_storage, own))
 
-    def logits(self, x_TD):
-        """Return the whole logits ``[T, V]`` on every rank, for sampling."""
-        logits = super().logits(x_TD)
+    def own_logits(self, x_TD):
+        """Return this rank's blocks of the logits, each with the number of its first word. Local."""
+        own = super().own_logits(x_TD)
         tanh = evenly(torch.tanh) if self.split.keeps_rows_apart else torch.tanh
-        return tanh(logits.div(self.softcap)).mul_(self.softcap) if self.softcap else logits
+        return [(start, tanh(part.div(self.softcap)).mul_(self.softcap)) for start, part in own] if self.softcap else own
 
 
 class _HeadLoss(Node):

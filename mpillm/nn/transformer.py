@@ -133,6 +133,10 @@ class TransformerStage(nn.Module):
         """Return what the head gives, ``[T, V]`` or one row a sequence, on every tensor rank."""
         return self.head.logits(self._final(x_TD, batch))
 
+    def own_logits(self, x_TD, batch):
+        """Return the blocks of these that this tensor rank has, each with the number of its first word or label."""
+        return self.head.own_logits(self._final(x_TD, batch))
+
     def _final(self, x_TD, batch):
         """Return all tokens, or one vector a sequence, for this rank's part of the head."""
         for part in (self.norm, self.transform):

@@ -33,7 +33,7 @@ SETTINGS = ({}, {"inference.cache_bytes": "small"}, {"inference.pass_tokens": 64
 
 
 def requests():
-    """Return prompts of very unequal lengths, two pairs of which begin alike, greedy and sampled, some of them scored."""
+    """Return prompts of very unequal lengths, some of which begin alike, greedy and sampled, some scored; and four choices."""
     draw = random.Random(0)
     row = [draw.randrange(256) for _ in range(max(LENGTHS))]
     found = []
@@ -43,7 +43,7 @@ def requests():
                             repetition_penalty=1.2 if i % 5 == 0 else 1.0)
         scored = 1 + length // 2 if i % 3 == 0 and length > 1 else None
         found.append(Request(str(i), prompt, draw.randrange(0 if scored else 1, 30), sampling, scored_from=scored))
-    return found
+    return found + [Request(str(len(LENGTHS) + i), [*row[:99], i, *row[i:i + 3]], 0, scored_from=99) for i in range(4)]
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
@@ -96,6 +96,7 @@ def test_the_small_pool_is_too_small_for_all(path):
     engine.generate(requests())
     scheduler = engine.replica.scheduler
     assert scheduler.num_blocks == BLOCKS and scheduler.preempted and not scheduler.used_blocks
+    assert scheduler.shared_tokens % scheduler.block_size  # some began within a block
     engine.free()
 
 
