@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mpillm.nn.elementwise import evenly
+from mpillm.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 
 _aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpillm.comm import collectives
-from mpillm.nn.elementwise import evenly
+from mpillm.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, project
 from mpillm.nn.products import add_product
 from mpillm.nn.split import first_trained, gradient_of, is_in_flat_storage, later, trained
