@@ -1,7 +1,9 @@
 """Scans, chains and their gradients over ranks, against loops on one."""
 
+import numpy as np
 import pytest
 import torch
+from chains import decode_in_sequence, draw
 from helpers import assert_all
 from scans import NAMES, divisions, elements, equal, like, part, parts_of, sequential
 
@@ -10,8 +12,23 @@ from mpillm.autograd import copy_to
 from mpillm.comm import Group
 from mpillm.comm.group import as_group
 from mpillm.comm.single import SingleComm
-from mpillm.errors import ShapeError
-from mpillm.scan import AFFINE, AFFINE_DENSE, SOFTMAX, exclusive_scan, reduce, scan, softmax_partials
+from mpillm.errors import CollectiveError, ShapeError
+from mpillm.scan import (
+    AFFINE,
+    AFFINE_DENSE,
+    SOFTMAX,
+    blocks,
+    crf_log_likelihoods,
+    crf_log_partition,
+    crf_marginals,
+    crf_path_score,
+    decoding,
+    exclusive_scan,
+    reduce,
+    scan,
+    softmax_partials,
+    viterbi,
+)
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
@@ -63,8 +80,6 @@ def test_scans_of_linear_maps_pass_the_adjoint_test(comm):
 def test_the_adjoint_test_refuses_a_scan_that_forgets_the_other_ranks(comm):
     if comm.size == 1:
         return
-    from mpillm.errors import CollectiveError
-
     def forgetful(x):
         before = exclusive_scan(elements("add", 1)[0], x.detach().sum(0, keepdim=True), comm)
         return before + x.cumsum(0)
@@ -128,3 +143,116 @@ def test_elements_that_do_not_fit_are_refused_by_all(comm):
             scan(op, x, comm)
     with pytest.raises(ShapeError, match="no identity"):
         exclusive_scan(elements("first of", 1)[0], torch.zeros(3), comm)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_SHORTEST", 16)
+    monkeypatch.setattr(blocks, "WARMUP", 3)
+
+
+@pytest.mark.parametrize("low", [-1, -40, -10**5])
+def test_one_chain_has_the_path_of_a_loop_at_any_division(comm, short_blocks, low):
+    for steps, states in ((1, 3), (3, 2), (50, 4), (500, 6)):
+        scores = draw(steps, states, steps, low)
+        want, best = decode_in_sequence(*scores)
+        for borders in divisions(steps, comm.size):
+            low_, high = borders[comm.rank:comm.rank + 2]
+            path, score = viterbi(scores[0][low_:high], *scores[1:], comm)
+            assert_all((path.numpy() == want[low_:high]).all() and score == best, (steps, borders, path, score), comm)
+            # of other numbers: the same at any rank count
+            reals = [np.sqrt(-score_ + 9.0) for score_ in scores]
+            path, score = viterbi(reals[0][low_:high], *reals[1:], comm)
+            alone, value = viterbi(*reals, SingleComm())
+            assert_all(torch.equal(path, alone[low_:high]) and abs(score - value) <= 1e-12 * abs(value), (steps, borders), comm)
+
+
+def test_no_steps_at_all_have_an_empty_path(comm):
+    path, score = viterbi(np.zeros((0, 3)), np.zeros((3, 3)), np.zeros(3), comm)
+    assert path.shape == (0,) and score == 0
+
+
+def never_forgets(steps):
+    """Return the scores of a chain in which a state is always followed by the next."""
+    transitions = np.full((4, 4), -np.inf)
+    transitions[range(4), [1, 2, 3, 0]] = 0
+    return np.zeros((steps, 4)), transitions, np.array([0.0, 2, 1, 0])
+
+
+def test_a_chain_that_never_forgets_is_right_after_as_many_exchanges_as_ranks(comm, short_blocks):
+    scores = never_forgets(200)
+    want, best = decode_in_sequence(*scores)
+    for borders in divisions(200, comm.size):
+        low, high = borders[comm.rank:comm.rank + 2]
+        group = Group(as_group(comm).comm)
+        with pytest.warns(RuntimeWarning, match="does not forget") if comm.rank == 0 else pytest.MonkeyPatch.context():
+            path, score = viterbi(scores[0][low:high], *scores[1:], group)
+        assert_all((path.numpy() == want[low:high]).all() and score == best, (borders, path), comm)
+        sends = group.recorder.calls["world", "send"]
+        assert_all(sends <= 2 * (comm.size + 1), sends, comm)
+
+
+@pytest.mark.filterwarnings("ignore:viterbi")
+def test_a_seam_between_ranks_that_is_not_repaired_would_be_seen(comm, monkeypatch):
+    if comm.size == 1:
+        return
+    scores = never_forgets(400)
+    want, _ = decode_in_sequence(*scores)
+    n = 400 // comm.size
+    mine = scores[0][comm.rank * n:400 if comm.rank == comm.size - 1 else (comm.rank + 1) * n]
+    for line_end in ("begin_otherwise", "end_otherwise"):
+        with monkeypatch.context() as planted:
+            planted.setattr(blocks.Chain, line_end, lambda *_: False)
+            path, _ = viterbi(mine, *scores[1:], comm)
+            whole = np.concatenate(comm.allgather(path.numpy()))
+            assert (whole != want).any(), line_end
+
+
+def test_the_bound_on_exchanges_holds_without_trust(comm, monkeypatch):
+    """A rank that always says it changed must not hold the others for ever."""
+    rounds = []
+    monkeypatch.setattr(decoding._Line, "greatest", lambda self, value, old=decoding._Line.greatest: rounds.append(1) or
+                        old(self, value))
+    viterbi(draw(40, 3)[0], *draw(40, 3)[1:], comm)
+    assert len(rounds) <= 2 * (comm.size + 2)
+
+
+def test_one_crf_over_ranks_has_the_gradients_of_one_rank(comm):
+    generator = torch.Generator().manual_seed(0)
+    for steps in (1, 2, 9):
+        shapes = (steps, 3), (3, 3), (3,)
+        scores = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        tags = torch.randint(0, 3, (steps,), generator=generator)
+        alone = [score.clone().requires_grad_() for score in scores]
+        want = crf_path_score(alone[0], tags, *alone[1:], SingleComm()) - crf_log_partition(*alone, SingleComm())
+        want.backward()
+        for borders in divisions(steps, comm.size):
+            low, high = borders[comm.rank:comm.rank + 2]
+            mine = [s.clone().requires_grad_() for s in (scores[0][low:high], *scores[1:])]
+            found = crf_path_score(mine[0], tags[low:high], *mine[1:], comm) - crf_log_partition(*mine, comm)
+            found.backward()
+            assert torch.allclose(found, want, rtol=0, atol=1e-12)
+            for one, other in zip(mine, (alone[0].grad[low:high], alone[1].grad, alone[2].grad)):
+                assert_all(torch.allclose(one.grad if len(one) else one.detach(), other, rtol=0, atol=1e-12), borders, comm)
+            marginals = crf_marginals(*(m.detach() for m in mine), comm)
+            assert_all(torch.allclose(marginals, crf_marginals(*scores, SingleComm())[low:high], rtol=0, atol=1e-12), borders, comm)
+
+
+def test_many_chains_of_unequal_lengths(comm):
+    generator = torch.Generator().manual_seed(1)
+    emissions = torch.randn(comm.size, 5, 3, generator=generator, dtype=torch.float64)
+    lengths, tags = torch.arange(comm.size) % 5 + 1, torch.randint(0, 3, (comm.size, 5), generator=generator)
+    shared = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 3), (3,))]
+    alone = [s.clone().requires_grad_() for s in shared]
+    want = [crf_path_score(emissions[b, :n], tags[b, :n], *alone, SingleComm())
+            - crf_log_partition(emissions[b, :n], *alone, SingleComm()) for b, n in enumerate(lengths.tolist())]
+    sum(want).backward()
+    mine = [s.clone().requires_grad_() for s in shared]
+    low, high = (0, comm.size) if comm.rank == 0 and comm.size == 2 else (comm.rank, comm.rank + 1)
+    if comm.rank >= 1:  # rank 1 has none of two, else two chains, the last none
+        low, high = {1: (1, 3) if comm.size > 2 else (2, 2), comm.size - 1: (comm.size, comm.size)}.get(comm.rank, (low + 1, high + 1))
+    found = crf_log_likelihoods(emissions[low:high], tags[low:high], lengths[low:high], *mine, comm)
+    found.sum().backward()
+    assert_all(torch.allclose(found, torch.stack([w.detach() for w in want])[low:high], rtol=0, atol=1e-12), found, comm)
+    for one, other in zip(mine, alone):
+        assert_all(torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12), one.grad, comm)

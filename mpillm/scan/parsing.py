@@ -1,0 +1,89 @@
+"""Projective dependency parsing by Eisner's algorithm, for many sentences at once; marginals are gradients. Local.
+
+Two half-trees meet and one word becomes the other's head; a half-tree and a finished one make a longer finished one. So all
+spans of one width are computed together: ``n`` steps for sentences of ``n`` words, ``n**3`` sums each.
+
+Eisner: Three new probabilistic models for dependency parsing (1996). Legend: B sentences, N words and the root, which is 0.
+"""
+
+import torch
+
+from mpillm.errors import ShapeError
+from mpillm.scan.operators import log_sum_exp
+
+
+def best_trees(arcs_BNN, lengths_B=None):
+    """Find the projective tree of every sentence with the greatest sum of arc scores. Local.
+
+    Parameters
+    ----------
+    arcs_BNN : Tensor, shape (B, N, N)
+        ``[b, h, m]``: word ``h`` is the head of word ``m``; 0 is the root, which may have several dependents.
+    lengths_B : Tensor of int64, shape (B,), optional
+        Words of each sentence, without the root, at most ``N - 1``.
+
+    Returns
+    -------
+    heads_BN : Tensor of int64, shape (B, N)
+        Head of each word, -1 for the root and beyond a sentence's end. Which of several equally good trees is not defined.
+    scores_B : Tensor
+    """
+    with torch.enable_grad():
+        arcs = arcs_BNN.detach().requires_grad_()
+        scores = _chart(arcs, lengths_B, _first_greatest)
+        taken = torch.autograd.grad(scores.sum(), arcs)[0] if arcs.shape[1] > 1 else torch.zeros_like(arcs)
+    return torch.where(taken.sum(1) > 0, taken.argmax(1), -1), scores.detach()
+
+
+def tree_log_partition(arcs_BNN, lengths_B=None):
+    """Return the logarithm of the sum over all projective trees, for every sentence. Local.
+
+    Parameters are those of :func:`best_trees`. The gradient of a sentence's is its :func:`tree_marginals`.
+
+    Returns
+    -------
+    Tensor, shape (B,)
+    """
+    return _chart(arcs_BNN, lengths_B, lambda x: log_sum_exp(x, -1))
+
+
+def tree_marginals(arcs_BNN, lengths_B=None):
+    """Return the probability of every arc, shape (B, N, N). Local; without gradients."""
+    with torch.enable_grad():
+        arcs = arcs_BNN.detach().requires_grad_()
+        return torch.autograd.grad(tree_log_partition(arcs, lengths_B).sum(), arcs)[0]
+
+
+def _first_greatest(x):
+    """Return the greatest along the last dim, with a gradient for the first of equal ones alone."""
+    return x.max(-1).values
+
+
+def _chart(arcs, lengths, combine):
+    """Return, for every sentence, what the half-tree from the root to the last word combines to."""
+    if arcs.dim() != 3 or arcs.shape[1] != arcs.shape[2] or not arcs.shape[1] or not arcs.is_floating_point():
+        raise ShapeError(f"parsing: arcs {arcs.dtype} {list(arcs.shape)}: must be floating point [B, N, N], N at least 1")
+    sentences, size = arcs.shape[:2]
+    # By width, spans from i to i + width: headed by their left or right end, finished or with the end's head still open
+    zeros = arcs.new_zeros(sentences, size)
+    left_headed, right_headed = [zeros], [zeros]
+    left_open, right_open = [None], [None]
+    roots = [zeros[:, 0]]
+    for width in range(1, size):
+        number = size - width
+        cut = range(width)
+        halves = combine(torch.stack([left_headed[k][:, :number] + right_headed[width - 1 - k][:, k + 1:k + 1 + number]
+                                      for k in cut], -1))
+        left_open.append(halves + arcs.diagonal(width, 1, 2))
+        right_open.append(halves + arcs.diagonal(-width, 1, 2))
+        left_headed.append(combine(torch.stack([left_open[k + 1][:, :number] + left_headed[width - 1 - k][:, k + 1:k + 1 + number]
+                                                for k in cut], -1)))
+        right_headed.append(combine(torch.stack([right_headed[k][:, :number] + right_open[width - k][:, k:k + number]
+                                                 for k in cut], -1)))
+        roots.append(left_headed[-1][:, 0])
+    roots = torch.stack(roots, -1)
+    if lengths is None:
+        return roots[:, -1]
+    if len(lengths) != sentences or len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) < size:
+        raise ShapeError(f"parsing: lengths {lengths.tolist()} of {sentences} sentences: must be from 0 to {size - 1}, one each")
+    return roots.gather(1, lengths[:, None])[:, 0]
