@@ -29,6 +29,7 @@ from mpillm.scan import (
     softmax_partials,
     viterbi,
 )
+from mpillm.schedules.blocks import bounds
 
 pytestmark = [pytest.mark.mpi, pytest.mark.parts]
 
@@ -196,16 +197,18 @@ def test_a_chain_that_never_forgets_is_right_after_as_many_exchanges_as_ranks(co
 def test_a_seam_between_ranks_that_is_not_repaired_would_be_seen(comm, monkeypatch):
     if comm.size == 1:
         return
-    scores = never_forgets(400)
-    want, _ = decode_in_sequence(*scores)
-    n = 400 // comm.size
-    mine = scores[0][comm.rank * n:400 if comm.rank == comm.size - 1 else (comm.rank + 1) * n]
-    for line_end in ("begin_otherwise", "end_otherwise"):
-        with monkeypatch.context() as planted:
-            planted.setattr(blocks.Chain, line_end, lambda *_: False)
-            path, _ = viterbi(mine, *scores[1:], comm)
+    low, high = bounds(399, comm.size, comm.rank)
+    for line_end, bonus in (("begin_otherwise", 0), ("end_otherwise", 10)):  # a late score decides on the first state, or not
+        scores = never_forgets(399)
+        scores[0][-1, (2 + 398) % 4] = bonus
+        want, _ = decode_in_sequence(*scores)
+        for is_planted in (False, True):
+            with monkeypatch.context() as planted:
+                if is_planted:
+                    planted.setattr(blocks.Chain, line_end, lambda *_: False)
+                path, _ = viterbi(scores[0][low:high], *scores[1:], comm)
             whole = np.concatenate(comm.allgather(path.numpy()))
-            assert (whole != want).any(), line_end
+            assert (whole != want).any() == is_planted, line_end
 
 
 def test_the_bound_on_exchanges_holds_without_trust(comm, monkeypatch):
