@@ -32,6 +32,8 @@ class Chain:
         self.transitions_KK, self.num_states = transitions_KK, len(transitions_KK)
         steps = len(scores_TK)
         blocks = max(1, min(steps // _SHORTEST, _MOST_COLUMNS, _ROW_NUMBERS // self.num_states))
+        if blocks < self.num_states**2 / 1024:  # what NumPy's rows cost by themselves is more than a step of one block
+            blocks = 1
         self.length = -(-steps // blocks)
         self.blocks, self.steps = -(-steps // self.length), steps
         padded = np.zeros((self.blocks * self.length, self.num_states), scores_TK.dtype)

@@ -14,7 +14,7 @@ PACKAGE = Path(mpillm.__file__).parent
 # From the ground up; what stands on one line does not import each other, but where ALLOWED says so.
 FLOORS = [
     ["errors"],
-    ["files", "hdf5", "plain"],
+    ["elementwise", "files", "hdf5", "plain"],
     ["schedules"],
     ["model"],
     ["planner.counts"],
@@ -24,6 +24,7 @@ FLOORS = [
     ["plan"],
     ["planner", "comm"],
     ["autograd", "guard"],
+    ["scan"],
     ["nn"],
     ["pipeline", "checkpoint"],
     ["hf"],
