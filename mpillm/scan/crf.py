@@ -1,8 +1,8 @@
 """Linear-chain conditional random fields: one chain over ranks, or many chains of unequal lengths over data ranks.
 
-The sum over all paths is a product of matrices over (log-sum-exp, +), so that ranks compute their parts at once. Unlike the best
-path it cannot start from anything, so that on ``p`` ranks a part costs ``K`` times as much as in sequence: one chain over ranks
-is for chains that no rank can hold, or for fewer states than ranks. Many chains are better spread whole.
+The sum over all paths is a product of matrices over (log-sum-exp, +), so that ranks compute their parts at once. Unlike the
+best path it cannot start from anything, so that on ``p`` ranks a part costs ``K`` times as much as in sequence: one chain over
+ranks is for chains that no rank can hold, or for fewer states than ranks. Many chains are better spread whole.
 
 Legend: T steps, K states, B chains.
 """
@@ -149,8 +149,9 @@ def _checked(emissions, transitions, initial, group, dims, lengths=None):
         fits = states and transitions.shape == (states, states) and emissions.dim() == dims and emissions.shape[-1] == states
         if not fits or not emissions.dtype == transitions.dtype == initial.dtype or not initial.is_floating_point():
             raise ShapeError(f"crf: emissions {emissions.dtype} {list(emissions.shape)}, transitions {transitions.dtype} "
-                             f"{list(transitions.shape)}, initial {initial.dtype} {list(initial.shape)}: must be [{'B, ' * (dims - 2)}"
-                             "T, K], [K, K] and [K] of one floating point type")
+                             f"{list(transitions.shape)}, initial {initial.dtype} {list(initial.shape)}: must be "
+                             f"[{'B, ' * (dims - 2)}T, K], [K, K] and [K] of one floating point type")
         if lengths is not None and len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= emissions.shape[1]:
-            raise ShapeError(f"crf: lengths {int(lengths.min())} to {int(lengths.max())}: must be from 1 to {emissions.shape[1]}")
+            raise ShapeError(f"crf: lengths {int(lengths.min())} to {int(lengths.max())}: must be from 1 to "
+                             f"{emissions.shape[1]}")
     return group.comm.allgather(len(emissions))

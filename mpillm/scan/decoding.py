@@ -54,8 +54,8 @@ def viterbi(emissions_TK, transitions_KK, initial_K, comm):
     -----
     Of equally good paths it is the one that the sequential algorithm finds which takes the lowest state among equals: first
     for the last step, then for the one before it, and so on. Whole numbers (of any type) are computed exactly, and the path is
-    the same at any rank count. Others are first rounded to about ``2**-51`` of the range of scores, with -inf among them ``2**-41``;
-    on these the result is exact, and the same at any rank count.
+    the same at any rank count. Others are first rounded to about ``2**-51`` of the range of scores, with -inf among them
+    ``2**-41``; on these the result is exact, and the same at any rank count.
 
     A rank computes ``T_i K**2`` sums, and those of the steps before vectors agree again. An exchange is a message of K
     numbers to the next rank and an allreduce of one; at most ``p`` forward, and ``p`` of one number backward, usually two
@@ -74,8 +74,8 @@ def viterbi(emissions_TK, transitions_KK, initial_K, comm):
     path, recomputed = _decode(line, *scores)
     share = line.greatest(recomputed / max(1, counts[group.rank]))
     if share > _FORGETS and group.rank == 0:
-        warnings.warn(f"viterbi: the chain of {sum(counts)} steps does not forget its past: on some rank {share:.0%} of the steps "
-                      "were computed again in sequence, which more ranks do not make faster", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"viterbi: the chain of {sum(counts)} steps does not forget its past: on some rank {share:.0%} of the "
+                      "steps were computed again in sequence, which more ranks do not make faster", RuntimeWarning, stacklevel=2)
     return torch.from_numpy(path), _score(emissions, transitions, initial, path, group, is_integer)
 
 

@@ -70,20 +70,22 @@ def _chart(arcs, lengths, combine):
     left_open, right_open = [None], [None]
     roots = [zeros[:, 0]]
     for width in range(1, size):
-        number = size - width
-        cut = range(width)
-        halves = combine(torch.stack([left_headed[k][:, :number] + right_headed[width - 1 - k][:, k + 1:k + 1 + number]
-                                      for k in cut], -1))
+        def meeting(left, right, apart, width=width):
+            """Combine all ways to cut spans into one of ``left`` and one of ``right``, which lies ``apart`` from it."""
+            spans = size - width
+            return combine(torch.stack([left[k][:, :spans] + right[width - apart - k][:, k + apart:k + apart + spans]
+                                        for k in range(len(left)) if 0 <= width - apart - k < len(right)
+                                        and left[k] is not None and right[width - apart - k] is not None], -1))
+
+        halves = meeting(left_headed, right_headed, 1)
         left_open.append(halves + arcs.diagonal(width, 1, 2))
         right_open.append(halves + arcs.diagonal(-width, 1, 2))
-        left_headed.append(combine(torch.stack([left_open[k + 1][:, :number] + left_headed[width - 1 - k][:, k + 1:k + 1 + number]
-                                                for k in cut], -1)))
-        right_headed.append(combine(torch.stack([right_headed[k][:, :number] + right_open[width - k][:, k:k + number]
-                                                 for k in cut], -1)))
+        left_headed.append(meeting(left_open, left_headed, 0))
+        right_headed.append(meeting(right_headed, right_open, 0))
         roots.append(left_headed[-1][:, 0])
     roots = torch.stack(roots, -1)
     if lengths is None:
         return roots[:, -1]
-    if len(lengths) != sentences or len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) < size:
-        raise ShapeError(f"parsing: lengths {lengths.tolist()} of {sentences} sentences: must be from 0 to {size - 1}, one each")
+    if len(lengths) != sentences or any(not 0 <= length < size for length in lengths.tolist()):
+        raise ShapeError(f"parsing: lengths {lengths.tolist()} of {sentences} sentences: from 0 to {size - 1}, one each")
     return roots.gather(1, lengths[:, None])[:, 0]

@@ -178,7 +178,8 @@ def test_segmentations_are_the_best_and_the_sum_of_all():
 
         every = {cuts: add(cuts) for cuts in segmentations(steps, longest, labels)}
         cuts, score = best_segmentation(scores, transitions)
-        assert tuple(cuts) == max(every, key=lambda cuts: every[cuts].item()) and math.isclose(score, add(cuts).item(), abs_tol=1e-12)
+        assert tuple(cuts) == max(every, key=lambda cuts: every[cuts].item())
+        assert math.isclose(score, add(cuts).item(), abs_tol=1e-12)
         total, want = segmentation_log_partition(scores, transitions), torch.stack(list(every.values())).logsumexp(0)
         assert torch.allclose(total, want, rtol=0, atol=1e-12)
         if steps:
@@ -191,7 +192,8 @@ def projective_trees(words):
     """Yield the heads of every projective tree over words 1 to ``words``: heads of none, arcs that do not cross."""
     for heads in itertools.product(range(words + 1), repeat=words):
         arcs = [(min(h, m), max(h, m)) for m, h in enumerate(heads, 1)]
-        if any(a < c < b < d for (a, b), (c, d) in itertools.permutations(arcs, 2)) or any(h == m for m, h in enumerate(heads, 1)):
+        crossing = any(a < c < b < d for (a, b), (c, d) in itertools.permutations(arcs, 2))
+        if crossing or any(a == b for a, b in arcs):
             continue
         reached = {0}
         for _ in range(words):
@@ -210,7 +212,8 @@ def test_trees_are_the_best_and_the_sum_of_all_projective_ones():
     for n in range(6):
         every = {heads: sum(arcs[n, h, m] for m, h in enumerate(heads, 1)) for heads in projective_trees(n)}
         best = max(every, key=lambda heads: float(every[heads]))
-        assert heads[n].tolist() == [-1, *best, *[-1] * (5 - n)] and math.isclose(float(scores[n]), float(every[best]), abs_tol=1e-12)
+        assert heads[n].tolist() == [-1, *best, *[-1] * (5 - n)]
+        assert math.isclose(float(scores[n]), float(every[best]), abs_tol=1e-12)
         values = torch.tensor([float(v) for v in every.values()], dtype=torch.float64)
         assert torch.allclose(totals[n], values.logsumexp(0), rtol=0, atol=1e-12)
         want = torch.zeros(6, 6, dtype=torch.float64)
