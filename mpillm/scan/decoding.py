@@ -75,7 +75,7 @@ def viterbi(emissions_TK, transitions_KK, initial_K, comm):
     share = line.greatest(recomputed / max(1, counts[group.rank]))
     if share > _FORGETS and group.rank == 0:
         warnings.warn(f"viterbi: the chain of {sum(counts)} steps does not forget its past: on some rank {share:.0%} of the "
-                      "steps were computed again in sequence, which more ranks do not make faster", RuntimeWarning, stacklevel=2)
+                      "steps were computed again in sequence, where more ranks do not help", RuntimeWarning, stacklevel=2)
     return torch.from_numpy(path), _score(emissions, transitions, initial, path, group, is_integer)
 
 

@@ -64,28 +64,27 @@ def _chart(arcs, lengths, combine):
     if arcs.dim() != 3 or arcs.shape[1] != arcs.shape[2] or not arcs.shape[1] or not arcs.is_floating_point():
         raise ShapeError(f"parsing: arcs {arcs.dtype} {list(arcs.shape)}: must be floating point [B, N, N], N at least 1")
     sentences, size = arcs.shape[:2]
-    # By width, spans from i to i + width: headed by their left or right end, finished or with the end's head still open
+    # Lists by width, of spans from i to i + width: headed by their left or right end. Open ones are at least one wide; the end
+    # that is not the head has no dependents beyond it yet.
     zeros = arcs.new_zeros(sentences, size)
-    left_headed, right_headed = [zeros], [zeros]
-    left_open, right_open = [None], [None]
-    roots = [zeros[:, 0]]
+    left_headed, right_headed, left_open, right_open = [zeros], [zeros], [], []
     for width in range(1, size):
-        def meeting(left, right, apart, width=width):
-            """Combine all ways to cut spans into one of ``left`` and one of ``right``, which lies ``apart`` from it."""
-            spans = size - width
-            return combine(torch.stack([left[k][:, :spans] + right[width - apart - k][:, k + apart:k + apart + spans]
-                                        for k in range(len(left)) if 0 <= width - apart - k < len(right)
-                                        and left[k] is not None and right[width - apart - k] is not None], -1))
-
-        halves = meeting(left_headed, right_headed, 1)
+        halves = combine(_joined(left_headed, right_headed, width, 1))
         left_open.append(halves + arcs.diagonal(width, 1, 2))
         right_open.append(halves + arcs.diagonal(-width, 1, 2))
-        left_headed.append(meeting(left_open, left_headed, 0))
-        right_headed.append(meeting(right_headed, right_open, 0))
-        roots.append(left_headed[-1][:, 0])
+        left_headed.append(combine(_joined(left_open, left_headed, width, 1)))
+        right_headed.append(combine(_joined(right_headed, right_open, width, 0)))
+    roots = [spans[:, 0] for spans in left_headed]
     roots = torch.stack(roots, -1)
     if lengths is None:
         return roots[:, -1]
     if len(lengths) != sentences or any(not 0 <= length < size for length in lengths.tolist()):
         raise ShapeError(f"parsing: lengths {lengths.tolist()} of {sentences} sentences: from 0 to {size - 1}, one each")
     return roots.gather(1, lengths[:, None])[:, 0]
+
+
+def _joined(lefts, rights, width, apart):
+    """Return, along a last dim, all ways to join one of ``lefts`` and one of ``rights``, which begins ``apart`` words after
+    the ``k``-th of the span, to spans of a width."""
+    spans = max(lefts[0].shape[1], rights[0].shape[1]) - width
+    return torch.stack([lefts[k][:, :spans] + rights[width - 1 - k][:, k + apart:k + apart + spans] for k in range(width)], -1)
