@@ -152,6 +152,7 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(blocks, "WARMUP", 3)
 
 
+@pytest.mark.filterwarnings("ignore:viterbi")  # parts of few steps have no time to forget
 @pytest.mark.parametrize("low", [-1, -40, -10**5])
 def test_one_chain_has_the_path_of_a_loop_at_any_division(comm, short_blocks, low):
     for steps, states in ((1, 3), (3, 2), (50, 4), (500, 6)):
