@@ -11,7 +11,7 @@ Legend: T steps, K states, B blocks, L steps of a block.
 import numpy as np
 
 WARMUP = 64  # steps before a block
-_SHORTEST = 8 * WARMUP  # steps of a block, at least
+_SHORTEST = 2 * WARMUP  # steps of a block, at least
 _MOST_COLUMNS = 4096
 _ROW_NUMBERS = 65536  # of the states of all blocks: longer rows leave the cache
 _TILE_BYTES = 1 << 18  # of the sums of some states, where there is one block
