@@ -162,7 +162,7 @@ def _as_integers(emissions, transitions, initial, group):
     elif bound >= 2**_EXACT_BITS:
         raise ConfigError(f"viterbi: integers {bound // 2} apart: must be less than 2**{_EXACT_BITS - 1}, to be exact")
     elif not any(infinite):
-        dtype = next((np.dtype(kind) for kind, bits in ((np.int8, 7), (np.int16, 15), (np.int32, 31)) if bound < 2**bits), dtype)
+        dtype = next((kind for kind in map(np.dtype, ("int8", "int16", "int32")) if bound <= np.iinfo(kind).max), dtype)
     return counts, [_rounded(scores, high, shift, dtype) for scores, high in zip(given, highs)], all(integer)
 
 
