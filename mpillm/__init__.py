@@ -22,12 +22,16 @@ _PUBLIC = {
     "write_samples": "mpillm.data.labelled",
 }
 
+_ROOMS = "autograd", "comm", "scan"  # what can be used without the rest
+
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name):
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"mpillm.{name}")
     raise AttributeError(f"module 'mpillm' has no attribute '{name}'")
 
 

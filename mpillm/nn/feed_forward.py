@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpillm.autograd.node import Node
-from mpillm.nn.elementwise import evenly
+from mpillm.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, RowParallelLinear
 
 _aten = torch.ops.aten

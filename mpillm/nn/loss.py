@@ -11,7 +11,7 @@ from torch import nn
 
 from mpillm.autograd.node import Node
 from mpillm.comm import collectives
-from mpillm.nn.elementwise import evenly
+from mpillm.elementwise import evenly
 from mpillm.nn.linear import ColumnParallelLinear, Projection, project
 from mpillm.nn.products import add_product
 from mpillm.nn.split import first_trained, gradient_of, is_in_flat_storage, later, trained

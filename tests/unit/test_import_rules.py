@@ -14,7 +14,7 @@ PACKAGE = Path(mpillm.__file__).parent
 # From the ground up; what stands on one line does not import each other, but where ALLOWED says so.
 FLOORS = [
     ["errors"],
-    ["files", "hdf5", "plain"],
+    ["elementwise", "files", "hdf5", "plain"],
     ["schedules"],
     ["model"],
     ["planner.counts"],
@@ -24,6 +24,7 @@ FLOORS = [
     ["plan"],
     ["planner", "comm"],
     ["autograd", "guard"],
+    ["scan"],
     ["nn"],
     ["pipeline", "checkpoint"],
     ["hf"],
@@ -141,6 +142,7 @@ def test_no_public_name_is_that_of_a_submodule():
     assert not submodules & (set(mpillm.__all__) - {"__version__"})
     assert all(getattr(mpillm, name) is not None for name in mpillm.__all__)
     assert set(dir(mpillm)) >= set(mpillm.__all__)
+    assert callable(mpillm.scan.scan) and callable(mpillm.comm.allreduce)
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         mpillm.nothing_of_this_name  # noqa: B018
 
