@@ -165,18 +165,22 @@ def make_rows(workloads, found):
 
 
 def prepare(path, folder, names):
-    """Write the model at ``path`` into ``folder`` in the forms that the peers read; return what mpillm says of it. Local."""
+    """Write the model at ``path`` into ``folder`` in the forms that the peers read; return what mpillm says of it, and the peers
+    that can read it. Local."""
     from mpillm import hf
     from mpillm.bench.generators import CTranslate2, LlamaCpp
-    from mpillm.data.settings import MODEL_CONFIG
+    from mpillm.data.settings import MODEL_CONFIG, TOKENIZER
     from mpillm.inference.opening import open_model
 
     source, config, _ = open_model(path, {}, 1)
+    (folder / "own").symlink_to(Path(path).absolute())
     if (Path(path) / MODEL_CONFIG).is_file():
         (folder / "hf").symlink_to(Path(path).absolute())
-    else:
-        hf.to_hf(path, folder / "hf", None)
+    elif names:
+        hf.to_hf(path, folder / "hf")
+    if not (folder / "hf" / TOKENIZER).is_file():  # without which the converter takes no model
+        names = [name for name in names if name != "ctranslate2"]
     for name, peer in (("ctranslate2", CTranslate2), ("llama.cpp", LlamaCpp)):
         if name in names:
             peer.convert(folder, source, config.model)
-    return config.model
+    return config.model, names

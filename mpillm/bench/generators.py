@@ -24,7 +24,7 @@ class Mpillm:
     def __init__(self, folder, threads):
         from mpillm.inference.engine import Engine
 
-        self._engine = Engine(folder / "hf")
+        self._engine = Engine(folder / "own")
         self._comm = self._engine.mesh.world.comm
         self.prints, self.ends_s = self._comm.rank == 0, None
 

@@ -140,11 +140,10 @@ def bench_generate(run, peers, output, pairs, ranks, prompts, workloads):
     are not compared.
     """
     _check_launch("generate", output)
-    names = generation.installed() if peers else []
-    if peers:
-        click.echo(f"peers: {', '.join(names) or 'none installed'}", err=True)
     with tempfile.TemporaryDirectory(prefix="mpillm-bench-") as name:
-        model = generation.prepare(run, Path(name), names)
+        model, names = generation.prepare(run, Path(name), generation.installed() if peers else [])
+        if peers:
+            click.echo(f"peers: {', '.join(names) or 'none'}", err=True)
         chosen = generation.make_workloads(model.vocab_size, model.max_seq_len, prompts, workloads)
         programs = generation.make_programs(Path(name), names, ranks, chosen, usable_cores())
         rows = generation.make_rows(chosen, generation.measure(programs, pairs, lambda *done: _show_generation(pairs, *done)))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mpillm.comm import collectives
-from mpillm.nn.elementwise import evenly
+from mpillm.elementwise import evenly
 
 _exp = evenly(torch.exp)
 

@@ -13,8 +13,9 @@ import torch
 from click.testing import CliRunner
 from families import CASES
 from helpers import run_mpi
+from written import make_model, make_run
 
-from mpillm.bench import launch, peer, training, transformers_peer
+from mpillm.bench import generation, launch, peer, training, transformers_peer
 from mpillm.cli.bench import behind_best, command
 from mpillm.comm.single import SingleComm
 from mpillm.config import Config
@@ -255,6 +256,36 @@ def test_bench_train_beside_transformers(tmp_path):
     for own in rows[:2]:
         for other in rows[2:]:
             assert own[f"speed_over_{other['impl']}"]["median"] == other["step_s"] / own["step_s"]
+
+
+def test_bench_generate_beside_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    make_run(tmp_path / "run", make_model(max_seq_len=1024), dtype="float32")
+    job = run_mpi(0, ["-m", "mpillm", "bench", "generate", tmp_path / "run", "--peers", "--workloads", "batch-8,mixed",
+                      "--pairs", 1, "--prompts", 9, "--ranks", 2, "--json", tmp_path / "bench.json"], timeout=240, cwd=tmp_path)
+    assert job.returncode == 0, job.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    found = {(row["workload"], row["impl"], row["ranks"]): row for row in rows}
+    for name in ("batch-8", "mixed"):
+        own, others = found[name, "mpillm", 1], [found[name, "mpillm", 2], found[name, "transformers", 1]]
+        for other in others:
+            assert other["speed_of_mpillm"]["median"] == own["tokens_per_s"] / other["tokens_per_s"]
+        assert 1 <= others[0]["makespan_over_mean"] <= 2
+
+
+@pytest.mark.parametrize("model, names, message", [
+    (dict(max_seq_len=512), None, "max_seq_len = 512: .* take 1024"),
+    (dict(max_seq_len=1024), "batch-8,batch-9", "batch-9 is none of batch-1, batch-8")])
+def test_bench_generate_refuses(model, names, message):
+    with pytest.raises(ConfigError, match=message):
+        generation.make_workloads(257, model["max_seq_len"], 4, names)
+
+
+def test_generators_that_give_other_tokens_are_not_compared():
+    ours, theirs = ({"mixed": {"first": tokens}} for tokens in ([1, 2, 3], [1, 2, 4]))
+    generation.check_same_tokens({"mpillm": ours, "peer": ours})
+    with pytest.raises(NumbersError, match="peer, mixed: only 67% of the first tokens"):
+        generation.check_same_tokens({"mpillm": ours, "peer": theirs})
 
 
 def test_what_transformers_does_not_compute_is_refused(tmp_path, monkeypatch):
