@@ -101,6 +101,7 @@ class Transformers(_Peer):
 
         torch.set_num_threads(threads)
         self._torch, self._model = torch, AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+        self._model.generation_config.eos_token_id = None
 
     def generate(self, prompts, new, batch):
         """Return the tokens of each prompt."""
@@ -109,8 +110,7 @@ class Transformers(_Peer):
             width, count = max(len(prompts[i]) for i in part), max(new[i] for i in part)
             tokens = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in part])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
-            made = self._model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count,
-                                        min_new_tokens=count, pad_token_id=0)
+            made = self._model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=0)
             found |= {i: row[width:width + new[i]].tolist() for i, row in zip(part, made)}
         return [found[i] for i in range(len(prompts))]
 
