@@ -165,8 +165,8 @@ def make_rows(workloads, found):
 
 
 def prepare(path, folder, names):
-    """Write the model at ``path`` into ``folder`` in the forms that peers read; return what mpillm says of it, and the peers that
-    can read it. Local."""
+    """Write the model at ``path`` into ``folder`` in the forms that peers read; return what mpillm says of it, and the peers.
+    Local."""
     from mpillm import hf
     from mpillm.bench.generators import CTranslate2, LlamaCpp
     from mpillm.data.settings import MODEL_CONFIG, TOKENIZER
