@@ -10,12 +10,12 @@ R generated tokens, M blocks of the longest, B blocks that are asked.
 """
 
 import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from mpillm.nn.products import MEMORY_ALIGNMENT
 
 
 def block_size(head_dim):
@@ -40,25 +40,46 @@ class KeyValuePool:
         self.num_blocks, self.block_size, self._kept = num_blocks, block_size, {}
 
     def of(self, owner, k_TKN):
-        """Return the blocks ``[blocks, 2, K, P, N]`` of a part of a layer."""
+        """Return the keys and values ``[2, positions of all blocks, K, N]`` of a part of a layer."""
         if owner not in self._kept:
-            heads, width = k_TKN.shape[1:]
-            self._kept[owner] = _zeros((self.num_blocks, 2, heads, self.block_size, width), k_TKN)
+            self._kept[owner] = _zeros((2, self.num_blocks * self.block_size, *k_TKN.shape[1:]), k_TKN)
         return self._kept[owner]
 
     @property
     def block_bytes(self):
         """The bytes of a block in all parts of layers that have asked so far."""
-        return sum(kept[0].nbytes for kept in self._kept.values())
+        return sum(kept[:, :self.block_size].nbytes for kept in self._kept.values())
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Pieces of prompts in the same block of their rows: ``[tiles]`` of them, which see the same positions."""
+    """Pieces of prompts in the same block of their rows, which see the same positions.
 
-    blocks: torch.Tensor  # [tiles, blocks that are seen]
-    rows: torch.Tensor  # [tiles, P]: which token of the pass stands there; T where none does
-    mask: torch.Tensor  # [P, positions that are seen]
+    Attributes
+    ----------
+    start, stop : int
+        Which of all tiles of the pass these are.
+    blocks : Tensor or (int, int)
+        ``[tiles, blocks that are seen]``; or the first block and the step from tile to tile, where these and what each sees lie
+        in the pool one behind the other.
+    is_seen : Tensor
+        ``[P, positions]``, added to scores.
+    """
+
+    start: int
+    stop: int
+    blocks: torch.Tensor | tuple
+    is_seen: torch.Tensor
+
+    def of(self, kept):
+        """Return the keys and values ``[2, tiles, positions, K, N]``, where they lie if they can be."""
+        _, _, heads, width = kept.shape
+        size, positions = self.is_seen.shape
+        if isinstance(self.blocks, tuple):
+            first, step = (block * size * kept.stride(1) for block in self.blocks)
+            return kept.as_strided((2, self.stop - self.start, positions, heads, width),
+                                   (kept.stride(0), step, *kept.stride()[1:]), first)
+        return kept.unflatten(1, (-1, size))[:, self.blocks].flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -101,42 +122,51 @@ class Pages:
         self.positions = np.concatenate([np.arange(p.start, p.start + len(p.tokens)) for p in pieces])
         blocks = np.concatenate([np.asarray(p.blocks)[np.arange(p.start, p.start + len(p.tokens)) // self._size]
                                  for p in pieces])
-        self._blocks, self._places = self._index(blocks), self._index(self.positions % self._size)
-        self._copies = [(p.source, p.blocks[p.start // self._size], p.start % self._size)
+        self._slots = self._index(blocks * self._size + self.positions % self._size)
+        self._copies = [(p.source * self._size, p.blocks[p.start // self._size] * self._size, p.start % self._size)
                         for p in pieces if p.source is not None]
-        self._tiles = self._find_tiles([(p, int(row)) for p, row in zip(pieces, starts) if p.is_prompt])
+        self._tiles, self._tile_rows = self._find_tiles([(p, int(row)) for p, row in zip(pieces, starts) if p.is_prompt])
         self._singles = self._find_singles([(p, int(row)) for p, row in zip(pieces, starts) if not p.is_prompt])
+        self._where = self._index(self._find_answers())
 
     def attend(self, owner, q_BHSN, k_BKSN, v_BKSN):
         """Keep keys and values of the pass's tokens and return what each sees: ``[1, H, T, N]``, ``[1, K, T, N]`` twice
         → ``[1, H, T, N]``."""
-        q_THN, k_TKN, v_TKN = (x[0].transpose(0, 1) for x in (q_BHSN, k_BKSN, v_BKSN))
-        kept = self.pool.of(owner, k_TKN)
-        kept[self._blocks, 0, :, self._places] = k_TKN
-        kept[self._blocks, 1, :, self._places] = v_TKN
-        for source, block, count in self._copies:  # one after the other: what is copied may be a copy
-            kept[block, :, :, :count] = kept[source, :, :, :count]
-        q_TKGN, singles = q_THN.unflatten(1, (kept.shape[2], -1)), self._singles
-        if singles is not None and singles.rows is None:
-            return _attend_singles(singles, q_TKGN, kept).flatten(1, 2).transpose(0, 1)[None]
-        out_THN = torch.empty(q_THN.shape, dtype=q_THN.dtype, device=q_THN.device)
-        for tiles in self._tiles:
-            self._attend_tiles(tiles, q_TKGN, kept, out_THN)
-        if singles is not None:
-            out_THN[singles.rows] = _attend_singles(singles, q_TKGN[singles.rows], kept).flatten(1, 2)
-        return out_THN.transpose(0, 1)[None]
+        q_THN, *new = (x[0].transpose(0, 1) for x in (q_BHSN, k_BKSN, v_BKSN))
+        kept = self.pool.of(owner, new[0])
+        for own, x_TKN in zip(kept, new):
+            own.index_copy_(0, self._slots, x_TKN)
+        for source, target, count in self._copies:  # one after the other: what is copied may be a copy
+            kept[:, target:target + count] = kept[:, source:source + count]
+        q_TKGN = q_THN.unflatten(1, (kept.shape[2], -1))
+        found = self._attend_tiles(q_TKGN, kept) if self._tiles else []
+        if self._singles is not None:
+            rows = self._singles.rows
+            found.append(_attend_singles(self._singles, q_TKGN if rows is None else q_TKGN[rows], kept))
+        found = found[0] if len(found) == 1 else torch.cat(found)
+        return (found[self._where] if self._tiles else found).flatten(1, 2).transpose(0, 1)[None]
 
-    def _attend_tiles(self, tiles, q_TKGN, kept, out_THN):
-        """Fill the rows of some tiles."""
-        _, heads, group, width = q_TKGN.shape
-        padded = torch.cat((q_TKGN, q_TKGN.new_zeros(1, heads, group, width)))[tiles.rows]  # [tiles, P, K, G, N]
-        queries = padded.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        keys, values = kept[tiles.blocks].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [tiles, K, positions, N] each
-        mask = tiles.mask.repeat(group, 1).expand(len(queries), 1, -1, -1)
-        found, _ = attention(queries, keys, values, mask)
-        found = found.unflatten(2, (group, self._size)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        is_there = tiles.rows < self.tokens
-        out_THN[tiles.rows[is_there]] = found[is_there]
+    def _attend_tiles(self, q_TKGN, kept):
+        """Return the answers of all tiles, ``[tiles * P, K, G, N]`` for those in each place."""
+        group = q_TKGN.shape[2]
+        rows = torch.cat((q_TKGN, q_TKGN.new_zeros(1, *q_TKGN.shape[1:])))[self._tile_rows]  # [tiles, P, K, G, N]
+        queries, found = rows.permute(0, 2, 3, 1, 4).flatten(2, 3), []  # [tiles, K, G * P, N]
+        for tiles in self._tiles:
+            keys, values = tiles.of(kept).transpose(2, 3)
+            mask = tiles.is_seen if group == 1 else tiles.is_seen.repeat(group, 1)
+            answer, _ = attention(queries[tiles.start:tiles.stop], keys, values, mask.expand(len(keys), 1, -1, -1))
+            found.append(answer.unflatten(2, (group, self._size)).permute(0, 3, 1, 2, 4).flatten(0, 1))
+        return found
+
+    def _find_answers(self):
+        """Return where the answer of each token of the pass is, those of tiles first."""
+        rows = self._tile_rows.flatten().cpu().numpy() if self._tiles else np.zeros(0, np.int64)
+        places, count = np.zeros(self.tokens + 1, np.int64), len(rows)
+        places[rows] = np.arange(count)
+        if self._singles is not None and self._singles.rows is not None:
+            singles = self._singles.rows.cpu().numpy()
+            places[singles] = count + np.arange(len(singles))
+        return places[:-1]
 
     def _find_tiles(self, pieces):
         """Group the tiles of prompts by their place."""
@@ -148,13 +178,22 @@ class Pages:
                 rows = np.where((rows >= piece.start) & (rows < stop), rows - piece.start + row, self.tokens)
                 first = self._first_block(place * self._size)
                 places.setdefault(place, []).append((piece.blocks[first:place + 1], rows))
-        found = []
+        found, all_rows = [], []
         for place, tiles in sorted(places.items()):
             blocks, rows = zip(*tiles)
             queries = np.arange(place * self._size, (place + 1) * self._size)
             keys = np.arange(self._first_block(place * self._size) * self._size, (place + 1) * self._size)
-            found.append(Tiles(self._index(blocks), self._index(rows), self._mask(queries[:, None], keys)))
-        return found
+            found.append(Tiles(len(all_rows), len(all_rows) + len(rows), self._lying(np.array(blocks)),
+                               self._mask(queries[:, None], keys)))
+            all_rows += rows
+        return found, self._index(np.array(all_rows))
+
+    def _lying(self, blocks):
+        """Return the first of some blocks and the step from tile to tile if they lie one behind the other, or an index."""
+        step = int(blocks[1, 0] - blocks[0, 0]) if len(blocks) > 1 else 0
+        steps = np.arange(len(blocks))[:, None] * step + np.arange(blocks.shape[1])
+        is_lying = step >= 0 and (blocks == blocks[0, 0] + steps).all()
+        return (int(blocks[0, 0]), step) if is_lying else self._index(blocks)
 
     def _find_singles(self, pieces):
         """Pair generated tokens with the blocks that they see."""
@@ -217,8 +256,10 @@ class Pages:
 
 def _attend_singles(singles, q_RKGN, kept):
     """Return ``[R, K, G, N]``."""
-    answers = [attention(q_RKGN[asked.rows], *kept[asked.blocks].unbind(1), asked.mask.expand(-1, -1, q_RKGN.shape[2], -1))
-               for asked in singles.asked]
+    blocks, answers = kept.unflatten(1, (-1, singles.asked[0].mask.shape[-1])).transpose(2, 3), []
+    for asked in singles.asked:
+        keys, values = blocks[:, asked.blocks]
+        answers.append(attention(q_RKGN[asked.rows], keys, values, asked.mask.expand(-1, -1, q_RKGN.shape[2], -1)))
     found, weights = answers[0] if len(answers) == 1 else (torch.cat(parts) for parts in zip(*answers))
     if singles.places.shape[1] == 1:
         return found[singles.places[:, 0]]
@@ -235,13 +276,13 @@ def _attend_singles(singles, q_RKGN, kept):
 
 
 def _zeros(shape, like):
-    """Return zeros that take memory only once something is written to them."""
+    """Return zeros that take memory only once something is written to them; large pages of it, where the system has some."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    n_bytes = math.prod(shape) * like.element_size()
-    memory = np.zeros(n_bytes + MEMORY_ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % MEMORY_ALIGNMENT
-    return torch.from_numpy(memory[start:start + n_bytes]).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * like.element_size()), flags=mmap.MAP_PRIVATE)
+    with suppress(AttributeError, OSError):  # not every system knows of them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
 def attention(q, k, v, mask):
