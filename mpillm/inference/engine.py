@@ -9,9 +9,10 @@ from mpillm.comm.group import as_group
 from mpillm.comm.limits import keep_freed_memory, memory_bounds, memory_of_rank
 from mpillm.comm.mesh import Mesh
 from mpillm.comm.world import comm_world, set_threads
-from mpillm.errors import ConfigError, agreed, half_made, on_rank_0
+from mpillm.errors import CheckpointError, ConfigError, agreed, half_made, on_rank_0
 from mpillm.inference.cache import block_size
 from mpillm.inference.dealing import Counters, Dealer
+from mpillm.inference.live import Call, Closed, Desk, Live
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
 from mpillm.inference.rows import Rows, Source
@@ -84,6 +85,7 @@ class Engine:
             block_bytes = warm_up(model, stage)
             self.caveat = rows_apart(model, stage, [self.mesh.group("data"), self.mesh.world])
             blocks = self._num_blocks(block_bytes)
+            self.desk = None
             self.replica = Replica(self.config, self.mesh, stage, blocks, self.tokenizer.vocab_size)
 
     def generate(self, requests, show=None):
@@ -131,6 +133,57 @@ class Engine:
         results = (answer_to(*place, found) for place in places)
         return [score_of([next(results) for _ in rows], dropped) for rows, dropped in asked]
 
+    def live(self, client):
+        """Call ``client()`` in a thread of rank 0, and work on what it submits until it returns; return what it returned, on
+        rank 0.
+
+        It may start threads of its own. Whatever it has not waited for is dropped.
+
+        Parameters
+        ----------
+        client : callable
+            Any on other ranks.
+
+        Raises
+        ------
+        MpillmError
+            On every rank, what the client raised.
+        CheckpointError
+            On every rank, if the weights give logits that are not finite; every stream of the client raises it, too.
+        """
+        comm, call = self.mesh.world.comm, Call(client)
+        with agreed(comm, "serve"):
+            if self.replica.leads:
+                self.desk = Desk(self.check, self.tokenizer) if comm.rank == 0 else None
+                call.start(is_wanted=comm.rank == 0)
+                live = Live(self.mesh.group("data").comm, self.desk, call.is_alive)
+                try:
+                    self.serve(live, live.deliver, live.choose)
+                except CheckpointError as error:
+                    live.fail(error)
+                    raise
+                finally:
+                    live.close()
+                    call.join()
+            else:
+                self.replica.follow(lambda: None)
+        with agreed(comm, "the client"):
+            return call.result()
+
+    def submit(self, request):
+        """Return the :class:`~mpillm.inference.live.Stream` of a request. In the client of :meth:`live`, from any thread.
+
+        Raises
+        ------
+        ConfigError
+            If the request cannot be carried out.
+        Closed
+            If the engine takes no more.
+        """
+        if self.desk is None:
+            raise Closed("Engine.submit is for the client of Engine.live, which runs on rank 0")
+        return self.desk.submit(request)
+
     def serve(self, source, deliver, show=None):
         """Work on what a :class:`~mpillm.inference.rows.Source` gives on the leader of each replica, and ``deliver`` results
         there."""
@@ -148,7 +201,8 @@ class Engine:
         with Counters(comm, 1) as counters:
             dealer = Dealer(counters, self.mesh.size("data"), costs, self.config.inference.batch)
             with agreed(comm, "generate"):
-                self.serve(_Dealt(dealer, requests, portions), found.__setitem__, show)
+                self.serve(_Dealt(dealer, requests, portions), found.__setitem__,
+                           show and (lambda key, token, *_: show(token)))
         found = dict(item for part in comm.allgather(found) for item in part.items())
         return [found[place] for place in range(len(requests))]
 

@@ -5,6 +5,7 @@ last stage, sends back what was chosen. While a pass is on its way the leader st
 """
 
 import math
+import time
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from mpillm.inference.scheduler import Scheduler
 from mpillm.nn.positions import Batch, rotary_tables
 
 ANSWER = 1  # tag of what the chooser sends
+AWAKE_S, LONGEST_NAP_S = 0.01, 0.005  # of a rank that waits for an order
 ROWS = 128  # of which logits are in memory at a time
 
 
@@ -84,6 +86,8 @@ class Replica:
                     raise
             elif rows.is_done(self.scheduler):
                 break
+            else:
+                rows.source.wait()
         self._tell(None)
         self._wait_for_sends(0)
 
@@ -123,7 +127,15 @@ class Replica:
             rows.finish(number)
 
     def _tell(self, order=None):
-        return self.ranks.comm.bcast(order, self._leader)
+        """Tell an order, or wait for one: at first at work, then asleep, as nothing may come for long."""
+        comm, begun_s = self.ranks.comm, time.monotonic()
+        if comm.size > 1:
+            request = comm.Ibcast(np.zeros(1, np.int8), self._leader)
+            while not request.Test():
+                idle_s = time.monotonic() - begun_s
+                if idle_s > AWAKE_S:
+                    time.sleep(min(LONGEST_NAP_S, idle_s / 10))
+        return comm.bcast(order, self._leader)
 
     def _receive(self):
         return self.pipeline.comm.recv(source=self.pipeline.size - 1, tag=ANSWER)

@@ -19,6 +19,13 @@ class Source:
     def look(self):
         """Do what is to be done before each pass, on every rank of the replica."""
 
+    def cancelled(self):
+        """Return the keys of requests that are to be dropped, of those that were taken. On the leader."""
+        return ()
+
+    def wait(self):
+        """Rest before the next look, as there is nothing to do. On the leader."""
+
     def take(self, busy):
         """Return a key and the next :class:`~mpillm.inference.requests.Request`, or None, where ``busy`` are worked on. On the
         leader."""
@@ -36,7 +43,7 @@ class Rows:
     deliver : callable
         Gets each key with its :class:`~mpillm.inference.requests.Result`.
     show : callable, optional
-        Gets each token as it is chosen.
+        Gets the key, each token as it is chosen, and if they were asked for its log-probability and the likeliest tokens.
     """
 
     def __init__(self, source, tokenizer, max_seq_len, deliver, show=None):
@@ -46,8 +53,9 @@ class Rows:
     def feed(self, scheduler):
         """Give the scheduler what it may work on."""
         self.source.look()
-        if self.source.is_stopped:
-            for number in list(self._keys):
+        cancelled = set(self.source.cancelled())
+        for number, key in list(self._keys.items()) if cancelled or self.source.is_stopped else ():
+            if self.source.is_stopped or key in cancelled:
                 self.cancel(number, scheduler)
         while scheduler.has_room and (found := self.source.take(len(scheduler))) is not None:
             key, request = found
@@ -91,7 +99,7 @@ class Rows:
             result.logprobs.append(logprob)
             result.top_logprobs.append(likeliest)
         if self.show is not None:
-            self.show(token)
+            self.show(self._keys[number], token, logprob, likeliest)
         if request.stop:
             text = self._text(result)
             places = [place for place in map(text.find, request.stop) if place >= 0]
