@@ -40,6 +40,7 @@ setup(
         "gguf": ["gguf", "tokenizers"],
         "eval": ["lm-eval", "tokenizers"],
         "plot": ["matplotlib"],
+        "serve": ["starlette", "uvicorn"],
         "test": ["gguf", "lm-eval", "matplotlib", "pytest", "pytest-mpi", "safetensors", "tokenizers", "transformers"],
         "docs": ["sphinx"],
     },

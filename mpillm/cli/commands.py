@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "hold this launch's layout against the serial reference in float64 (under mpirun or srun)",
     "generate": "sample text from a run (under mpirun or srun)",
     "score": "how likely texts are to a run (under mpirun or srun)",
+    "serve": "answer requests over HTTP in OpenAI's form (under mpirun or srun)",
     "evaluate": "tasks of lm-eval with a run (under mpirun or srun)",
     "bench": "measure, beside PyTorch when asked",
     "convert": "weights out of a run for transformers; Hugging Face or GGUF weights into a new run",
@@ -30,7 +31,7 @@ COMMANDS = {
     "report": "draw the pictures of a run",
 }
 UNDER_MPI = (  # doctor starts MPI itself, to tell why that fails
-    "probe", "train", "verify", "generate", "score", "evaluate", "bench collectives")
+    "probe", "train", "verify", "generate", "score", "serve", "evaluate", "bench collectives")
 
 
 class Commands(click.Group):

@@ -12,7 +12,7 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made, on_rank_0
 from mpillm.inference.cache import block_size
 from mpillm.inference.dealing import Counters, Dealer
-from mpillm.inference.live import Call, Closed, Desk, Live
+from mpillm.inference.live import Call, Closed, Desk, Live, Stream
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
 from mpillm.inference.rows import Rows, Source
@@ -170,8 +170,14 @@ class Engine:
         with agreed(comm, "the client"):
             return call.result()
 
-    def submit(self, request):
+    def submit(self, request, make=Stream):
         """Return the :class:`~mpillm.inference.live.Stream` of a request. In the client of :meth:`live`, from any thread.
+
+        Parameters
+        ----------
+        request : Request
+        make : type
+            Of the stream.
 
         Raises
         ------
@@ -182,7 +188,7 @@ class Engine:
         """
         if self.desk is None:
             raise Closed("Engine.submit is for the client of Engine.live, which runs on rank 0")
-        return self.desk.submit(request)
+        return self.desk.submit(request, make)
 
     def serve(self, source, deliver, show=None):
         """Work on what a :class:`~mpillm.inference.rows.Source` gives on the leader of each replica, and ``deliver`` results

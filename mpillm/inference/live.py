@@ -1,8 +1,8 @@
 """Requests that come while others are worked on: from threads of rank 0, which never call MPI, to replicas and back.
 
-A thread puts a request on the desk and reads its stream. The main thread of rank 0 looks at the desk between passes, gives each
-request to the replica that has least to do, and hands out what comes back. Leaders of other replicas send it what a pass gave in
-one message.
+A thread puts a request on the desk and reads its stream. The main thread of rank 0 looks at the desk between passes, gives
+each request to the replica that has least to do, and hands out what comes back. Leaders of other replicas send it what a pass
+gave in one message.
 """
 
 import queue
@@ -119,14 +119,19 @@ class Desk:
         """Return how many requests are not done."""
         return len(self._streams)
 
-    def submit(self, request):
+    @property
+    def is_closed(self):
+        """Whether no more requests are taken."""
+        return self._why is not None
+
+    def submit(self, request, make=Stream):
         """Return the :class:`Stream` of a request; raise what :meth:`Engine.check` does, or :class:`Closed`."""
         self._check(request)
         with self._lock:
             if self._why is not None:
                 raise Closed(self._why)
             key, self._next = self._next, self._next + 1
-            stream = self._streams[key] = Stream(self, key, request)
+            stream = self._streams[key] = make(self, key, request)
             self._left.append((key, request))
         self._bell.set()
         return stream
