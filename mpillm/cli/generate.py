@@ -39,16 +39,17 @@ def command(path, rest, prompt, prompts, output, data, count, temperature, seed)
         return generate_batch(path, prompts, output, overrides, count, temperature, seed)
     from mpillm.inference.engine import Engine
     from mpillm.inference.requests import Request, Sampling
+    from mpillm.inference.text import Text
 
     sampling = Sampling(temperature=temperature, seed=seed)
     engine = Engine(path, overrides={"layout.data": 1, **overrides})
     request = Request("", _encode(engine.tokenizer, prompt), count, sampling)
-    writer = Writer(engine.tokenizer) if engine.mesh.world.rank == 0 else None
-    if writer:
-        writer.add(request.prompt)
-    result, = engine.generate([request], writer and (lambda token: writer.add([token])))
-    if writer:
-        writer.close()
+    text = Text(engine.tokenizer) if engine.mesh.world.rank == 0 else None
+    if text:
+        _write(text.add(*request.prompt))
+    result, = engine.generate([request], text and (lambda token: _write(text.add(token))))
+    if text:
+        _write(text.rest() + "\n")
         limit = engine.config.model.max_seq_len
         if len(result.tokens) < count and len(request.prompt) + len(result.tokens) == limit:
             click.echo(f"mpillm generate: stopped at model.max_seq_len = {limit} tokens", err=True)
@@ -58,27 +59,8 @@ def command(path, rest, prompt, prompts, output, data, count, temperature, seed)
     return OK
 
 
-class Writer:
-    """Writes the text of tokens as they come, each character as soon as all its bytes are there."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.written = tokenizer, [], 0
-
-    def add(self, tokens):
-        """Write what ``tokens`` add to the text."""
-        self.tokens += tokens
-        self._write(self._text().rstrip("\ufffd"))
-
-    def close(self):
-        """Write what is left, with a line end."""
-        self._write(self._text() + "\n")
-
-    def _text(self):
-        return self.tokenizer.decode(self.tokens).decode(errors="replace")
-
-    def _write(self, text):
-        click.echo(text[self.written:], nl=False)
-        self.written = max(self.written, len(text))
+def _write(text):
+    click.echo(text, nl=False)
 
 
 def _encode(tokenizer, prompt):

@@ -34,7 +34,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a body asks for: requests, each of which gives a choice; how many tokens its prompts have; the form of the answer."""
+    """What a body asks for: requests, each a choice; how many tokens its prompts have; the form of the answer."""
 
     kind: str
     requests: list
@@ -80,8 +80,8 @@ def wanted(kind, body, task):
         choices = task.ask(values, 0).requests
         requests += choices
         prompt_tokens += len(choices[0].prompt)
-    return Wanted(kind, requests, prompt_tokens, bool(shape.stream), bool(shape.stream_options and shape.stream_options.include_usage),
-                  bool(shape.echo))
+    includes_usage = shape.stream_options is not None and shape.stream_options.include_usage
+    return Wanted(kind, requests, prompt_tokens, bool(shape.stream), includes_usage, bool(shape.echo))
 
 
 def _prompts(prompt):

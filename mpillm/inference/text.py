@@ -16,13 +16,16 @@ class Text:
     def add(self, *tokens):
         """Return what tokens add to the text, "" if that is not known yet."""
         self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens).decode(errors="replace").rstrip("\ufffd")
+        text = self._text().rstrip("\ufffd")
         places = [place for place in map(text.find, self._stop) if place >= 0]
         return self._up_to(text[:min(places)] if places else text[:len(text) - self._may_begin(text)])
 
-    def rest(self, text):
-        """Return what is left of the whole text."""
-        return self._up_to(text)
+    def rest(self, text=None):
+        """Return what is left of the whole text, if that is not all of the tokens."""
+        return self._up_to(self._text() if text is None else text)
+
+    def _text(self):
+        return self._tokenizer.decode(self._tokens).decode(errors="replace")
 
     def _up_to(self, text):
         piece = text[self._given:]

@@ -276,16 +276,6 @@ def test_command(tmp_path_factory, capfd):
     assert_all(("stopped at model.max_seq_len = 32" in err) == is_first, repr(err), world)
 
 
-def test_text_is_written_by_whole_characters(capsys):
-    writer, seen = cli.Writer(ByteTokenizer()), []
-    for byte in "aé漢".encode() + b"\xff!" + "🙂".encode()[:2]:
-        writer.add([byte])
-        seen.append(capsys.readouterr().out)
-    writer.close()
-    assert seen == ["a", "", "é", "", "", "漢", "", "\ufffd!", "", ""]
-    assert capsys.readouterr().out == "\ufffd\n"
-
-
 def test_prompt_that_is_not_utf8():
     tokenizer = ByteTokenizer()
     assert cli._encode(tokenizer, "a\udcff") == [97, 255]
