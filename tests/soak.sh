@@ -19,6 +19,8 @@ done
 "$openmpi/python" "$root/tests/tools/kills.py" 50
 "$bin/python" "$root/tests/tools/batch_kills.py" 50
 "$openmpi/python" "$root/tests/tools/batch_kills.py" 20
+"$bin/python" "$root/tests/tools/serve_storm.py" 3 2000
+"$openmpi/python" "$root/tests/tools/serve_storm.py" 2 500
 "$openmpi/python" -m pytest -q "$root"/tests/unit/test_{faults,bad_input,stop,verify,doctor}.py
 for n in 1 2 3 4; do
     "$openmpi/mpiexec" -n "$n" "$openmpi/python" -m mpi4py -m pytest --only-mpi -q "$root"/tests/mpi/test_{faults,resume}.py

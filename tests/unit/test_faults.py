@@ -128,3 +128,10 @@ def test_batches_killed_and_stopped_at_random_moments_lose_nothing():
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     job = run_mpi(0, [TESTS / "tools/batch_kills.py", 3, 5], timeout=150, env={"PYTHONPATH": paths})  # 50 in tests/soak.sh
     assert job.returncode == 0, job.stdout + job.stderr
+
+
+def test_clients_that_vanish_and_send_garbage_do_nothing_to_others():
+    pytest.importorskip("uvicorn", reason="needs starlette and uvicorn: pip install 'mpillm[serve]'")
+    paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    job = run_mpi(0, [TESTS / "tools/serve_storm.py", 2, 60, 5], timeout=150, env={"PYTHONPATH": paths})  # 2,000 in tests/soak.sh
+    assert job.returncode == 0, job.stdout + job.stderr
