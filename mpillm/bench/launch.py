@@ -86,6 +86,21 @@ def run_job(command, samples_memory=False):
     return Job(output, peak or None)
 
 
+@contextmanager
+def started(command):
+    """Start a command that goes on meanwhile, each rank with its share of the cores as threads, and end it; gives the process.
+
+    Local. What it writes to stderr is shown.
+    """
+    environ = {name: value for name, value in os.environ.items() if name not in _THREAD_VARIABLES}
+    job = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        with _exit_on_sigterm():
+            yield job
+    finally:
+        _end(job)
+
+
 def tree_pss(pid):
     """Return the summed proportional set size, in bytes, of a process and all below it.
 

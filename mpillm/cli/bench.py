@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 
 from mpillm.bench import generation, training
 from mpillm.bench.collectives import CLEARLY, OPERATIONS, SIZES_BYTES, choices, far_from_best
 from mpillm.bench.collectives import measure as measure_collectives
-from mpillm.cli.options import CONTEXT, with_config
+from mpillm.cli.options import CONTEXT, parse_overrides, with_config
 from mpillm.comm.group import as_group
 from mpillm.comm.limits import usable_cores
 from mpillm.comm.world import launched_size
@@ -122,6 +123,49 @@ def bench_collectives(peers, output, figure, ops, sizes, dtype, machine, with_ca
             save_figure(draw_collectives(rows), figure)
 
 
+@command.command("serve", context_settings=CONTEXT)
+@click.argument("run", type=click.Path(exists=True))
+@click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[--SECTION.KEY VALUE]...")
+@click.option("--json", "output", type=click.Path(), metavar="FILE", help="write all figures there")
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(min=1), help="of the service")
+@click.option("--clients", default=32, show_default=True, type=click.IntRange(min=1), help="at a time, in closed loop")
+@click.option("--requests", default=128, show_default=True, type=click.IntRange(min=2), help="of each load")
+@click.option("--prompt-tokens", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(min=2))
+@click.option("--shares", default="0.3,0.5,0.7,0.9", show_default=True, metavar="SHARE,...",
+              help="of the capacity, that requests arrive at")
+def bench_serve(run, rest, output, ranks, clients, requests, prompt_tokens, new_tokens, shares):
+    """Put loads on a service of the model of RUN: one client, --clients at a time with and without streams, and requests that
+    arrive at random at shares of what these reach.
+
+    Start it without mpirun. The clients are threads beside the service and take time of the same cores.
+    """
+    from mpillm.bench import serving
+    from mpillm.inference.opening import open_model
+
+    _check_launch("serve", output)
+    parse_overrides(rest)  # refused before anything is started
+    model, rows = open_model(run, {}, 1)[1].model, []
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(3, model.vocab_size, (2 * requests, prompt_tokens)).tolist()
+    with serving.serving(run, ranks, rest) as port:
+        def measure(*load, **more):
+            rows.append(serving.run(port, serving.Load(*load, **more), prompts, new_tokens))
+            click.echo(load[0], err=True)
+
+        measure("warm-up", clients, clients)
+        rows.clear()
+        measure("one client", max(2, requests // 8), 1)
+        measure(f"{clients} clients, no streams", requests, clients, streams=False)
+        measure(f"{clients} clients", requests, clients)
+        capacity = rows[-1]["requests_per_s"]
+        for share in map(float, _words(shares, None)):
+            measure(f"{share:g} of capacity", requests, rate=share * capacity)
+    click.echo(serving_table(rows))
+    if output:
+        _write_report(output, rows)
+
+
 @command.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run", type=click.Path(exists=True))
 @click.option("--peers", is_flag=True, help=f"measure those of {', '.join(generation.PEERS)} too that are installed")
@@ -201,6 +245,16 @@ def generation_table(rows):
     return "\n".join(lines)
 
 
+def serving_table(rows):
+    """Return the rows as text, a line each."""
+    lines = [f"{'load':24} {'requests/s':>10} {'tokens/s':>9}  first token, between tokens: median, p99 (ms)"]
+    for row in rows:
+        names = ("first_token", "between_tokens") if "first_token_p99_s" in row else ()
+        times = "  ".join(f"{row[f'{name}_median_s'] * 1e3:8.1f} {row[f'{name}_p99_s'] * 1e3:8.1f}" for name in names)
+        lines.append(f"{row['load']:24} {row['requests_per_s']:10.2f} {row['tokens_per_s']:9.1f}  {times}".rstrip())
+    return "\n".join(lines)
+
+
 def machine():
     """Return what the figures depend on: cores, processor, PyTorch and MPI library."""
     model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -244,7 +298,7 @@ def _write_report(output, rows):
 def _words(text, allowed):
     """Read names between commas."""
     words = [word for word in text.split(",") if word]
-    for word in words:
+    for word in words if allowed else ():
         if word not in allowed:
             raise ConfigError(f"--ops {text}: {word} is none of {', '.join(allowed)}")
     return words

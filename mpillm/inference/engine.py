@@ -12,7 +12,7 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made, on_rank_0
 from mpillm.inference.cache import block_size
 from mpillm.inference.dealing import Counters, Dealer
-from mpillm.inference.live import Call, Closed, Desk, Live, Stream
+from mpillm.inference.live import Call, Closed, Desk, Live, Stream, short_turns
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
 from mpillm.inference.rows import Rows, Source
@@ -158,7 +158,8 @@ class Engine:
                 call.start(is_wanted=comm.rank == 0)
                 live = Live(self.mesh.group("data").comm, self.desk, call.is_alive)
                 try:
-                    self.serve(live, live.deliver, live.choose)
+                    with short_turns():
+                        self.serve(live, live.deliver, live.choose)
                 except CheckpointError as error:
                     live.fail(error)
                     raise

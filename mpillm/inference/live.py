@@ -6,9 +6,11 @@ gave in one message.
 """
 
 import queue
+import sys
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mpillm.errors import MpillmError
@@ -18,6 +20,7 @@ from mpillm.inference.text import Text
 
 WORK, NEWS = 2, 3  # tags: to a leader, and back
 IDLE_S = 0.001  # between two looks of a rank that has nothing to do
+TURN_S = 1e-4  # of a thread, when others wait for the interpreter
 
 
 class Closed(MpillmError):
@@ -171,6 +174,18 @@ class Desk:
     def wait(self, seconds):
         """Wait until somebody comes, for so long at most."""
         self._bell.wait(seconds)
+
+
+@contextmanager
+def short_turns():
+    """Let threads hand the interpreter over soon. A pass gives it away at every product; without this it would then wait up to
+    5 ms for it, each time that another thread has something to do."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before_s)
 
 
 class Call:

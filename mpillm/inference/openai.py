@@ -5,7 +5,7 @@ Keys that are not known are left aside, as clients send many.
 
 import secrets
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mpillm.errors import ConfigError
@@ -30,6 +30,7 @@ class Shape:
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None
+    ignore_eos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def wanted(kind, body, task):
         raise ConfigError("the body is no JSON object")
     options = body.get("stream_options")
     shape = checked(Shape, {
-        **{key: body[key] for key in ("stream", "echo") if key in body},
+        **{key: body[key] for key in ("stream", "echo", "ignore_eos") if key in body},
         **({"stream_options": {"include_usage": bool(options.get("include_usage"))}} if isinstance(options, dict) else {})}, "")
     asked = {key: value for key, value in body.items() if key in KNOWN and value is not None}
     asked.setdefault("seed", secrets.randbits(63))
@@ -78,7 +79,7 @@ def wanted(kind, body, task):
     for prompt in prompts:
         values = checked(OpenAIBody, {**asked, **prompt}, "").values()
         choices = task.ask(values, 0).requests
-        requests += choices
+        requests += [replace(choice, ignore_ends=bool(shape.ignore_eos)) for choice in choices]
         prompt_tokens += len(choices[0].prompt)
     includes_usage = shape.stream_options is not None and shape.stream_options.include_usage
     return Wanted(kind, requests, prompt_tokens, bool(shape.stream), includes_usage, bool(shape.echo))

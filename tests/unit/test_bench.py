@@ -273,6 +273,22 @@ def test_bench_generate_beside_transformers(tmp_path):
         assert 1 <= others[0]["makespan_over_mean"] <= 2
 
 
+def test_bench_serve(tmp_path):
+    pytest.importorskip("uvicorn", reason="needs starlette and uvicorn: pip install 'mpillm[serve]'")
+    make_run(tmp_path / "run", make_model(max_seq_len=64), dtype="float32")
+    job = run_mpi(0, ["-m", "mpillm", "bench", "serve", tmp_path / "run", "--ranks", 2, "--clients", 3, "--requests", 12,
+                      "--prompt-tokens", 5, "--new-tokens", 6, "--shares", "0.5", "--json", tmp_path / "bench.json"],
+                  timeout=240, cwd=tmp_path)
+    assert job.returncode == 0, job.stderr
+    one, whole, streamed, random = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["requests"] for row in (one, whole, streamed, random)] == [2, 12, 12, 12]
+    assert random["rate"] == 0.5 * streamed["requests_per_s"] and "first_token_p99_s" not in whole
+    for row in (one, whole, streamed, random):
+        assert row["tokens_per_s"] == pytest.approx(6 * row["requests_per_s"])
+    for row in (one, streamed, random):
+        assert 0 < row["first_token_median_s"] <= row["first_token_p99_s"]
+
+
 @pytest.mark.parametrize("model, names, message", [
     (dict(max_seq_len=512), None, "max_seq_len = 512: .* take 1024"),
     (dict(max_seq_len=1024), "batch-8,batch-9", "batch-9 is none of batch-1, batch-8")])

@@ -133,5 +133,5 @@ def test_batches_killed_and_stopped_at_random_moments_lose_nothing():
 def test_clients_that_vanish_and_send_garbage_do_nothing_to_others():
     pytest.importorskip("uvicorn", reason="needs starlette and uvicorn: pip install 'mpillm[serve]'")
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    job = run_mpi(0, [TESTS / "tools/serve_storm.py", 2, 60, 5], timeout=150, env={"PYTHONPATH": paths})  # 2,000 in tests/soak.sh
+    job = run_mpi(0, [TESTS / "tools/serve_storm.py", 2, 60, 5], timeout=150, env={"PYTHONPATH": paths})  # soak.sh: 2,000
     assert job.returncode == 0, job.stdout + job.stderr
