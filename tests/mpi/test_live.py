@@ -190,3 +190,21 @@ def test_http(comm, engine):
 
     assert_all(engine.live(client) in (True, None), "served", comm)
     assert_all(engine.replica.scheduler.used_blocks == 0, "blocks", comm)
+
+
+def test_weights_that_are_not_finite_end_every_stream(comm, engine):
+    if comm.rank == comm.size - 1:
+        norm = engine.replica.stage.norm
+        norm.weight.data.fill_(float("nan"))
+
+    def client():
+        streams = [engine.submit(request) for request in requests()]
+        for stream in streams:
+            with pytest.raises(MpillmError, match="not finite"):
+                stream.result(timeout_s=60)
+        with pytest.raises(Closed, match="not finite"):
+            engine.submit(LONG)
+
+    with pytest.raises(MpillmError, match="not finite"):
+        engine.live(client)
+    assert_all(engine.replica.scheduler.used_blocks == 0, "blocks", comm)
