@@ -1,5 +1,6 @@
 """``mpillm serve``: answer requests over HTTP."""
 
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -47,10 +48,12 @@ def command(path, rest, host, port, key_file, name, data, max_requests, max_body
     def client():
         if engine.caveat:
             click.echo(f"mpillm serve: results may depend on what is computed beside: {engine.caveat}", err=True)
-        if key is None and not host.startswith("127."):
-            click.echo(f"mpillm serve: {host} is open to others, and no key is asked for: give --key-file", err=True)
-        address = "{}:{}".format(*listener.getsockname()[:2])
-        click.echo(f"mpillm serve: http://{address}/v1, {comm.size} ranks, {engine.mesh.size('data')} replicas", err=True)
+        address, number = listener.getsockname()[:2]
+        if key is None and not ipaddress.ip_address(address).is_loopback:
+            click.echo(f"mpillm serve: {address} is open to others, and no key is asked for: give --key-file", err=True)
+        address = f"[{address}]" if ":" in address else address
+        click.echo(f"mpillm serve: http://{address}:{number}/v1, {comm.size} ranks, {engine.mesh.size('data')} replicas",
+                   err=True)
         Server(engine, name or Path(path).resolve().name, key, limits).run([listener], stop.asked)
 
     engine.live(client)
@@ -67,7 +70,8 @@ def _listen(host, port, key_file):
     if key == "":
         raise ConfigError(f"--key-file {key_file} or {KEY_VARIABLE}: the key is empty")
     try:
-        listener = socket.create_server((host, port), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise DataError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
     return key, listener

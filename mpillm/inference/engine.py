@@ -12,7 +12,7 @@ from mpillm.comm.world import comm_world, set_threads
 from mpillm.errors import CheckpointError, ConfigError, agreed, half_made, on_rank_0
 from mpillm.inference.cache import block_size
 from mpillm.inference.dealing import Counters, Dealer
-from mpillm.inference.live import Call, Closed, Desk, Live, Stream, short_turns
+from mpillm.inference.live import PATIENCE_S, Call, Closed, Desk, Live, Stream, short_turns
 from mpillm.inference.opening import load_weights, open_model
 from mpillm.inference.replica import Replica
 from mpillm.inference.rows import Rows, Source
@@ -162,10 +162,15 @@ class Engine:
                         self.serve(live, live.deliver, live.choose)
                 except CheckpointError as error:
                     live.fail(error)
-                    raise
-                finally:
                     live.close()
-                    call.join()
+                    call.join(PATIENCE_S)
+                    raise
+                except BaseException as error:  # of which the job ends: who waits should hear of it
+                    if self.desk is not None:
+                        self.desk.fail(Closed(f"the engine has failed: {error!r}"))
+                    raise
+                live.close()
+                call.join()
             else:
                 self.replica.follow(lambda: None)
         with agreed(comm, "the client"):

@@ -20,6 +20,7 @@ from mpillm.inference.text import Text
 
 WORK, NEWS = 2, 3  # tags: to a leader, and back
 IDLE_S = 0.001  # between two looks of a rank that has nothing to do
+PATIENCE_S = 60.0  # with a client that does not return though all its streams have failed
 TURN_S = 1e-4  # of a thread, when others wait for the interpreter
 
 
@@ -209,10 +210,10 @@ class Call:
         """Tell whether it has not returned."""
         return self._thread is not None and self._thread.is_alive()
 
-    def join(self):
-        """Wait until it has returned."""
+    def join(self, timeout_s=None):
+        """Wait until it has returned, or so long."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def result(self):
         """Return what it returned, or raise what it raised."""
@@ -289,10 +290,17 @@ class Live(Source):
             self.wait()
 
     def close(self):
-        """Wait until all messages are gone. On every leader, behind the last pass."""
-        while self._sent:
-            self._forget_sent()
-            time.sleep(IDLE_S)
+        """Leave no message behind: what is still on its way to rank 0, until each leader says that it was the last, is for
+        nobody, and would be taken for news of later requests. On every leader, behind the last pass."""
+        if self._desk is None:
+            self._send(None, 0, NEWS)
+        left = 0 if self._desk is None else self._leaders.size - 1
+        while left or self._sent:
+            if left and self._leaders.iprobe(tag=NEWS):
+                left -= self._leaders.recv(tag=NEWS) is None
+            else:
+                self._forget_sent()
+                time.sleep(IDLE_S)
 
     def _deal(self):
         """Give what is on the desk to the replicas, each request to the one that has least to do."""

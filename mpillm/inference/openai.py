@@ -13,6 +13,7 @@ from mpillm.inference.lines import OpenAIBody
 from mpillm.plain import checked, config_section
 
 COMPLETION, CHAT = "text_completion", "chat.completion"
+MOST_LOGPROBS = 20
 KNOWN = {field.name for field in fields(OpenAIBody)} - {"prompt", "stream"}
 
 
@@ -45,7 +46,7 @@ class Wanted:
     echo: bool
 
 
-def wanted(kind, body, task):
+def wanted(kind, body, task, most):
     """Return what a body asks for.
 
     Parameters
@@ -53,6 +54,8 @@ def wanted(kind, body, task):
     kind : {COMPLETION, CHAT}
     body : dict
     task : mpillm.inference.tasks.Generation
+    most : int
+        Answers that one body may ask for.
 
     Raises
     ------
@@ -75,6 +78,11 @@ def wanted(kind, body, task):
         prompts = [{"prompt": prompt} for prompt in _prompts(body.get("prompt"))]
     if shape.echo and asked.get("logprobs") is not None:
         raise ConfigError("echo with logprobs: not both: `mpillm score` gives the log-probabilities of texts")
+    first = checked(OpenAIBody, {**asked, **prompts[0]}, "")
+    if len(prompts) * (first.n or 1) > most:
+        raise ConfigError(f"{len(prompts)} prompts, n = {first.n or 1}: no more than {most} answers may be asked for at once")
+    if max(first.logprobs or 0, first.top_logprobs or 0) > MOST_LOGPROBS:
+        raise ConfigError(f"logprobs, top_logprobs: at most {MOST_LOGPROBS}")
     requests, prompt_tokens = [], 0
     for prompt in prompts:
         values = checked(OpenAIBody, {**asked, **prompt}, "").values()

@@ -121,7 +121,7 @@ class Server:
         self._check_key(request)
         body = await self._body(request)
         try:
-            what = await asyncio.to_thread(wanted, kind, body, self._task)
+            what = await asyncio.to_thread(wanted, kind, body, self._task, self._limits.requests)
         except ConfigError as error:
             raise Refused(400, str(error)) from None
         if len(self._engine.desk) + len(what.requests) > self._limits.requests:
@@ -212,6 +212,8 @@ class Server:
 
     async def _models(self, request):
         one = {"id": self._name, "object": "model", "created": self._started_s, "owned_by": "mpillm"}
+        if request.path_params.get("name", self._name) != self._name:
+            return Refused(404, f"there is one model, {self._name}").response
         return JSONResponse({"object": "list", "data": [one]} if "name" not in request.path_params else one)
 
     async def _health(self, request):

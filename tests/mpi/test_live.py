@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from helpers import assert_all
@@ -99,6 +100,54 @@ def test_what_the_client_leaves_is_dropped(comm, engine):
     assert len(engine.generate(requests())) == 10  # the engine goes on
 
 
+def test_a_session_hears_nothing_of_the_one_before(comm, engine):
+    wanted = engine.generate(requests())
+    for _ in range(3):
+        def client():
+            return [engine.submit(request) for request in requests()][0].result().tokens  # the others are dropped
+
+        def whole():
+            streams = [engine.submit(request) for request in requests()]
+            return [stream.result() for stream in streams]
+
+        first, found = engine.live(client), engine.live(whole)
+        is_same = comm.rank > 0 or (first == wanted[0].tokens and found == wanted)
+        assert_all(is_same, found, comm)
+
+
+def test_large_messages_on_their_way_hold_nobody_up(comm, engine):
+    """When the service ends; of so many bytes that they are not sent before somebody receives."""
+    wide = [replace(LONG, sampling=Sampling(logprobs=257)) for _ in range(48)]
+
+    def client():
+        for stream in [engine.submit(request) for request in wide][-2:]:
+            next(iter(stream))
+
+    engine.live(client)
+    assert_all(engine.replica.scheduler.used_blocks == 0, "blocks", comm)
+
+
+def test_a_bug_in_a_pass_reaches_who_waits(comm, engine):
+    """And the error goes on, to end the job."""
+    if comm.size > 1:
+        pytest.skip("one rank shows it: others would be left waiting, until the launcher ends them")
+    heard = []
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    engine.replica._carry_out = fail
+
+    def client():
+        with pytest.raises(Closed, match="planted"):
+            engine.submit(LONG).result(timeout_s=60)
+        heard.append(True)
+
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.live(client)
+    wait_until(lambda: heard)
+
+
 def test_a_request_that_cannot_be_is_refused_where_it_is_made(comm, engine):
     def client():
         with pytest.raises(ConfigError, match="301 tokens"):
@@ -164,14 +213,16 @@ def test_http(comm, engine):
         statuses = [post(port, "/v1/completions", body, key)[0] for body, key in (
             ({"prompt": "a"}, "wrong"), (b"{", "secret"), (b"[1]", "secret"), ({"prompt": [999]}, "secret"),
             ({"prompt": "a", "temperature": -1}, "secret"), ({"prompt": "a" * 6000}, "secret"),
-            ({"prompt": ["a"] * 31}, "secret"), ({"prompt": "a" * 302}, "secret"))]
-        assert statuses == [401, 400, 400, 400, 400, 413, 429, 400]
+            ({"prompt": ["a"] * 31}, "secret"), ({"prompt": "a", "n": 10**9}, "secret"), ({"prompt": "a" * 302}, "secret"),
+            ({"prompt": "a", "logprobs": 10**6}, "secret"))]
+        assert statuses == [401, 400, 400, 400, 400, 413, 400, 400, 400, 400]
         assert post(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})[0] == 400  # no template
         gone = socket.create_connection(("127.0.0.1", port))
         body = json.dumps({"prompt": "abc", "max_tokens": 280, "stream": True, "n": 3}).encode()
         gone.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: %d\r\n\r\n" %
                      len(body) + body)
         wait_until(lambda: len(engine.desk) == 3)
+        assert post(port, "/v1/completions", {"prompt": ["a"] * 28})[0] == 429  # there is room for 27
         gone.close()
         wait_until(lambda: len(engine.desk) == 0)
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()

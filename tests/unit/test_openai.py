@@ -21,7 +21,7 @@ def task():
 @pytest.mark.parametrize("prompt, prompts", [
     ("ab", ["ab"]), (["ab", "c"], ["ab", "c"]), ([97, 98], ["ab"]), ([[97], [98, 99]], ["a", "bc"])])
 def test_prompts_in_four_forms(task, prompt, prompts):
-    found = wanted(COMPLETION, {"prompt": prompt, "n": 2, "seed": 5, "model": "x", "best": 1, "logit_bias": {}}, task)
+    found = wanted(COMPLETION, {"prompt": prompt, "n": 2, "seed": 5, "model": "x", "best": 1, "logit_bias": {}}, task, 100)
     assert [bytes(request.prompt).decode() for request in found.requests] == [each for each in prompts for _ in range(2)]
     assert found.prompt_tokens == sum(map(len, prompts))
     assert len({request.sampling.seed for request in found.requests[:2]}) == 2 and found.requests[0].sampling.seed == 5
@@ -29,29 +29,30 @@ def test_prompts_in_four_forms(task, prompt, prompts):
 
 
 def test_a_body_without_a_seed_gets_one_of_its_own(task):
-    seeds = {wanted(COMPLETION, {"prompt": "a"}, task).requests[0].sampling.seed for _ in range(3)}
+    seeds = {wanted(COMPLETION, {"prompt": "a"}, task, 100).requests[0].sampling.seed for _ in range(3)}
     assert len(seeds) == 3
 
 
 def test_no_prompt_begins_a_document(task):
-    assert wanted(COMPLETION, {}, task).requests[0].prompt == (ByteTokenizer.end,)
+    assert wanted(COMPLETION, {}, task, 100).requests[0].prompt == (ByteTokenizer.end,)
 
 
 @pytest.mark.parametrize("kind, body, message", [
     (COMPLETION, [], "no JSON object"), (COMPLETION, {"prompt": {}}, "prompt"), (COMPLETION, {"prompt": [["a"]]}, "prompt"),
-    (COMPLETION, {"prompt": "a", "n": 0}, "n = 0"), (COMPLETION, {"prompt": "a", "stop": ""}, "stop"),
+    (COMPLETION, {"prompt": "a", "n": 0}, "n = 0"), (COMPLETION, {"prompt": ["a"] * 11, "n": 10}, "no more than 100"),
+    (COMPLETION, {"prompt": "a", "logprobs": 21}, "at most 20"), (COMPLETION, {"prompt": "a", "stop": ""}, "stop"),
     (COMPLETION, {"prompt": "a", "top_p": 2}, "top_p = 2"), (COMPLETION, {"prompt": "a", "stream": 3}, "stream = 3"),
     (COMPLETION, {"prompt": "a", "frequency_penalty": 1}, "frequency_penalty"),
     (COMPLETION, {"prompt": "a", "echo": True, "logprobs": 0}, "echo with logprobs"),
     (CHAT, {"prompt": "a"}, "messages"), (CHAT, {"messages": [{"role": "user"}]}, "content")])
 def test_what_makes_no_sense_is_refused(task, kind, body, message):
     with pytest.raises(ConfigError, match=message):
-        wanted(kind, body, task)
+        wanted(kind, body, task, 100)
 
 
 def test_answers(task):
     result = Result("", [99, 100], "cd", "stop", [-0.5, -1.5], [[(99, -0.5), (97, -2.0)], [(98, -1.0), (97, -1.2)]])
-    whole = Answers(wanted(COMPLETION, {"prompt": "ab", "echo": True}, task), "m", ByteTokenizer()).whole([result])
+    whole = Answers(wanted(COMPLETION, {"prompt": "ab", "echo": True}, task, 100), "m", ByteTokenizer()).whole([result])
     choice, = whole["choices"]
     assert (whole["object"], whole["model"], choice["text"], choice["finish_reason"]) == (COMPLETION, "m", "abcd", "stop")
     assert whole["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
@@ -60,7 +61,8 @@ def test_answers(task):
 
 
 def test_pieces_of_an_answer(task):
-    asked = wanted(COMPLETION, {"prompt": "ab", "echo": True, "stream": True, "stream_options": {"include_usage": True}}, task)
+    body = {"prompt": "ab", "echo": True, "stream": True, "stream_options": {"include_usage": True}}
+    asked = wanted(COMPLETION, body, task, 100)
     answers, result = Answers(asked, "m", ByteTokenizer()), Result("", [99], "c")
     pieces = [answers.piece(0, "c", True), answers.piece(0, "", False, result), answers.last([result])]
     assert [[choice["text"] for choice in piece["choices"]] for piece in pieces] == [["abc"], [""], []]
