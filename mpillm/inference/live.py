@@ -243,7 +243,7 @@ class Live(Source):
     def __init__(self, leaders, desk, is_open):
         self._leaders, self._desk, self._is_open = leaders, desk, is_open
         self._waiting, self._cancelled, self._news, self._sent = deque(), [], [], []
-        self._at, self._counts = {}, [0] * leaders.size  # on rank 0: where each request is, and how many are there
+        self._at, self._costs = {}, [0] * leaders.size  # on rank 0: where each request is, and the tokens there at most
 
     @property
     def is_done(self):
@@ -306,12 +306,15 @@ class Live(Source):
         """Give what is on the desk to the replicas, each request to the one that has least to do."""
         for key, request in self._desk.take():
             if request is not None:
-                self._at[key] = min(range(self._leaders.size), key=self._counts.__getitem__)
-                self._counts[self._at[key]] += 1
+                cost = len(request.prompt) + request.max_tokens
+                place = min(range(self._leaders.size), key=self._costs.__getitem__)
+                self._at[key] = place, cost
+                self._costs[place] += cost
             if key not in self._at:
                 continue  # done meanwhile
-            if self._at[key]:
-                self._send((key, request), self._at[key], WORK)
+            place, _ = self._at[key]
+            if place:
+                self._send((key, request), place, WORK)
             else:
                 self._accept(key, request)
 
@@ -340,7 +343,8 @@ class Live(Source):
             self._end(news)
             return
         if not isinstance(news, Chosen):
-            self._counts[self._at.pop(key)] -= 1
+            place, cost = self._at.pop(key)
+            self._costs[place] -= cost
         self._desk.give(key, news)
 
     def _end(self, error):
