@@ -207,8 +207,8 @@ class Engine:
     def _carry_out(self, requests, portions, show=None):
         """Return a result for each request; ``portions`` of their places go to one replica each."""
         if self.desk is not None and not self.desk.is_closed:
-            raise ConfigError("generate and score take all ranks, and these work for the client of Engine.live: submit requests "
-                              "there")
+            raise ConfigError("generate and score take all ranks, and these work for the client of Engine.live: submit "
+                              "requests there")
         for request in requests:
             self.check(request)
         found, comm = {}, self.mesh.world.comm

@@ -152,7 +152,7 @@ def test_a_request_that_cannot_be_is_refused_where_it_is_made(comm, engine):
     def client():
         with pytest.raises(ConfigError, match="301 tokens"):
             engine.submit(Request("", [1] * 301, 1))
-        with pytest.raises(ConfigError, match="submit requests"):
+        with pytest.raises(ConfigError, match="submit requests there"):
             engine.generate(requests())
         return engine.submit(requests()[0]).result().tokens
 
