@@ -19,7 +19,6 @@ Every rank runs forward and backward, in the same order. All work on CPU and CUD
 recompute, and accumulate like any operation. Where ranks share memory nothing is sent.
 """
 
-
 from mpillm.autograd.node import Node
 from mpillm.comm import collectives
 from mpillm.comm.group import as_group

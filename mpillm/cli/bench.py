@@ -145,6 +145,7 @@ def bench_serve(run, rest, output, ranks, clients, requests, prompt_tokens, new_
 
     _check_launch("serve", output)
     parse_overrides(rest)  # refused before anything is started
+    shares = _shares(shares)
     model, rows = open_model(run, {}, 1)[1].model, []
     generator = np.random.default_rng(0)
     prompts = generator.integers(3, model.vocab_size, (2 * requests, prompt_tokens)).tolist()
@@ -159,7 +160,7 @@ def bench_serve(run, rest, output, ranks, clients, requests, prompt_tokens, new_
         measure(f"{clients} clients, no streams", requests, clients, streams=False)
         measure(f"{clients} clients", requests, clients)
         capacity = rows[-1]["requests_per_s"]
-        for share in map(float, _words(shares, None)):
+        for share in shares:
             measure(f"{share:g} of capacity", requests, rate=share * capacity)
     click.echo(serving_table(rows))
     if output:
@@ -298,10 +299,21 @@ def _write_report(output, rows):
 def _words(text, allowed):
     """Read names between commas."""
     words = [word for word in text.split(",") if word]
-    for word in words if allowed else ():
+    for word in words:
         if word not in allowed:
             raise ConfigError(f"--ops {text}: {word} is none of {', '.join(allowed)}")
     return words
+
+
+def _shares(text):
+    """Read shares between commas."""
+    try:
+        shares = [float(word) for word in text.split(",") if word]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 < share < float("inf") for share in shares):
+        raise ConfigError(f"--shares {text}: give positive numbers between commas, as in 0.5,0.9")
+    return shares
 
 
 def _sizes(text):
